@@ -1,0 +1,258 @@
+"""Data sets to uint8 arrays to batches: every image is decoded once, into the Arrow cache, and read memory-mapped.
+
+A batch is a gather of rows of those arrays: no Python an image, nothing decoded twice, and a data set may be larger
+than memory.
+"""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
+from datasets import config as datasets_config
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
+
+from . import synthetic_fashion
+
+SYNTHETIC = "synthetic-fashion"
+SYNTHETIC_SIZE = 20_000
+CHUNK_BYTES = 2**26  # of one record batch: large, so that a batch gathers from few; bounded, so that memory is
+
+
+class ImageArrays(torch.utils.data.Dataset):
+    """The images of a data set as uint8 tensors.
+
+    Args:
+        dataset: With an `image` column of fixed-size uint8 rows, as `load_images` returns it.
+        shape: (C, H, W) of one row.
+    """
+
+    def __init__(self, dataset: Dataset, shape: tuple[int, int, int]):
+        self.shape = shape
+        column = dataset.with_format("arrow")[:].column("image")
+        # views of the memory-mapped file, (rows, C, H, W) each
+        self.chunks = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, *shape) for chunk in column.chunks]
+        self.ends = np.cumsum([len(chunk) for chunk in self.chunks])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """One image, uint8 (C, H, W)."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        """The images of a batch, uint8 (B, C, H, W): what torch's DataLoader calls, once a batch."""
+        indices = np.asarray(indices)
+        which = np.searchsorted(self.ends, indices, side="right")
+        batch = np.empty((len(indices), *self.shape), np.uint8)
+        for i in np.unique(which):
+            rows = which == i
+            batch[rows] = self.chunks[i][indices[rows] - self.ends[i] + len(self.chunks[i])]
+        return torch.from_numpy(batch)
+
+
+def as_batch(images: torch.Tensor) -> torch.Tensor:
+    """`collate_fn` for `ImageArrays`: a batch is one tensor already."""
+    return images
+
+
+def load_images(
+    dataset_name: str = "zalando-datasets/fashion_mnist",
+    *,
+    resolution: int,
+    channels: int = 1,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    center_crop: bool = False,
+    max_samples: int | None = None,
+    seed: int = 0,
+    cache_dir: str | None = None,
+) -> Dataset:
+    """A data set decoded to one resolution.
+
+    Args:
+        dataset_name: A data set of the Hub, a local folder (parquet, images, or `save_to_disk`'s Arrow), or
+            `"synthetic-fashion"`, the built-in set of drawn garments.
+        resolution: Height and width to resize to (bilinear, antialiased).
+        channels: 1 for grey, 3 for RGB.
+        dataset_config_name: Configuration of a data set that has several.
+        train_data_dir: A folder of images, in place of `dataset_name`.
+        split: Which split to read.
+        image_column: The column that holds the images.
+        center_crop: Cut each image to its central square first. Without it all images must be square and of one size.
+        max_samples: Use the first so many images only; of the built-in set, draw so many.
+        seed: Of the built-in set.
+        cache_dir: Of `datasets`.
+
+    Returns:
+        A `Dataset` with `image`, rows of channels * resolution^2 uint8 in (C, H, W) order, and `label` where there is
+        one.
+
+    Raises:
+        ValueError: On a data set, split, column, image or size that cannot serve; the message says what to do.
+        ConnectionError: Where the Hub cannot be reached.
+    """
+    for name, value in (("resolution", resolution), ("max_samples", 1 if max_samples is None else max_samples)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
+    if channels not in (1, 3):
+        raise ValueError(f"`channels` is {channels!r}; it must be 1 (grey) or 3 (RGB).")
+    if dataset_name == SYNTHETIC and train_data_dir is None:
+        return draw_synthetic(max_samples or SYNTHETIC_SIZE, seed, resolution, channels, cache_dir)
+
+    source = open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache_dir)
+    if image_column not in source.column_names:
+        raise ValueError(
+            f"The data set has no column {image_column!r}; it has {', '.join(source.column_names)}: pass one of them as"
+            " `--image_column`."
+        )
+    if not isinstance(source.features[image_column], Image):
+        raise ValueError(
+            f"Column {image_column!r} holds {source.features[image_column]}, not images: pass the column of images as"
+            " `--image_column`."
+        )
+    if len(source) == 0:
+        raise ValueError(f"Split {split!r} of the data set is empty: pass another as `--split`.")
+    if max_samples is not None:
+        source = source.select(range(min(max_samples, len(source))))
+
+    kept = [image_column] + [name for name in ("label",) if name in source.column_names]
+    labels = {name: source.features[name] for name in kept[1:]}
+    pixels = channels * resolution**2
+    decoded = (
+        source.select_columns(kept)
+        .with_format("arrow")
+        .map(
+            decode_images,
+            with_indices=True,
+            batched=True,
+            batch_size=max(1, CHUNK_BYTES // pixels),
+            writer_batch_size=max(1, CHUNK_BYTES // pixels),
+            features=Features({"image": List(Value("uint8"), length=pixels), **labels}),
+            remove_columns=[image_column],
+            fn_kwargs={
+                "image_column": image_column,
+                "resolution": resolution,
+                "channels": channels,
+                "center_crop": center_crop,
+            },
+            desc=f"Decoding to {resolution}x{resolution}",
+        )
+    )
+    return decoded.with_format(None)
+
+
+def open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache_dir) -> Dataset:
+    """`load_dataset`, with errors that say what to do."""
+    advice = "pass the name of a data set of the Hub or a local folder as `--dataset_name`, or use the built-in set:"
+    advice += f" `--dataset_name {SYNTHETIC}`"
+    name = train_data_dir or dataset_name
+    try:
+        if train_data_dir is not None:
+            return load_dataset("imagefolder", data_dir=train_data_dir, split=split, cache_dir=cache_dir)
+        if (Path(dataset_name) / "state.json").is_file() or (Path(dataset_name) / "dataset_dict.json").is_file():
+            loaded = load_from_disk(dataset_name)
+            if isinstance(loaded, Dataset):
+                return loaded
+            return select_split(loaded, split)
+        return load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+    except DatasetNotFoundError as error:
+        raise ValueError(f"There is no data set {name!r} that can be read ({error}): {advice}.") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise ConnectionError(f"The Hub cannot be reached for data set {name!r} ({error}): {advice}.") from error
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"Data set {name!r} cannot be read ({error}): {advice}.") from error
+
+
+def select_split(loaded: DatasetDict, split: str) -> Dataset:
+    if split not in loaded:
+        raise ValueError(f"it has no split {split!r}, but {', '.join(loaded)}: pass one of them as `--split`")
+    return loaded[split]
+
+
+def decode_images(table: pa.Table, indices: list[int], image_column, resolution, channels, center_crop) -> pa.Table:
+    """Encoded images of a table to rows of uint8, (C, H, W) each."""
+    pixels = np.empty((len(table), channels, resolution, resolution), np.uint8)
+    first_size = None
+    for row, (index, encoded) in enumerate(zip(indices, table.column(image_column).to_pylist(), strict=True)):
+        image = decode_image(encoded, index)
+        side = min(image.size)
+        if center_crop:
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+        first_size = first_size or image.size
+        if image.width != image.height or (image.size != first_size and not center_crop):
+            raise ValueError(
+                f"Image {index} is {image.width}x{image.height}, after one of {first_size[0]}x{first_size[1]}; images"
+                " must be square and of one size: pass `--center_crop` to use the central square of each."
+            )
+        image = image.convert("L" if channels == 1 else "RGB")
+        if side != resolution:
+            image = image.resize((resolution, resolution), PILImage.Resampling.BILINEAR)
+        pixels[row] = np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1)
+    return pixel_table(pixels, table.drop_columns([image_column]))
+
+
+def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
+    """The PIL image of an Arrow row: bytes, or the path of a file."""
+    if encoded is None:
+        raise ValueError(f"Image {index} of the data set is missing (null): remove the row, or choose another column.")
+    try:
+        image = PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(
+            f"Image {index} of the data set cannot be decoded ({error}): repair or remove it, or use the built-in set:"
+            f" `--dataset_name {SYNTHETIC}`."
+        ) from error
+    return image
+
+
+def pixel_table(pixels: np.ndarray, others: pa.Table) -> pa.Table:
+    """Rows of uint8 as an Arrow column `image`, without a copy, beside other columns."""
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels[0].size)
+    return others.append_column("image", rows)
+
+
+def draw_synthetic(count: int, seed: int, resolution: int, channels: int, cache_dir: str | None = None) -> Dataset:
+    """The first `count` images of the built-in set, with the columns of `load_images`, drawn into the Arrow cache."""
+    pixels = channels * resolution**2
+    key = hashlib.sha256(Path(synthetic_fashion.__file__).read_bytes()).hexdigest()[:12]
+    folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / SYNTHETIC
+    folder.mkdir(parents=True, exist_ok=True)
+    return (
+        Dataset.from_dict({"index": np.arange(count)})
+        .with_format("arrow")
+        .map(
+            draw_rows,
+            batched=True,
+            batch_size=max(1, CHUNK_BYTES // pixels),
+            writer_batch_size=max(1, CHUNK_BYTES // pixels),
+            features=Features(
+                {
+                    "image": List(Value("uint8"), length=pixels),
+                    "label": ClassLabel(names=synthetic_fashion.CLASS_NAMES),
+                }
+            ),
+            remove_columns=["index"],
+            fn_kwargs={"seed": seed, "resolution": resolution, "channels": channels},
+            cache_file_name=str(folder / f"{key}-{count}-{seed}-{resolution}-{channels}.arrow"),
+            desc=f"Drawing {count} garments at {resolution}x{resolution}",
+        )
+        .with_format(None)
+    )
+
+
+def draw_rows(table: pa.Table, seed: int, resolution: int, channels: int) -> pa.Table:
+    indices = table.column("index").to_numpy()
+    images, labels = synthetic_fashion.draw_garments(indices, seed=seed, resolution=resolution, channels=channels)
+    return pixel_table(images, pa.table({"label": labels}))

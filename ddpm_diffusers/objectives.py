@@ -1,0 +1,47 @@
+"""What the network learns: the noised batch, the target, and the weight of each timestep.
+
+References: DDPM, Ho et al. 2020 (arXiv:2006.11239), eq. 14; progressive distillation, Salimans and Ho 2022
+(arXiv:2202.00512), section 4 (v); Min-SNR, Hang et al. 2023 (arXiv:2303.09556), eq. 5.
+"""
+
+import torch
+from diffusers.training_utils import compute_snr
+
+
+def draw_noise_and_timesteps(
+    shape: torch.Size, num_train_timesteps: int, generator: torch.Generator, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise of variance 1, float32 (B, C, H, W), and timesteps, int64 (B,), stratified over [0, num_train_timesteps).
+
+    One timestep falls in each B-th of the range, so that the loss of a batch varies less than with independent draws;
+    each alone is uniform. Drawn where `generator` lives, then moved to `device`.
+    """
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    strata = torch.arange(shape[0], device=generator.device) + torch.rand(
+        shape[0], generator=generator, device=generator.device
+    )
+    timesteps = (strata * (num_train_timesteps / shape[0])).long().clamp_(max=num_train_timesteps - 1)
+    return noise.to(device), timesteps.to(device)
+
+
+def training_target(scheduler, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """What the scheduler's `prediction_type` asks the network for, (B, C, H, W) in float32."""
+    if scheduler.config.prediction_type == "epsilon":
+        return noise
+    if scheduler.config.prediction_type == "sample":
+        return images
+    return scheduler.get_velocity(images, noise, timesteps)
+
+
+def loss_weights(scheduler, timesteps: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:
+    """Weight of the squared error at each timestep, (B,): 1, or Min-SNR for the scheduler's `prediction_type`.
+
+    With SNR = alpha^2 / sigma^2, the weight in terms of the image is min(SNR, gamma); the squared errors of noise and
+    velocity are SNR and SNR + 1 times that of the image.
+    """
+    if snr_gamma is None:
+        return torch.ones_like(timesteps, dtype=torch.float32)
+    snr = compute_snr(scheduler, timesteps)
+    weights = snr.clamp(max=snr_gamma)
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[scheduler.config.prediction_type]
+    return weights / divisor
