@@ -52,7 +52,8 @@ def save_checkpoint(output_dir, step: int, unet, ema, optimizer, state: dict, to
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in final.parent.glob(".checkpoint-*"):  # of a run that was killed
+        shutil.rmtree(leftover)
     partial.mkdir(parents=True)
 
     unet.save_pretrained(partial / "unet")
@@ -79,13 +80,19 @@ def save_checkpoint(output_dir, step: int, unet, ema, optimizer, state: dict, to
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
     if final.exists():
-        shutil.rmtree(final)
+        remove_checkpoint(final)
     partial.rename(final)
 
     if total_limit is not None:
-        for old in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
+        others = [path for path in list_checkpoints(output_dir) if path != final]
+        for old in others[: max(0, len(others) + 1 - total_limit)]:
+            remove_checkpoint(old)
     return final
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; its name goes first, so that what a kill leaves is not taken for a whole one."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
 
 
 def load_checkpoint(path: str | Path, unet, ema, optimizer) -> dict:

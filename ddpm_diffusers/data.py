@@ -4,7 +4,6 @@ A batch is a gather of rows of those arrays: no Python an image, nothing decoded
 than memory.
 """
 
-import hashlib
 import io
 from pathlib import Path
 
@@ -13,10 +12,11 @@ import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
 from datasets import config as datasets_config
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.fingerprint import Hasher
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
+from PIL import ImageOps
 
 from . import synthetic_fashion
 
@@ -37,7 +37,9 @@ class ImageArrays(torch.utils.data.Dataset):
         self.shape = shape
         column = dataset.with_format("arrow")[:].column("image")
         # views of the memory-mapped file, (rows, C, H, W) each
-        self.chunks = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, *shape) for chunk in column.chunks]
+        self.chunks = [
+            part.flatten().to_numpy(zero_copy_only=True).reshape(len(part), *shape) for part in column.chunks
+        ]
         self.ends = np.cumsum([len(chunk) for chunk in self.chunks])
 
     def __len__(self) -> int:
@@ -50,6 +52,10 @@ class ImageArrays(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
         """The images of a batch, uint8 (B, C, H, W): what torch's DataLoader calls, once a batch."""
         indices = np.asarray(indices)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(
+                f"Indices run from {indices.min()} to {indices.max()}, but the images from 0 to {len(self) - 1}."
+            )
         which = np.searchsorted(self.ends, indices, side="right")
         batch = np.empty((len(indices), *self.shape), np.uint8)
         for i in np.unique(which):
@@ -77,7 +83,7 @@ def load_images(
     seed: int = 0,
     cache_dir: str | None = None,
 ) -> Dataset:
-    """A data set decoded to one resolution.
+    """A data set decoded to one resolution. Transparent pixels show black; 16-bit grey is scaled to 8 bits.
 
     Args:
         dataset_name: A data set of the Hub, a local folder (parquet, images, or `save_to_disk`'s Arrow), or
@@ -91,7 +97,7 @@ def load_images(
         center_crop: Cut each image to its central square first. Without it all images must be square and of one size.
         max_samples: Use the first so many images only; of the built-in set, draw so many.
         seed: Of the built-in set.
-        cache_dir: Of `datasets`.
+        cache_dir: Of `datasets`, and of what is decoded.
 
     Returns:
         A `Dataset` with `image`, rows of channels * resolution^2 uint8 in (C, H, W) order, and `label` where there is
@@ -112,8 +118,8 @@ def load_images(
     source = open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache_dir)
     if image_column not in source.column_names:
         raise ValueError(
-            f"The data set has no column {image_column!r}; it has {', '.join(source.column_names)}: pass one of them as"
-            " `--image_column`."
+            f"The data set has no column {image_column!r}; it has {', '.join(source.column_names)}: pass one of them"
+            " as `--image_column`."
         )
     if not isinstance(source.features[image_column], Image):
         raise ValueError(
@@ -128,6 +134,13 @@ def load_images(
     kept = [image_column] + [name for name in ("label",) if name in source.column_names]
     labels = {name: source.features[name] for name in kept[1:]}
     pixels = channels * resolution**2
+    first = source.with_format("arrow")[:1].column(image_column)[0].as_py()
+    settings = {
+        "image_column": image_column,
+        "resolution": resolution,
+        "channels": channels,
+        "size": None if center_crop else decode_image(first, 0).size,
+    }
     decoded = (
         source.select_columns(kept)
         .with_format("arrow")
@@ -139,12 +152,8 @@ def load_images(
             writer_batch_size=max(1, CHUNK_BYTES // pixels),
             features=Features({"image": List(Value("uint8"), length=pixels), **labels}),
             remove_columns=[image_column],
-            fn_kwargs={
-                "image_column": image_column,
-                "resolution": resolution,
-                "channels": channels,
-                "center_crop": center_crop,
-            },
+            fn_kwargs=settings,
+            cache_file_name=cache_file(cache_dir, source._fingerprint, settings),
             desc=f"Decoding to {resolution}x{resolution}",
         )
     )
@@ -153,8 +162,8 @@ def load_images(
 
 def open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache_dir) -> Dataset:
     """`load_dataset`, with errors that say what to do."""
-    advice = "pass the name of a data set of the Hub or a local folder as `--dataset_name`, or use the built-in set:"
-    advice += f" `--dataset_name {SYNTHETIC}`"
+    advice = "pass a data set of the Hub or a local folder as `--dataset_name`, or a folder of images as"
+    advice += f" `--train_data_dir`, and one of its splits as `--split`; or use `--dataset_name {SYNTHETIC}`, built in"
     name = train_data_dir or dataset_name
     try:
         if train_data_dir is not None:
@@ -169,31 +178,31 @@ def open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache
         raise ValueError(f"There is no data set {name!r} that can be read ({error}): {advice}.") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
         raise ConnectionError(f"The Hub cannot be reached for data set {name!r} ({error}): {advice}.") from error
-    except (FileNotFoundError, ValueError) as error:
+    except IndexError as error:  # what `datasets` makes of no rows on disk, and of no name
+        raise ValueError(f"Data set {name!r} is empty: {advice}.") from error
+    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
         raise ValueError(f"Data set {name!r} cannot be read ({error}): {advice}.") from error
 
 
 def select_split(loaded: DatasetDict, split: str) -> Dataset:
     if split not in loaded:
-        raise ValueError(f"it has no split {split!r}, but {', '.join(loaded)}: pass one of them as `--split`")
+        raise ValueError(f"it has no split {split!r}, but {', '.join(loaded)}")
     return loaded[split]
 
 
-def decode_images(table: pa.Table, indices: list[int], image_column, resolution, channels, center_crop) -> pa.Table:
-    """Encoded images of a table to rows of uint8, (C, H, W) each."""
+def decode_images(table: pa.Table, indices: list[int], image_column, resolution, channels, size) -> pa.Table:
+    """Encoded images of a table to rows of uint8, (C, H, W) each; all of `size`, or where None cut to the centre."""
     pixels = np.empty((len(table), channels, resolution, resolution), np.uint8)
-    first_size = None
-    for row, (index, encoded) in enumerate(zip(indices, table.column(image_column).to_pylist(), strict=True)):
-        image = decode_image(encoded, index)
+    for row, (index, encoded) in enumerate(zip(indices, table.column(image_column), strict=True)):
+        image = decode_image(encoded.as_py(), index)
         side = min(image.size)
-        if center_crop:
+        if size is None:
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side))
-        first_size = first_size or image.size
-        if image.width != image.height or (image.size != first_size and not center_crop):
+        elif image.size != (size[0], size[0]):
             raise ValueError(
-                f"Image {index} is {image.width}x{image.height}, after one of {first_size[0]}x{first_size[1]}; images"
-                " must be square and of one size: pass `--center_crop` to use the central square of each."
+                f"Image {index} is {image.width}x{image.height}; images must be square and of one size (the first is"
+                f" {size[0]}x{size[1]}): pass `--center_crop` to use the central square of each."
             )
         image = image.convert("L" if channels == 1 else "RGB")
         if side != resolution:
@@ -203,17 +212,27 @@ def decode_images(table: pa.Table, indices: list[int], image_column, resolution,
 
 
 def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
-    """The PIL image of an Arrow row: bytes, or the path of a file."""
+    """The PIL image of an Arrow row (bytes, or the path of a file), upright, opaque and of 8 bits a channel."""
     if encoded is None:
         raise ValueError(f"Image {index} of the data set is missing (null): remove the row, or choose another column.")
     try:
         image = PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
-        image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        ImageOps.exif_transpose(image, in_place=True)  # decodes it, too
+    except Exception as error:  # PIL raises many kinds on damaged files
         raise ValueError(
             f"Image {index} of the data set cannot be decoded ({error}): repair or remove it, or use the built-in set:"
             f" `--dataset_name {SYNTHETIC}`."
         ) from error
+    if image.mode in ("I", "F"):  # PIL would clip them
+        raise ValueError(
+            f"Image {index} has 32-bit pixels (mode {image.mode!r}), whose range is unknown; images must have 8 bits a"
+            " channel, or 16 bits of grey: convert them."
+        )
+    if image.mode.startswith("I;16"):
+        return PILImage.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))  # 65535 to 255
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "black"), image)
     return image
 
 
@@ -223,12 +242,17 @@ def pixel_table(pixels: np.ndarray, others: pa.Table) -> pa.Table:
     return others.append_column("image", rows)
 
 
+def cache_file(cache_dir: str | None, *content) -> str:
+    """Where rows are cached: named after their content and this code, and not beside the source, often read-only."""
+    code = [Path(file).read_bytes() for file in (__file__, synthetic_fashion.__file__)]
+    folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / "ddpm-diffusers"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"{Hasher.hash([code, content])}.arrow")
+
+
 def draw_synthetic(count: int, seed: int, resolution: int, channels: int, cache_dir: str | None = None) -> Dataset:
     """The first `count` images of the built-in set, with the columns of `load_images`, drawn into the Arrow cache."""
     pixels = channels * resolution**2
-    key = hashlib.sha256(Path(synthetic_fashion.__file__).read_bytes()).hexdigest()[:12]
-    folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / SYNTHETIC
-    folder.mkdir(parents=True, exist_ok=True)
     return (
         Dataset.from_dict({"index": np.arange(count)})
         .with_format("arrow")
@@ -245,7 +269,7 @@ def draw_synthetic(count: int, seed: int, resolution: int, channels: int, cache_
             ),
             remove_columns=["index"],
             fn_kwargs={"seed": seed, "resolution": resolution, "channels": channels},
-            cache_file_name=str(folder / f"{key}-{count}-{seed}-{resolution}-{channels}.arrow"),
+            cache_file_name=cache_file(cache_dir, SYNTHETIC, count, seed, resolution, channels),
             desc=f"Drawing {count} garments at {resolution}x{resolution}",
         )
         .with_format(None)

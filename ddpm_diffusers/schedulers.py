@@ -25,9 +25,12 @@ SCHEDULERS = {
 }
 
 REFUSED = {
-    "lcm": "LCMScheduler draws each step from one guess of the image, which only a consistency-distilled network can make",
+    "lcm": "LCMScheduler jumps to the image at each step, which needs a consistency-distilled network",
     "ipndm": "IPNDMScheduler has a noise schedule of its own and cannot take the network's",
 }
+
+# their step raises on prediction_type "sample"
+NO_SAMPLE_PREDICTION = ("pndm", "euler_ancestral", "dpmsolver_sde", "kdpm2", "kdpm2_ancestral")
 
 # what a network was trained with, and no sampler may change
 TRAINED_WITH = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -38,8 +41,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
 
     Args:
         name: A key of `SCHEDULERS`.
-        scheduler: The scheduler to follow, such as `pipe.scheduler`. What else the two classes share, such as
-            `timestep_spacing`, is carried over too, defaults included.
+        scheduler: The scheduler to follow, such as `pipe.scheduler`. What else the two classes share
+            (`timestep_spacing` for one) is carried over too, defaults included.
         overrides: Arguments of the new class, such as `use_karras_sigmas=True`.
 
     Raises:
@@ -64,6 +67,9 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
             )
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in taken:
         raise ValueError(f"{scheduler_class.__name__} cannot follow a schedule with `rescale_betas_zero_snr=True`.")
-    if name == "pndm" and config["prediction_type"] == "sample":
-        raise ValueError("PNDMScheduler knows no `prediction_type` 'sample'; use another scheduler.")
-    return scheduler_class.from_config(config, **overrides)
+    if name in NO_SAMPLE_PREDICTION and config["prediction_type"] == "sample":
+        raise ValueError(f"{scheduler_class.__name__} knows no `prediction_type` 'sample'; use another scheduler.")
+    try:
+        return scheduler_class.from_config(config, **overrides)
+    except NotImplementedError as error:  # a beta_schedule that only some classes know
+        raise ValueError(f"{scheduler_class.__name__} cannot follow this noise schedule: {error}.") from error

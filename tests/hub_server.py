@@ -129,9 +129,11 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if isinstance(fault, int):
                 raise HubError(fault, "Injected fault")
-            found = ((p.fullmatch(f"{self.command} {url.path}"), target) for p, target in PATTERNS.items())
-            match, (handler, access) = next((pair for pair in found if pair[0]), (None, (None, None)))
-            if match is None:
+            for pattern, target in PATTERNS.items():
+                if match := pattern.fullmatch(f"{self.command} {url.path}"):
+                    handler, access = target
+                    break
+            else:
                 raise HubError(404, f"Not a route of this server: {self.command} {url.path}")
             parts = {key: unquote(value) for key, value in match.groupdict().items()}
             self.authorize(access, parts)

@@ -1,0 +1,460 @@
+"""Data sets to uint8 arrays to batches, against PIL, numpy and row-by-row reading; every error of `load_images`."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from hub_server import HubServer, Repo
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+
+from ddpm_diffusers import data
+from ddpm_diffusers.data import ImageArrays, as_batch, decode_image, load_images
+
+SEVERAL_CHUNKS = 7 * 64  # bytes: 7 images of 8x8 in grey
+
+
+def random_images(count, mode="L", size=(8, 8), seed=0):
+    shape = (count, size[1], size[0], len(mode))
+    return [PILImage.fromarray(p.squeeze(-1) if mode == "L" else p) for p in pixels_of(shape, seed)]
+
+
+def pixels_of(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def as_dataset(images):
+    features = Features({"image": Image(), "label": Value("int64"), "name": Value("string")})
+    count = range(len(images))
+    columns = {"image": images, "label": [i % 3 for i in count], "name": [str(i) for i in count]}
+    return Dataset.from_dict(columns, features=features)
+
+
+def encode(image, format="png", **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def store(images, folder, kind="parquet"):
+    """Write a data set to a folder; returns the arguments of `load_images` that name it."""
+    folder.mkdir(exist_ok=True)
+    if kind == "parquet":
+        as_dataset(images).to_parquet(folder / "train.parquet")
+    elif kind == "disk":
+        as_dataset(images).save_to_disk(folder)
+    elif kind == "disk with splits":
+        DatasetDict({"train": as_dataset(images), "test": as_dataset(images[:1])}).save_to_disk(folder)
+    else:
+        for i, image in enumerate(images):
+            image.save(folder / f"{i:04}.png")
+    return {"train_data_dir" if kind == "train_data_dir" else "dataset_name": str(folder)}
+
+
+def read(dataset, resolution, channels=1):
+    """Row by row, as `datasets` reads: (N, C, H, W)."""
+    rows = [row["image"] for row in dataset]
+    return np.array(rows, np.uint8).reshape(-1, channels, resolution, resolution)
+
+
+def reference(images, resolution, channels=1):
+    """Each image by PIL alone, (N, C, H, W)."""
+    size = (resolution, resolution)
+    images = [image.convert("RGB" if channels == 3 else "L") for image in images]
+    images = [np.asarray(image.resize(size, PILImage.Resampling.BILINEAR)) for image in images]
+    return np.stack([image.reshape(*size, channels).transpose(2, 0, 1) for image in images])
+
+
+def cache_files(folder):
+    return {path: path.stat().st_ino for path in Path(folder).rglob("*.arrow")}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return str(tmp_path / "cache")
+
+
+# sources and pixels
+
+
+@pytest.mark.parametrize("kind", ["parquet", "images", "train_data_dir", "disk", "disk with splits"])
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("L", 3), ("RGB", 1), ("RGB", 3)])
+@pytest.mark.parametrize("resolution", [12, 7])
+def test_pixels_are_what_pil_decodes_and_resizes(kind, mode, channels, resolution, tmp_path, cache):
+    images = random_images(5, mode, (12, 12))
+    source = store(images, tmp_path / "source", kind)
+    decoded = load_images(**source, resolution=resolution, channels=channels, cache_dir=cache)
+    np.testing.assert_array_equal(read(decoded, resolution, channels), reference(images, resolution, channels))
+    if "disk" in kind or kind == "parquet":
+        assert decoded.column_names == ["label", "image"] and decoded["label"][:] == [0, 1, 2, 0, 1]
+
+
+def test_a_data_set_of_the_hub_is_read_like_a_folder(tmp_path, cache, monkeypatch):
+    images = random_images(4)
+    store(images, tmp_path / "source")
+    with HubServer() as hub:
+        use_hub(monkeypatch, hub.endpoint, tmp_path)
+        hub.repos["datasets/user/grey"] = Repo("user/grey", dataset=True)
+        hub.repos["datasets/user/grey"].commit(
+            "data", {"data/train-0000.parquet": (tmp_path / "source" / "train.parquet").read_bytes()}
+        )
+        np.testing.assert_array_equal(
+            read(load_images("user/grey", resolution=8, cache_dir=cache), 8), reference(images, 8)
+        )
+        with pytest.raises(ValueError, match="'user/nope'.*synthetic-fashion"):
+            load_images("user/nope", resolution=8, cache_dir=cache)
+
+
+@pytest.mark.parametrize(("max_samples", "expected"), [(1, 1), (3, 3), (99, 5)])
+def test_max_samples_takes_the_first(max_samples, expected, tmp_path, cache):
+    images = random_images(5)
+    decoded = load_images(**store(images, tmp_path / "s"), resolution=8, max_samples=max_samples, cache_dir=cache)
+    np.testing.assert_array_equal(read(decoded, 8), reference(images[:expected], 8))
+
+
+def test_other_names_of_split_and_column(tmp_path, cache):
+    images = random_images(3)
+    splits = {"train": as_dataset(images[:1]), "extra": as_dataset(images[1:])}
+    DatasetDict(splits).rename_column("image", "picture").save_to_disk(tmp_path / "s")
+    decoded = load_images(str(tmp_path / "s"), resolution=8, split="extra", image_column="picture", cache_dir=cache)
+    np.testing.assert_array_equal(read(decoded, 8), reference(images[1:], 8))
+
+
+def test_center_crop_takes_the_central_square_of_each(tmp_path, cache):
+    sizes = [(12, 8), (8, 15), (9, 9), (20, 21)]
+    images = [random_images(1, size=size, seed=i)[0] for i, size in enumerate(sizes)]
+    source = store(images, tmp_path / "source")
+    decoded = load_images(**source, resolution=8, center_crop=True, cache_dir=cache)
+    crops = [(0, 2, 8), (3, 0, 8), (0, 0, 9), (0, 0, 20)]  # top, left, side
+    squares = [np.asarray(image)[t : t + s, x : x + s] for image, (t, x, s) in zip(images, crops, strict=True)]
+    np.testing.assert_array_equal(read(decoded, 8), reference(map(PILImage.fromarray, squares), 8))
+
+
+# kinds of image
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("png", "<u2"), ("tiff", "<u2"), ("tiff", ">u2")])
+def test_sixteen_bit_grey_is_scaled_not_clipped(format, dtype, tmp_path, cache):
+    values = np.linspace(0, 65535, 64).round().astype(dtype).reshape(8, 8)
+    image = PILImage.frombytes("I;16B" if dtype == ">u2" else "I;16", (8, 8), values.tobytes())
+    source = store([encode(image, format)], tmp_path / "source")
+    for channels in (1, 3):
+        decoded = load_images(**source, resolution=8, channels=channels, cache_dir=cache)
+        expected = np.broadcast_to(np.round(values / 65535 * 255), (1, channels, 8, 8))
+        np.testing.assert_array_equal(read(decoded, 8, channels), expected)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparent_pixels_show_black(mode, tmp_path, cache):
+    pixels = pixels_of((8, 8, len(mode)))
+    pixels[:4, :, -1] = np.where(np.arange(8) < 4, 0, 255)  # wholly clear, and wholly opaque
+    image = PILImage.fromarray(pixels)
+    decoded = load_images(**store([image], tmp_path / "s"), resolution=8, channels=len(mode) - 1, cache_dir=cache)
+    expected = pixels[..., :-1].astype(float) * pixels[..., -1:] / 255
+    difference = read(decoded, 8, len(mode) - 1)[0] - expected.transpose(2, 0, 1)
+    assert np.abs(difference).max() <= 1 and not difference[:, :4].any()
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+def test_palette_and_bilevel_images_are_looked_up(transparent, tmp_path, cache):
+    colours, indices = pixels_of((16, 3)), pixels_of((8, 8)) % 16
+    palette = PILImage.fromarray(indices, "L")
+    palette.putpalette(colours.tobytes())
+    options = {"transparency": 5} if transparent else {}
+    decoded = load_images(
+        **store([encode(palette, **options)], tmp_path / "p"), resolution=8, channels=3, cache_dir=cache
+    )
+    if transparent:
+        colours[5] = 0
+    np.testing.assert_array_equal(read(decoded, 8, 3)[0], colours[indices].transpose(2, 0, 1))
+
+    bits = pixels_of((8, 8)) > 127
+    decoded = load_images(**store([PILImage.fromarray(bits)], tmp_path / "b"), resolution=8, cache_dir=cache)
+    np.testing.assert_array_equal(read(decoded, 8)[0, 0], bits * 255)
+
+
+def test_images_are_turned_as_their_exif_says(tmp_path, cache):
+    image = random_images(1, size=(8, 8))[0]
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: a quarter turn clockwise shows it upright
+    source = store([encode(image, exif=exif)], tmp_path / "source")
+    decoded = load_images(**source, resolution=8, cache_dir=cache)
+    np.testing.assert_array_equal(read(decoded, 8)[0, 0], np.rot90(np.asarray(image), -1))
+
+
+# batches
+
+
+@pytest.fixture
+def decoded(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK_BYTES", SEVERAL_CHUNKS)
+    return load_images(**store(random_images(50), tmp_path / "source"), resolution=8, cache_dir=cache)
+
+
+def test_a_batch_is_the_rows_one_by_one(decoded):
+    arrays, rows = ImageArrays(decoded, (1, 8, 8)), read(decoded, 8)
+    np.testing.assert_array_equal(rows, reference(random_images(50), 8))
+    assert len(arrays) == 50 and len(arrays.chunks) == 8
+    rng = np.random.default_rng(0)
+    for indices in (
+        [],
+        [49],
+        range(50),
+        range(6, 8),
+        [3, 3, 48, 3],
+        *(rng.integers(0, 50, 20).tolist() for _ in range(20)),
+    ):
+        batch = arrays.__getitems__(list(indices))
+        assert batch.dtype == torch.uint8
+        np.testing.assert_array_equal(batch, rows[list(indices)])
+    for i in range(50):
+        np.testing.assert_array_equal(arrays[i], rows[i])
+
+
+def test_three_channels_keep_their_order(tmp_path, cache):
+    images = random_images(4, "RGB")
+    decoded = load_images(**store(images, tmp_path / "s"), resolution=8, channels=3, cache_dir=cache)
+    np.testing.assert_array_equal(
+        ImageArrays(decoded, (3, 8, 8)).__getitems__([2, 0]), reference(images, 8, 3)[[2, 0]]
+    )
+
+
+@pytest.mark.parametrize("indices", [[50], [0, -1], [10**9]])
+def test_an_index_out_of_range_is_an_error(decoded, indices):
+    with pytest.raises(IndexError, match="from 0 to 49"):
+        ImageArrays(decoded, (1, 8, 8)).__getitems__(indices)
+
+
+def test_a_wrong_shape_is_an_error(decoded):
+    with pytest.raises(ValueError, match="reshape"):
+        ImageArrays(decoded, (1, 4, 4))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mappings")
+def test_the_arrays_are_views_of_the_mapped_file(decoded):
+    (file,) = (entry["filename"] for entry in decoded.cache_files)
+    mapped = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(file):
+            mapped.append([int(address, 16) for address in line.split()[0].split("-")])
+    for chunk in ImageArrays(decoded, (1, 8, 8)).chunks:
+        start = chunk.ctypes.data
+        assert any(low <= start and start + chunk.nbytes <= high for low, high in mapped)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_data_loader_gives_the_sampler_s_order_whatever_its_workers(decoded, num_workers):
+    arrays, rows = ImageArrays(decoded, (1, 8, 8)), read(decoded, 8)
+    order = np.random.default_rng(1).permutation(50)
+    loader = DataLoader(arrays, 8, sampler=order.tolist(), num_workers=num_workers, collate_fn=as_batch)
+    batches = list(loader)
+    assert [len(batch) for batch in batches] == [8] * 6 + [2]
+    np.testing.assert_array_equal(torch.cat(batches), rows[order])
+
+
+# cache
+
+
+@pytest.mark.parametrize("kind", ["parquet", "images", "disk"])
+def test_a_second_call_decodes_nothing(kind, tmp_path, cache):
+    source = store(random_images(6), tmp_path / "source", kind)
+    before = sorted(path.name for path in (tmp_path / "source").rglob("*"))
+    first = load_images(**source, resolution=8, cache_dir=cache)
+    files = cache_files(cache)
+    second = load_images(**source, resolution=8, cache_dir=cache)
+    assert files and cache_files(cache) == files  # a file decoded anew would be another
+    assert first.data.equals(second.data)
+    assert sorted(path.name for path in (tmp_path / "source").rglob("*")) == before  # a source may be read-only
+
+
+def test_no_setting_reads_the_cache_of_another(tmp_path, cache, monkeypatch):
+    images = random_images(6, "RGB", (12, 12))
+    source = store(images, tmp_path / "source")
+    settings = [(8, 1, 6, False), (8, 3, 6, False), (9, 1, 6, False), (8, 1, 5, False), (8, 1, 6, True)]
+    for resolution, channels, count, crop in settings:
+        arguments = {"resolution": resolution, "channels": channels, "max_samples": count, "center_crop": crop}
+        decoded = load_images(**source, **arguments, cache_dir=cache)
+        np.testing.assert_array_equal(
+            read(decoded, resolution, channels), reference(images[:count], resolution, channels)
+        )
+    # nor does another data set in the same place, or other decoding code
+    other = random_images(6, "RGB", (12, 12), seed=1)
+    store(other, tmp_path / "source")
+    np.testing.assert_array_equal(read(load_images(**source, resolution=8, cache_dir=cache), 8), reference(other, 8))
+    files = cache_files(cache)
+    (tmp_path / "changed.py").write_bytes(Path(data.__file__).read_bytes() + b"\n")
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "changed.py"))
+    load_images(**source, resolution=8, cache_dir=cache)
+    assert len(cache_files(cache)) == len(files) + 1
+
+
+def test_interrupted_decoding_leaves_nothing_that_a_second_call_would_use(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK_BYTES", SEVERAL_CHUNKS)
+    images = random_images(30)
+    source = store(images, tmp_path / "source", "images")
+    damaged = tmp_path / "source" / "0025.png"  # in the fourth chunk
+    content, time = damaged.read_bytes(), damaged.stat().st_mtime_ns
+    damaged.write_bytes(b"\0" * len(content))
+    os.utime(damaged, ns=(time, time))
+    with pytest.raises(ValueError, match="Image 25 .* cannot be decoded"):
+        load_images(**source, resolution=8, cache_dir=cache)
+    assert not list((Path(cache) / "ddpm-diffusers").iterdir())
+    damaged.write_bytes(content)
+    os.utime(damaged, ns=(time, time))  # the same fingerprint, so a cache of it would be found
+    np.testing.assert_array_equal(read(load_images(**source, resolution=8, cache_dir=cache), 8), reference(images, 8))
+
+
+# errors: each names the value, the rule and the fix
+
+
+def check(error, words):
+    for word in words:
+        assert word in str(error.value), f"{word!r} is not in: {error.value}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"resolution": 0}, ["`resolution` is 0", "positive integer"]),
+        ({"resolution": 8.0}, ["`resolution` is 8.0", "positive integer"]),
+        ({"max_samples": 0}, ["`max_samples` is 0", "positive integer"]),
+        ({"max_samples": -2}, ["`max_samples` is -2", "positive integer"]),
+        ({"channels": 4}, ["`channels` is 4", "1 (grey) or 3 (RGB)"]),
+        ({"image_column": "picture"}, ["'picture'", "image, label, name", "--image_column"]),
+        ({"image_column": "label"}, ["'label'", "int64", "not images", "--image_column"]),
+        ({"split": "test"}, ["test", "['train']", "--split"]),
+        ({"dataset_config_name": "large"}, ["'large'", "['default']"]),
+    ],
+)
+def test_wrong_arguments(arguments, words, tmp_path, cache):
+    source = store(random_images(2), tmp_path / "source")
+    with pytest.raises(ValueError) as error:
+        load_images(**{**source, "resolution": 8, "cache_dir": cache, **arguments})
+    check(error, words)
+
+
+@pytest.mark.parametrize("name", ["", "../nope", "./nope", "/nope/nope", "nope/nope/nope", "here"])
+def test_a_folder_that_is_not_there_or_empty(name, tmp_path, cache, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for argument in ("dataset_name", "train_data_dir"):
+        if name or argument == "dataset_name":
+            with pytest.raises(ValueError) as error:
+                load_images(**{argument: name}, resolution=8, cache_dir=cache)
+            check(error, [repr(name), f"--{argument}", "synthetic-fashion"])
+
+
+def test_a_split_that_a_saved_data_set_lacks(tmp_path, cache):
+    source = store(random_images(2), tmp_path / "source", "disk with splits")
+    with pytest.raises(ValueError) as error:
+        load_images(**source, split="validation", resolution=8, cache_dir=cache)
+    check(error, ["'validation'", "train, test", "--split"])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "disk"])
+def test_an_empty_split(kind, tmp_path, cache):
+    source = store([], tmp_path / "source", kind)
+    with pytest.raises(ValueError) as error:
+        load_images(**source, resolution=8, cache_dir=cache)
+    check(error, [source["dataset_name"], "--split"])
+
+
+def test_files_that_are_no_data_set(tmp_path, cache):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError) as error:
+        load_images(str(tmp_path), resolution=8, cache_dir=cache)
+    check(error, [repr(str(tmp_path)), "cannot be read", "synthetic-fashion"])
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        ((8, 10), ["Image 20 is 8x10", "the first is 8x8", "--center_crop"]),
+        ((10, 10), ["Image 20 is 10x10", "the first is 8x8", "--center_crop"]),  # square, but of another size
+    ],
+)
+@pytest.mark.parametrize("chunk", [SEVERAL_CHUNKS, 2**26])  # the odd one with the first in its chunk, and not
+def test_mixed_sizes(odd, words, chunk, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK_BYTES", chunk)
+    images = random_images(22)
+    images[20] = random_images(1, size=odd)[0]
+    source = store(images, tmp_path / "source")
+    with pytest.raises(ValueError) as error:
+        load_images(**source, resolution=8, cache_dir=cache)
+    check(error, words)
+
+
+def test_images_of_one_size_that_are_not_square(tmp_path, cache):
+    with pytest.raises(ValueError) as error:
+        load_images(**store(random_images(2, size=(9, 8)), tmp_path / "s"), resolution=8, cache_dir=cache)
+    check(error, ["Image 0 is 9x8", "square", "--center_crop"])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_missing_image(first, tmp_path, cache):
+    images = random_images(2)
+    source = store([None, *images] if first else [*images, None], tmp_path / "source")
+    with pytest.raises(ValueError) as error:
+        load_images(**source, resolution=8, cache_dir=cache)
+    check(error, [f"Image {0 if first else 2} ", "missing (null)", "remove the row"])
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((8, 8), np.int32), np.zeros((8, 8), np.float32)])
+def test_pixels_of_unknown_range(pixels, tmp_path, cache):
+    source = store([*random_images(1), encode(PILImage.fromarray(pixels), "tiff")], tmp_path / "source")
+    with pytest.raises(ValueError) as error:
+        load_images(**source, resolution=8, cache_dir=cache)
+    check(error, ["Image 1 ", "range is unknown", "8 bits", "convert"])
+
+
+PNG = encode(random_images(1)[0])["bytes"]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b"no image", PNG[:20], PNG[:60], PNG[:-20], PNG[:8] + b"\0\0\0\1" + PNG[12:], b"GIF89a" + b"\xff" * 20],
+    ids=["empty", "text", "in the header", "in the pixels", "at the end", "short header", "65535x65535"],
+)
+def test_a_damaged_image(damaged, tmp_path, cache):
+    source = store([*random_images(3), {"bytes": damaged, "path": None}], tmp_path / "source")
+    with pytest.raises(ValueError) as error:
+        load_images(**source, resolution=8, cache_dir=cache)
+    check(error, ["Image 3 ", "cannot be decoded", "repair or remove it", "synthetic-fashion"])
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "gif", "webp"])
+def test_random_damage_gives_an_image_or_the_error_that_names_it(format):
+    rng = np.random.default_rng(0)
+    sound = encode(random_images(1, "RGB", (16, 16))[0], format)["bytes"]
+    refused = 0
+    for _ in range(200):
+        damaged = np.frombuffer(sound, np.uint8).copy()
+        damaged[rng.integers(len(damaged), size=8)] = rng.integers(0, 256, 8)
+        try:
+            decode_image({"bytes": damaged.tobytes()[: rng.integers(40, len(damaged))], "path": None}, 4)
+        except ValueError as error:
+            assert "Image 4 of the data set cannot be decoded" in str(error)
+            refused += 1
+    assert refused > 20
+
+
+def use_hub(monkeypatch, endpoint, tmp_path, offline=False):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_that_cannot_be_reached(offline, tmp_path, cache, monkeypatch):
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path, offline)  # the discard port: closed
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits 23 s between its tries
+    with pytest.raises(ConnectionError) as error:
+        load_images("zalando-datasets/fashion_mnist", resolution=8, cache_dir=cache)
+    check(error, ["cannot be reached", "'zalando-datasets/fashion_mnist'", "--dataset_name synthetic-fashion"])

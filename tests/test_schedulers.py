@@ -1,0 +1,205 @@
+"""Every scheduler against a network that cannot err: the exact denoiser of Gaussian data.
+
+With x_0 ~ N(MEAN, STD^2), E[x_0 | x_t] is linear in x_t, so a sampler's result has a mean and a spread that show the
+sampler alone: a missing input scale, a wrong initial noise or another noise schedule moves them.
+"""
+
+import warnings
+
+import diffusers
+import pytest
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
+
+MEAN, STD = 0.2, 0.5
+STEPS = (10, 20, 50)
+NO_SAMPLE_PREDICTION = {"pndm", "euler_ancestral", "dpmsolver_sde", "kdpm2", "kdpm2_ancestral"}
+
+# |spread / STD - 1| of each solver at 10, 20 and 50 trailing steps: its own discretization error, measured with margin.
+# First-order solvers are held to their closed form besides (below).
+TOLERANCE = {
+    "ddpm": (0.36, 0.24, 0.13),
+    "ddim": (0.28, 0.16, 0.08),
+    "pndm": (0.20, 0.11, 0.06),
+    "lms": (0.09, 0.03, 0.02),
+    "euler": (0.28, 0.16, 0.08),
+    "euler_ancestral": (0.36, 0.24, 0.13),
+    "heun": (0.15, 0.06, 0.03),
+    "dpmsolver++": (0.21, 0.07, 0.02),
+    "dpmsolver++_singlestep": (0.27, 0.13, 0.05),
+    "dpmsolver_sde": (0.22, 0.10, 0.04),
+    "kdpm2": (0.18, 0.07, 0.03),
+    "kdpm2_ancestral": (0.11, 0.03, 0.03),
+    "deis": (0.22, 0.05, 0.03),
+    "unipc": (0.20, 0.06, 0.02),
+    "sa_solver": (0.11, 0.03, 0.04),
+    "tcd": (0.27, 0.16, 0.08),
+}
+
+
+class ExactDenoiser(diffusers.ModelMixin, ConfigMixin):
+    """The best possible prediction for pixels drawn from N(MEAN, STD^2), at any real timestep."""
+
+    @register_to_config
+    def __init__(self, sample_size: int = 8, in_channels: int = 1, prediction_type: str = "epsilon"):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+        alphas_cumprod = diffusers.DDPMScheduler().alphas_cumprod.double()
+        self.log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod))
+
+    def forward(self, sample, timestep):
+        timestep = torch.as_tensor(timestep).double()
+        low, high = timestep.floor().long(), timestep.ceil().long()
+        log_snr = torch.lerp(self.log_snr[low], self.log_snr[high], timestep - low)
+        alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        sample = sample.double()
+        image = MEAN + STD**2 * alpha / (alpha**2 * STD**2 + sigma**2) * (sample - alpha * MEAN)
+        noise = (sample - alpha * image) / sigma
+        velocity = alpha * noise - sigma * image
+        prediction = {"epsilon": noise, "sample": image, "v_prediction": velocity}[self.config.prediction_type]
+        return UNet2DOutput(sample=prediction.float())
+
+
+def make_pipe(name: str, prediction_type: str = "epsilon", **scheduler_kwargs) -> PixelDiffusionPipeline:
+    scheduler = diffusers.DDPMScheduler(
+        prediction_type=prediction_type, **{"timestep_spacing": "trailing", "clip_sample": False, **scheduler_kwargs}
+    )
+    pipe = PixelDiffusionPipeline(ExactDenoiser(prediction_type=prediction_type), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(name, pipe.scheduler)
+    return pipe
+
+
+def mean_and_spread(pipe, steps: int) -> tuple[float, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchsde speaks of rounding in its time interval
+        images = pipe(600, steps, torch.Generator().manual_seed(0), output_type="latent").images
+    return images.mean().item(), images.std().item() / STD
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_samples_of_an_exact_denoiser_have_the_mean_and_spread_of_the_data(name, prediction_type):
+    if name == "dpmsolver_sde":
+        pytest.importorskip("torchsde")
+    if prediction_type == "sample" and name in NO_SAMPLE_PREDICTION:
+        with pytest.raises(ValueError, match="sample"):
+            make_pipe(name, prediction_type)
+        return
+    errors = []
+    for steps, tolerance in zip(STEPS, TOLERANCE[name], strict=True):
+        mean, spread = mean_and_spread(make_pipe(name, prediction_type), steps)
+        assert abs(mean - MEAN) < 0.03, (steps, mean)
+        assert abs(spread - 1) < tolerance, (steps, spread)
+        errors.append(abs(spread - 1))
+    assert errors[2] < max(errors[0], 0.02)  # more steps, less error
+
+
+FORGETS_ITS_START = {"euler_ancestral", "kdpm2_ancestral", "dpmsolver_sde"}  # fresh noise at every step
+
+
+@pytest.mark.parametrize(
+    "name", ["lms", "euler", "euler_ancestral", "heun", "kdpm2", "kdpm2_ancestral", "dpmsolver_sde"]
+)
+@pytest.mark.parametrize("ignored", ["scale_model_input", "init_noise_sigma"])
+def test_the_tolerance_catches_a_pipeline_that_ignores(name, ignored):
+    if name == "dpmsolver_sde":
+        pytest.importorskip("torchsde")
+    if ignored == "init_noise_sigma" and name in FORGETS_ITS_START:
+        pytest.skip("the spread of its samples hardly depends on where it starts; see the test of the first input")
+    pipe = make_pipe(name)
+    broken = {"scale_model_input": lambda self, sample, timestep: sample, "init_noise_sigma": 1.0}[ignored]
+    pipe.scheduler.__class__ = type("Ignoring", (type(pipe.scheduler),), {ignored: broken})
+    if ignored == "scale_model_input":  # what the real one does besides
+        pipe.scheduler.is_scale_input_called = True
+        pipe.scheduler.set_timesteps(20)
+        pipe.scheduler._init_step_index(pipe.scheduler.timesteps[0])
+    _, spread = mean_and_spread(pipe, 20)
+    assert not abs(spread - 1) < 2 * TOLERANCE[name][1]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_first_input_of_the_network_has_variance_1(name):
+    if name == "dpmsolver_sde":
+        pytest.importorskip("torchsde")
+    pipe = make_pipe(name)
+    inputs = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0].std().item()))
+    mean_and_spread(pipe, 10)
+    assert inputs[0] == pytest.approx(1, abs=0.02)
+
+
+def closed_form_spread(steps: int, eta: float) -> float:
+    """The spread after DDIM (eta 0) or ancestral sampling (eta 1; DDPM), by its linear recursion (DDIM, eq. 12 and 16)."""
+    alphas_cumprod = diffusers.DDPMScheduler().alphas_cumprod.double()
+    stride = 1000 // steps
+    variance = 1.0
+    for t in range(999, -1, -stride):
+        a = alphas_cumprod[t]
+        previous = alphas_cumprod[t - stride] if t >= stride else torch.tensor(1.0)
+        sigma = eta * ((1 - previous) / (1 - a) * (1 - a / previous)).sqrt()
+        gain = STD**2 * a.sqrt() / (a * STD**2 + 1 - a)  # of the predicted image
+        factor = previous.sqrt() * gain + (1 - previous - sigma**2).sqrt() * (1 - a.sqrt() * gain) / (1 - a).sqrt()
+        variance = factor**2 * variance + sigma**2
+    return float(variance**0.5 / STD)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("name, eta", [("ddim", 0), ("euler", 0), ("ddpm", 1), ("euler_ancestral", 1)])
+def test_first_order_samplers_follow_their_closed_form(name, eta, steps):
+    _, spread = mean_and_spread(make_pipe(name), steps)
+    assert spread == pytest.approx(closed_form_spread(steps, eta), abs=0.02)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_noise_schedule_is_carried_over_by_either_way_of_swapping(name):
+    if name == "dpmsolver_sde":
+        pytest.importorskip("torchsde")
+    original = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")  # the betas' ends stay at their defaults
+    pipe = PixelDiffusionPipeline(ExactDenoiser(), original)
+    by_name = make_scheduler(name, pipe.scheduler)
+    by_class = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
+    for scheduler in (by_name, by_class, make_scheduler("heun", by_name), make_scheduler("ddpm", by_class)):
+        assert torch.equal(scheduler.alphas_cumprod, original.alphas_cumprod)
+        assert scheduler.config.get("timestep_spacing", "leading") == "leading"
+    assert type(by_name) is type(by_class)
+
+
+def test_without_the_pipeline_make_scheduler_keeps_defaults_that_from_config_drops():
+    original = diffusers.DDPMScheduler()
+    dropped = diffusers.HeunDiscreteScheduler.from_config(original.config)
+    assert not torch.equal(dropped.alphas_cumprod, original.alphas_cumprod)  # why make_scheduler exists
+    assert torch.equal(make_scheduler("heun", original).alphas_cumprod, original.alphas_cumprod)
+
+
+def test_lcm_is_refused_for_a_reason():
+    """Its samples of an exact denoiser have the wrong spread: it needs a consistency-distilled network."""
+    pipe = make_pipe("ddpm")
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    assert abs(mean_and_spread(pipe, 10)[1] - 1) > 0.2
+    with pytest.raises(ValueError, match="distilled"):
+        make_scheduler("lcm", pipe.scheduler)
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, overrides, message",
+    [
+        ("dpm", {}, {}, r"'dpm' is unknown; it must be one of ddpm, ddim"),
+        ("ipndm", {}, {}, "noise schedule of its own"),
+        ("ddim", {}, {"order": 2}, "`order` is no argument of DDIMScheduler"),
+        ("ddim", {}, {"beta_end": 0.012}, "`beta_end` is 0.02 in the scheduler that the network was trained with"),
+        ("heun", {"rescale_betas_zero_snr": True}, {}, "rescale_betas_zero_snr"),
+        ("heun", {"beta_schedule": "sigmoid"}, {}, "sigmoid"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(name, kwargs, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make_scheduler(name, diffusers.DDPMScheduler(**kwargs), **overrides)
+
+
+def test_overrides_reach_the_scheduler():
+    scheduler = make_scheduler("dpmsolver++", diffusers.DDPMScheduler(), use_karras_sigmas=True, solver_order=3)
+    assert scheduler.config.use_karras_sigmas and scheduler.config.solver_order == 3
