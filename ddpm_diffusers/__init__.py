@@ -1,4 +1,4 @@
-"""Small-image diffusion for Hugging Face diffusers: an optimized U-Net, a pipeline for any scheduler, and their training."""
+"""Small-image diffusion as a plugin for Hugging Face diffusers: a U-Net, a pipeline, schedulers and training."""
 
 from .pipeline_pixel_diffusion import PixelDiffusionPipeline
 from .registration import register

@@ -123,7 +123,7 @@ def test_as_a_data_set_it_has_the_columns_and_rows_of_any_other(channels, tmp_pa
     )
     images, labels = draw_garments(range(35), seed=4, resolution=10, channels=channels)
     np.testing.assert_array_equal(ImageArrays(drawn, (channels, 10, 10)).__getitems__(range(35)), images)
-    assert drawn["label"][:] == labels.tolist() and drawn.features["label"].names == list(CLASS_NAMES)
+    assert drawn["label"][:] == labels.tolist() and tuple(drawn.features["label"].names) == CLASS_NAMES
 
     rows = {"image": [PILImage.new("RGB", (10, 10))], "label": [0]}
     (tmp_path / "other").mkdir()

@@ -1,0 +1,30 @@
+# Everything from a fresh machine with Python >= 3.10 and git: `make quickstart`, `make test`.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: quickstart test test-slow quality style
+
+# installed once; again only when what is installed changes
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,dev]"
+	touch $@
+
+quickstart: .venv/installed
+	$(BIN)/accelerate launch --config_file train_scripts/accelerate/cpu.yaml train_scripts/train_unconditional.py \
+		train_scripts/configs/quickstart.yaml --overwrite_output_dir
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+quality: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

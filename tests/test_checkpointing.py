@@ -1,0 +1,250 @@
+"""Checkpoints: exact to the bit, whole or absent whenever the process dies, and no pickle."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import zipfile
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+
+from ddpm_diffusers import OptimizedUNet2DModel
+from ddpm_diffusers.checkpointing import list_checkpoints, load_checkpoint, resolve_checkpoint, save_checkpoint
+
+TINY = {"block_out_channels": (8, 8), "norm_num_groups": 2, "block_norm_num_groups": 2, "time_embedding_dim": 8}
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+    "amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, amsgrad=True, betas=(0.95, 0.99)),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "stateless": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+}
+
+
+class Run:
+    """A small training whose batches are a function of the step."""
+
+    def __init__(self, seed=0, optimizer="adamw", with_ema=True, **config):
+        torch.manual_seed(seed)
+        self.unet = OptimizedUNet2DModel(sample_size=8, **{**TINY, **config})
+        self.ema = EMAModel(self.unet.parameters(), foreach=True) if with_ema else None
+        self.optimizer = OPTIMIZERS[optimizer](self.unet.parameters())
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 0.9**step)
+        self.step = 0
+
+    def train(self, steps):
+        for _ in range(steps):
+            generator = torch.Generator().manual_seed(self.step)
+            batch = torch.randn(2, 1, 8, 8, generator=generator)
+            loss = (self.unet(batch, self.step * 100).sample - batch.flip(-1)).square().mean()
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.step(self.unet.parameters())
+            self.step += 1
+        return self
+
+    def save(self, folder, total_limit=None):
+        state = {"lr_scheduler": self.schedule.state_dict(), "note": "kept"}
+        return save_checkpoint(folder, self.step, self.unet, self.ema, self.optimizer, state, total_limit)
+
+    def load(self, path):
+        state = load_checkpoint(path, self.unet, self.ema, self.optimizer)
+        self.schedule.load_state_dict(state["lr_scheduler"])
+        self.step = state["step"]
+        return state
+
+    def everything(self):
+        """All that decides how the training goes on."""
+        values = {"step": self.step, "lr": self.schedule.get_last_lr(), **self.unet.state_dict()}
+        values |= {f"optimizer.{i}": state for i, state in self.optimizer.state_dict()["state"].items()}
+        groups = self.optimizer.state_dict()["param_groups"]
+        values["groups"] = [{**group, "betas": list(group.get("betas", []))} for group in groups]
+        if self.ema is not None:
+            values |= {f"ema.{i}": parameter for i, parameter in enumerate(self.ema.shadow_params)}
+            values["ema_step"] = self.ema.optimization_step
+        return values
+
+
+def assert_same(first, second):
+    torch.testing.assert_close(first.everything(), second.everything(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "with_ema"),
+    [("adamw", True), ("adamw", False), ("amsgrad", True), ("momentum", True), ("stateless", True)],
+)
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(optimizer, with_ema, tmp_path):
+    uninterrupted = Run(0, optimizer, with_ema).train(6)
+    saving = Run(0, optimizer, with_ema).train(3)
+    path = saving.save(tmp_path)
+    resumed = Run(1, optimizer, with_ema).train(1)  # other weights, moments and position, all to be replaced
+    assert resumed.load(path)["note"] == "kept"
+    assert_same(resumed, saving)
+    assert_same(resumed.train(3), uninterrupted)
+    assert_same(saving.train(3), uninterrupted)  # saving itself changes nothing
+
+
+def test_a_checkpoint_before_the_first_step(tmp_path):
+    path = Run(0).save(tmp_path)
+    resumed = Run(1)
+    resumed.load(path)
+    assert_same(resumed.train(2), Run(0).train(2))
+
+
+def test_weights_and_their_average_load_as_models(tmp_path):
+    run = Run().train(5)
+    path = run.save(tmp_path)
+    for name, expected in (("unet", run.unet.parameters()), ("unet_ema", run.ema.shadow_params)):
+        loaded = OptimizedUNet2DModel.from_pretrained(path / name).parameters()
+        assert all(torch.equal(a, b) for a, b in zip(loaded, expected, strict=True))
+    assert not torch.equal(run.ema.shadow_params[0], next(run.unet.parameters()))
+
+
+def test_every_file_is_json_safetensors_or_source(tmp_path):
+    path = Run().train(2).save(tmp_path)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} == {".json", ".safetensors", ".py"}
+    for file in files:
+        assert not zipfile.is_zipfile(file)  # torch.save's container
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                assert tensors.keys()
+        else:
+            compile(file.read_text(), file.name, "exec")
+
+
+# killed at any moment
+
+
+def fork_and_kill(work, folder, at_event):
+    """Run `work` in a forked process that kills itself before file operation number `at_event`; True if it was killed.
+
+    The operations are those that Python announces to audit hooks: mkdir, rename, remove, rmdir, open to write.
+    """
+    pid = os.fork()
+    if pid == 0:
+        events = 0
+
+        def hook(event, arguments):
+            nonlocal events
+            writes = event == "open" and str(folder) in str(arguments[0]) and "w" in (arguments[1] or "")
+            if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+                events += 1
+                if events == at_event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        status = 1
+        try:
+            sys.addaudithook(hook)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("saved_again", [False, True], ids=["a new step", "a step that is there"])
+def test_killed_at_any_file_operation_every_checkpoint_listed_is_whole(saved_again, tmp_path):
+    before, folder = tmp_path / "before", tmp_path / "run"
+    run = Run()
+    for _ in range(2):
+        run.train(1).save(before)
+    if not saved_again:
+        run.train(1)
+
+    at_event, killed, seen = 0, True, set()
+    while killed:
+        at_event += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(before, folder)
+        killed = fork_and_kill(lambda: run.save(folder, total_limit=2), folder, at_event)
+        listed = list_checkpoints(folder)
+        seen.add(tuple(path.name[-1] for path in listed))
+        assert listed
+        for path in listed:
+            assert f"checkpoint-{Run().load(path)['step']}" == path.name
+    assert at_event > 20
+    assert seen == ({("1", "2"), ("1",)} if saved_again else {("1", "2"), ("1", "2", "3"), ("2", "3")})
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_next_save_clears_what_a_killed_one_left(tmp_path):
+    run = Run().train(1)
+    run.save(tmp_path)
+    run.train(1)
+    assert fork_and_kill(lambda: run.save(tmp_path), tmp_path, 12)
+    assert any(path.name.startswith(".") for path in tmp_path.iterdir())
+    run.train(1).save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+# which are kept, and which is meant
+
+
+def steps(folder):
+    return [int(path.name.removeprefix("checkpoint-")) for path in list_checkpoints(folder)]
+
+
+@pytest.mark.parametrize(
+    ("total_limit", "kept"), [(None, [8, 9, 10, 11]), (1, [11]), (3, [9, 10, 11]), (9, [8, 9, 10, 11])]
+)
+def test_total_limit_keeps_the_newest(total_limit, kept, tmp_path):
+    run = Run()
+    for run.step in (8, 9, 10, 11):  # 9 before 10: by number
+        run.save(tmp_path, total_limit)
+    assert steps(tmp_path) == kept
+
+
+def test_the_checkpoint_just_written_is_kept_whatever_stands_beside_it(tmp_path):
+    run = Run()
+    for run.step in (10, 20, 30):
+        run.save(tmp_path)
+    run.step = 15  # resumed from 10
+    assert run.save(tmp_path, total_limit=2).is_dir()
+    assert steps(tmp_path) == [15, 30]
+
+
+def test_latest_and_paths(tmp_path):
+    assert resolve_checkpoint(tmp_path, "latest") is None
+    assert resolve_checkpoint(tmp_path / "not there yet", "latest") is None
+    run = Run()
+    for run.step in (9, 10):
+        path = run.save(tmp_path)
+    for stranger in ("checkpoint-99", "checkpoint-best", ".checkpoint-98.partial", "checkpoint-"):
+        (tmp_path / stranger).mkdir()
+        if stranger != "checkpoint-99":
+            (tmp_path / stranger / "training_state.json").write_text("{}")
+    assert steps(tmp_path) == [9, 10]
+    assert resolve_checkpoint(tmp_path, "latest") == path
+    assert resolve_checkpoint("elsewhere", str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
+    for missing in (tmp_path / "checkpoint-99", tmp_path / "checkpoint-7", "last"):
+        with pytest.raises(ValueError) as error:
+            resolve_checkpoint(tmp_path, str(missing))
+        for words in (repr(str(missing)), "no complete checkpoint", "training_state.json", "'latest'"):
+            assert words in str(error.value)
+
+
+def test_a_checkpoint_of_another_config_is_refused_with_the_differences(tmp_path):
+    path = Run().save(tmp_path)
+    other = Run(1, block_out_channels=(8, 16), act_fn="relu")
+    untouched = other.unet.state_dict()["stem.weight"].clone()
+    with pytest.raises(ValueError) as error:
+        other.load(path)
+    message = str(error.value)
+    assert str(path) in message
+    assert "act_fn: 'gelu' there, 'relu' here" in message
+    assert "block_out_channels: [8, 8] there, (8, 16) here" in message
+    assert "norm_num_groups" not in message  # what is the same is not listed
+    assert torch.equal(other.unet.state_dict()["stem.weight"], untouched)

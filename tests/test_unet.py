@@ -1,0 +1,388 @@
+"""The U-Net: the guide's network exactly, every switch, what diffusers asks of a model, and clear errors."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, randomize
+from torch import nn
+
+from ddpm_diffusers import OptimizedUNet2DModel
+from ddpm_diffusers.unet_2d_optimized import ResnetBlock, RearrangeUpsample
+
+CONFIGS = Path(__file__).parents[1] / "train_scripts" / "configs"
+GUIDE, BASELINE = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("guide", "baseline"))
+SWITCHES = {
+    "norm_type": "batch",
+    "act_fn": "relu",
+    "downsample_type": "max_pool",
+    "time_embedding_type": "linear",
+    "residual_blocks": False,
+    "global_skip": False,
+    "block_type": "conv",
+    "time_injection": "decoder",
+    "normalize_timesteps": True,
+    "skip_type": "after_pool",
+    "upsample_type": "conv_transpose",
+}
+
+
+def make(seed: int = 0, **config) -> OptimizedUNet2DModel:
+    torch.manual_seed(seed)
+    return randomize(OptimizedUNet2DModel(**{**TINY, **config}))
+
+
+def inputs(batch: int = 2, channels: int = 1, height: int = 8, width: int = 8):
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(batch, channels, height, width, generator=generator)
+    return sample, torch.randint(1000, (batch,), generator=generator)
+
+
+class CourseUNet(nn.Module):
+    """The guide's network written down from its cells, in functional torch, on the weights of one of ours, in order."""
+
+    def __init__(
+        self, model: OptimizedUNet2DModel, norm, act, pool, sinusoid: bool, residual: bool, global_skip: bool
+    ):
+        super().__init__()
+        self.state = {name: tensor for name, tensor in model.state_dict().items()}
+        self.norm, self.act, self.pool = norm, act, pool
+        self.sinusoid, self.residual, self.global_skip = sinusoid, residual, global_skip
+
+    def weights(self, prefix):
+        return self.state[f"{prefix}.weight"], self.state[f"{prefix}.bias"]
+
+    def conv_block(self, x, prefix, groups):
+        x = F.conv2d(x, *self.weights(f"{prefix}.conv"), padding=1)
+        return self.act(self.norm(x, self.state, f"{prefix}.norm", groups))
+
+    def embed(self, t, prefix):
+        return F.linear(
+            self.act(F.linear(t, *self.weights(f"{prefix}.linear_1"))), *self.weights(f"{prefix}.linear_2")
+        )
+
+    def forward(self, x, t):
+        x1 = self.conv_block(x, "stem.conv1", 8)
+        x2 = self.conv_block(x1, "stem.conv2", 8)
+        down0 = x1 + x2 if self.residual else x2
+        downs = [down0]
+        for i in range(2):
+            h = self.conv_block(downs[-1], f"down_blocks.{i}.layers.0", 32)
+            h = self.conv_block(h, f"down_blocks.{i}.layers.1", 32)
+            downs.append(self.pool(self, h, f"down_blocks.{i}.pool.1"))
+        h = downs[-1]
+        for i in range(2):
+            h = self.conv_block(h, f"mid_block.layers.{i}", 32)
+        t = t.float() / 1000
+        if self.sinusoid:
+            frequencies = torch.exp(torch.arange(4) * -(math.log(10000) / 3))
+            t = torch.cat(((t[:, None] * frequencies).sin(), (t[:, None] * frequencies).cos()), dim=-1)
+        else:
+            t = F.linear(t[:, None], *self.weights("time_proj.linear"))
+        for i in range(2):
+            h = h + self.embed(t, f"up_blocks.{i}.time_embedding")[:, :, None, None]
+            h = F.conv_transpose2d(torch.cat((h, downs[2 - i]), 1), *self.weights(f"up_blocks.{i}.upsample"), stride=2)
+            for j in range(4):
+                h = self.conv_block(h, f"up_blocks.{i}.layers.{j}", 32)
+        h = torch.cat((h, down0), 1) if self.global_skip else h
+        h = F.conv2d(h, *self.weights("out_block.layers.0"), padding=1)
+        h = self.act(self.norm(h, self.state, "out_block.layers.1", 8))
+        return F.conv2d(h, *self.weights("out_block.layers.3"), padding=1)
+
+
+def group_norm(x, state, prefix, groups):
+    return F.group_norm(x, groups, state[f"{prefix}.weight"], state[f"{prefix}.bias"])
+
+
+def batch_norm(x, state, prefix, groups):
+    names = ("running_mean", "running_var", "weight", "bias")
+    return F.batch_norm(x, *(state[f"{prefix}.{name}"] for name in names))
+
+
+def rearrange_pool(self, x, prefix):
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+    return self.conv_block(x, prefix, 32)
+
+
+@pytest.mark.parametrize("config, course", [
+    (GUIDE, {"norm": group_norm, "act": F.gelu, "pool": rearrange_pool, "sinusoid": True, "residual": True,
+             "global_skip": True}),
+    (BASELINE, {"norm": batch_norm, "act": F.relu, "pool": lambda self, x, prefix: F.max_pool2d(x, 2),
+                "sinusoid": False, "residual": False, "global_skip": False}),
+], ids=["guide", "baseline"])  # fmt: skip
+def test_guide_and_baseline_are_the_networks_of_the_guide(config, course):
+    model = randomize(OptimizedUNet2DModel(**config))
+    sample, timestep = inputs(2, 1, 16, 16)
+    with torch.no_grad():
+        expected = CourseUNet(model, **course)(sample, timestep)
+        torch.testing.assert_close(model(sample, timestep).sample, expected, atol=1e-4, rtol=1e-4)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_alone_trains_every_parameter_and_changes_the_network(name):
+    sample, timestep = inputs()
+    torch.manual_seed(0)
+    model = OptimizedUNet2DModel(**{**TINY, name: SWITCHES[name]})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):  # the zero-initialized layers open step by step
+        optimizer.zero_grad()
+        (model(sample, timestep).sample - sample).square().mean().backward()
+        optimizer.step()
+    without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without
+    dead = [key for key, p in model.named_parameters() if not p.grad.any()]
+    # GroupNorm and BatchNorm remove the bias of the convolution before them
+    assert not [key for key in dead if not key.endswith("bias")]
+    default = make()
+    model = make(**{name: SWITCHES[name]})
+    shared = {key: value for key, value in default.state_dict().items()
+              if key in model.state_dict() and model.state_dict()[key].shape == value.shape}  # fmt: skip
+    model.load_state_dict(shared, strict=False)
+    with torch.no_grad():
+        assert not torch.allclose(model(sample, timestep).sample, default(sample, timestep).sample, atol=1e-3)
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (16, 8), (28, 28), (4, 20)])
+@pytest.mark.parametrize(
+    "config", [{}, {"block_type": "conv", "skip_type": "after_pool", "time_injection": "decoder"}]
+)
+def test_any_size_channels_levels_and_batch(config, height, width):
+    model = make(**config, block_out_channels=(4, 8, 8), in_channels=3, out_channels=6, sample_size=None)
+    for batch in (1, 3):
+        sample, timestep = inputs(batch, 3, height, width)
+        assert model(sample, timestep).sample.shape == (batch, 6, height, width)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    sample, timestep = inputs(4)
+    model = make()
+    torch.testing.assert_close(model(sample, timestep).sample[1:2], model(sample[1:2], timestep[1:2]).sample)
+
+
+def test_the_first_prediction_is_zero_and_every_block_starts_as_the_identity():
+    sample, timestep = inputs()
+    model = OptimizedUNet2DModel(**TINY)
+    assert not model(sample, timestep).sample.any()
+    block = ResnetBlock(8, 8, "group", 4, "gelu")
+    hidden = torch.randn(2, 8, 4, 4)
+    assert torch.equal(block(hidden), hidden)
+
+
+def test_upsampling_starts_as_nearest_neighbour_so_without_a_checkerboard():
+    upsample = RearrangeUpsample(6, 3)
+    hidden = torch.randn(2, 6, 4, 5)
+    with torch.no_grad():
+        conv = F.conv2d(hidden, upsample.conv.weight[::4], upsample.conv.bias[::4])
+        torch.testing.assert_close(upsample(hidden), F.interpolate(conv, scale_factor=2, mode="nearest"))
+
+
+def test_pooling_and_upsampling_rearrange_as_torch_does():
+    pool = make().down_blocks[0].pool[0]
+    x = torch.randn(2, 8, 4, 6)
+    assert torch.equal(pool(x), F.pixel_unshuffle(x, 2))
+    assert torch.equal(RearrangeUpsample(8, 8).rearrange(pool(x)), x)
+
+
+def test_a_timestep_may_be_a_number_a_scalar_or_one_a_sample():
+    sample, _ = inputs(3)
+    model = make()
+    forms = (250, 250.0, torch.tensor(250), torch.tensor([250]), torch.full((3,), 250), torch.full((3,), 250.0))
+    outputs = [model(sample, form).sample for form in forms]
+    assert all(torch.equal(outputs[0], output) for output in outputs)
+    assert not torch.allclose(outputs[0], model(sample, 251).sample)
+    assert not torch.allclose(outputs[0], model(sample, 250.5).sample)
+
+
+def test_neighbouring_timesteps_stay_apart_in_bfloat16():
+    """bfloat16 rounds 998 and 999 to one number; the features are computed in float32 before."""
+    model = make().to(torch.bfloat16)
+    sample = inputs()[0].to(torch.bfloat16)
+    assert not torch.equal(model(sample, 998).sample, model(sample, 999).sample)
+
+
+def test_return_dict():
+    sample, timestep = inputs()
+    model = make()
+    output = model(sample, timestep)
+    assert isinstance(output, diffusers.models.unets.unet_2d.UNet2DOutput)
+    assert torch.equal(model(sample, timestep, return_dict=False)[0], output.sample)
+
+
+# what diffusers asks of a model
+
+
+@pytest.mark.parametrize("config", [{}, GUIDE | {"block_out_channels": (32, 32)}], ids=["default", "guide"])
+def test_gradient_checkpointing_gives_the_same_gradients(config):
+    sample, timestep = inputs()
+    model = make(**config).train()
+    gradients = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(sample, timestep).sample.square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("config", [{}, GUIDE | {"block_out_channels": (32, 32)}, BASELINE | {"block_out_channels": (8, 8)}],
+                         ids=["default", "guide", "baseline"])  # fmt: skip
+def test_compiles_whole_and_once_for_all_batch_sizes(config):
+    torch._dynamo.reset()
+    model = make(**config)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 3, 7):
+            sample, timestep = inputs(batch)
+            torch.testing.assert_close(compiled(sample, timestep).sample, model(sample, timestep).sample)
+
+
+def test_exports():
+    model = make()
+    sample, timestep = inputs(3)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        model,
+        (sample, timestep, False),
+        dynamic_shapes={"sample": {0: batch}, "timestep": {0: batch}, "return_dict": None},
+    )
+    sample, timestep = inputs(5)
+    torch.testing.assert_close(program.module()(sample, timestep, False)[0], model(sample, timestep).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_and_autocast(dtype):
+    sample, timestep = inputs()
+    model = make()
+    full = model(sample, timestep).sample
+    with torch.autocast("cpu", dtype):
+        cast = model(sample, timestep).sample
+    half = model.to(dtype)(sample.to(dtype), timestep).sample
+    assert half.dtype == dtype
+    for output in (cast, half):
+        assert F.cosine_similarity(output.float().flatten(), full.flatten(), dim=0) > 0.99
+
+
+def test_channels_last():
+    sample, timestep = inputs()
+    model = make()
+    expected = model(sample, timestep).sample
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(sample.to(memory_format=torch.channels_last), timestep).sample, expected)
+
+
+def test_layerwise_casting_keeps_norms_and_time_and_stays_near():
+    sample, timestep = inputs()
+    model = make()
+    expected = model(sample, timestep).sample
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.down_blocks[0].layers[0].conv1.weight.dtype == torch.float8_e4m3fn
+    assert model.time_embedding.linear_1.weight.dtype == torch.float32
+    assert model.down_blocks[0].layers[0].norm1.weight.dtype == torch.float32
+    assert F.cosine_similarity(model(sample, timestep).sample.flatten(), expected.flatten(), dim=0) > 0.95
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offloading(offload_type):
+    sample, timestep = inputs()
+    model = make()
+    expected = model(sample, timestep).sample
+    kwargs = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    model.enable_group_offload(torch.device("cpu"), offload_type=offload_type, **kwargs)
+    torch.testing.assert_close(model(sample, timestep).sample, expected)
+
+
+def test_compile_repeated_blocks():
+    torch._dynamo.reset()
+    sample, timestep = inputs(2, 1, 16, 16)
+    model = make(block_out_channels=(8, 8, 16, 16), sample_size=16)
+    expected = model(sample, timestep).sample
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(sample, timestep).sample, expected)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"variant": "fp16"}, {"max_shard_size": "10KB"}, {"safe_serialization": False}]
+)
+def test_saved_and_loaded_it_is_the_same_network(tmp_path, kwargs):
+    sample, timestep = inputs()
+    model = make()
+    model.save_pretrained(tmp_path, **kwargs)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or "max_shard_size" not in kwargs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load = {"variant": kwargs["variant"]} if "variant" in kwargs else {}
+        loaded = OptimizedUNet2DModel.from_pretrained(tmp_path, **load)
+    assert torch.equal(loaded(sample, timestep).sample, model(sample, timestep).sample)
+    assert {k: v for k, v in loaded.config.items() if k[0] != "_"} == {
+        k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if k[0] != "_"
+    }
+
+
+def test_the_checkpoint_of_an_older_version_still_loads():
+    """Names of modules, classes and parameters are part of the format: this folder is never written again."""
+    folder = Path(__file__).parent / "checkpoint_v0.1"
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    images = pipe(2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    expected = json.loads((folder / "expected.json").read_text())
+    torch.testing.assert_close(images.flatten(1)[:, ::7], torch.tensor(expected), atol=1e-3, rtol=0)
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"norm_type": "layer"}, "`norm_type` is 'layer'; it must be one of 'group', 'batch'"),
+        ({"act_fn": "swish"}, "`act_fn` is 'swish'"),
+        ({"downsample_type": None}, "`downsample_type` is None"),
+        ({"skip_type": "none"}, "`skip_type` is 'none'"),
+        ({"block_out_channels": (8,)}, r"`block_out_channels` is \(8,\); it must hold at least two widths"),
+        ({"block_out_channels": 8}, "`block_out_channels` is 8; it must hold at least two widths"),
+        ({"block_out_channels": (8, 0)}, r"`block_out_channels` is \(8, 0\); it must hold positive integers"),
+        ({"block_out_channels": (8, 6)}, r"`block_norm_num_groups` is 4; it must divide .* \(8, 6\)"),
+        ({"norm_num_groups": 3}, r"`norm_num_groups` is 3; it must divide .* \(8,\)"),
+        ({"in_channels": 0}, "`in_channels` is 0; it must be a positive integer"),
+        ({"out_channels": 1.0}, "`out_channels` is 1.0; it must be a positive integer"),
+        ({"up_layers_per_block": -1}, "`up_layers_per_block` is -1"),
+        ({"time_embedding_dim": 7}, "`time_embedding_dim` is 7; it must be even"),
+        ({"time_embedding_dim": 2}, "`time_embedding_dim` is 2; it must be even and at least 4"),
+        ({"sample_size": 9}, r"`sample_size` is 9; it must be divisible by 2, 2\^\(levels - 1\)"),
+        (
+            {"sample_size": (8, 8, 8)},
+            r"`sample_size` is \(8, 8, 8\); it must be a positive integer or \(height, width\)",
+        ),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizedUNet2DModel(**{**TINY, **config})
+
+
+def test_groups_are_free_where_nothing_is_grouped():
+    OptimizedUNet2DModel(**{**TINY, "norm_type": "batch", "norm_num_groups": 3, "block_norm_num_groups": 5})
+
+
+@pytest.mark.parametrize(
+    "sample, timestep, error, message",
+    [
+        (torch.zeros(1, 1, 9, 8), 0, ValueError, "`sample` is 9x8; height and width must be divisible by 2"),
+        (torch.zeros(1, 3, 8, 8), 0, ValueError, r"`sample` has shape \(1, 3, 8, 8\); it must be \(batch, 1"),
+        (torch.zeros(1, 8, 8), 0, ValueError, r"`sample` has shape \(1, 8, 8\)"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 0, TypeError, "`sample` is of torch.uint8"),
+        (torch.zeros(4, 1, 8, 8), torch.zeros(3), ValueError, r"`timestep` has shape \(3,\).*\(4,\)"),
+        (torch.zeros(4, 1, 8, 8), torch.zeros(4, 1), ValueError, r"`timestep` has shape \(4, 1\)"),
+    ],
+)
+def test_inputs_that_cannot_work_are_refused(sample, timestep, error, message):
+    with pytest.raises(error, match=message):
+        make()(sample, timestep)
