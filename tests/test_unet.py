@@ -330,7 +330,7 @@ def test_saved_and_loaded_it_is_the_same_network(tmp_path, kwargs):
 def test_the_checkpoint_of_an_older_version_still_loads():
     """Names of modules, classes and parameters are part of the format: this folder is never written again."""
     folder = Path(__file__).parent / "checkpoint_v0.1"
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder))
     images = pipe(2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
     expected = json.loads((folder / "expected.json").read_text())
     torch.testing.assert_close(images.flatten(1)[:, ::7], torch.tensor(expected), atol=1e-3, rtol=0)

@@ -9,6 +9,7 @@ first argument; flags after it win. To resume, run the same command again with `
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import sys
 import time
@@ -129,7 +130,10 @@ def parse_arguments(argv: list[str]) -> Arguments:
 def make_unet(unet_config: str | None, resolution: int):
     config = {}
     if unet_config is not None:
-        config = json.loads(unet_config if unet_config.lstrip().startswith("{") else Path(unet_config).read_text())
+        is_text = unet_config.lstrip().startswith("{")
+        if not is_text and not Path(unet_config).is_file():
+            raise ValueError(f"`--unet_config` is {unet_config!r}, which is no file; give a JSON file or JSON text.")
+        config = json.loads(unet_config if is_text else Path(unet_config).read_text())
     class_name = config.get("_class_name", "OptimizedUNet2DModel")
     if class_name not in UNETS:
         raise ValueError(f"`_class_name` in `--unet_config` is {class_name!r}; it must be one of {', '.join(UNETS)}.")
@@ -150,6 +154,7 @@ def main(args: Arguments) -> None:
             f"`--output_dir` {output_dir} is not empty: choose another, or pass `--resume_from_checkpoint latest` to go on"
             " with the run in it, or `--overwrite_output_dir`."
         )
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -1,0 +1,200 @@
+"""The training script: the whole job in real processes, its variants in this one, and clear errors."""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import TINY
+from diffusers import DiffusionPipeline, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from ddpm_diffusers.checkpointing import list_checkpoints
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_scripts" / "train_unconditional.py"
+UNET = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("train_unconditional", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_unconditional"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train(script, tmp_path):
+    """Run the script here with tiny settings; returns its output folder."""
+
+    def run(*flags: str) -> Path:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        defaults = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64", "--resolution", "8",
+                    "--train_batch_size", "16", "--unet_config", UNET, "--max_train_steps", "3", "--eval_batch_size", "2",
+                    "--ddpm_num_inference_steps", "2", "--logger", "none", "--output_dir", str(tmp_path / "run")]  # fmt: skip
+        script.main(script.parse_arguments(defaults + list(flags)))
+        return tmp_path / "run"
+
+    return run
+
+
+def launch(output_dir: Path, *flags: str) -> subprocess.CompletedProcess:
+    """The README's way, in a fresh process: 24 steps of two batches each, over 5 epochs."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT),
+               "--dataset_name", "synthetic-fashion", "--max_train_samples", "330", "--resolution", "8",
+               "--unet_config", UNET, "--train_batch_size", "32", "--gradient_accumulation_steps", "2",
+               "--max_train_steps", "24", "--logging_steps", "4", "--checkpointing_steps", "9", "--eval_batch_size", "4",
+               "--validation_steps", "12", "--ddpm_num_inference_steps", "3", "--learning_rate", "3e-3",
+               "--output_dir", str(output_dir), *flags]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    result = launch(output_dir)
+    assert result.returncode == 0, result.stderr
+    return output_dir, result
+
+
+def metrics_of(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_ends_with_a_pipeline_that_samples(finished):
+    output_dir, result = finished
+    pipe = DiffusionPipeline.from_pretrained(str(output_dir))
+    assert pipe(2, num_inference_steps=2).images[0].size == (8, 8)
+    assert str(output_dir) in result.stderr + result.stdout and "24/24" in result.stderr
+    assert [p.name for p in sorted((output_dir / "samples").iterdir())] == ["step-0000012.png", "step-0000024.png"]
+    assert Image.open(output_dir / "samples" / "step-0000024.png").size == (112, 112)  # 2 x 2 images, enlarged to 56
+    assert any((output_dir / "logs").rglob("events.out.tfevents*"))
+
+
+def test_the_metrics_show_learning_and_a_schedule_of_optimizer_steps(finished):
+    metrics = metrics_of(finished[0])
+    assert metrics[-1]["step"] == 24 and metrics[-1]["epoch"] == 4
+    assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
+    assert all(math.isfinite(value) for row in metrics for value in row.values())
+    assert metrics[-1]["lr"] == 0  # accumulation does not stretch the schedule
+    by_step = {row["step"]: row["lr"] for row in metrics}
+    expected = 3e-3 * 0.5 * (1 + math.cos(math.pi * (12 - 2) / (24 - 2)))  # a tenth of warm-up
+    assert by_step[12] == pytest.approx(expected)
+
+
+def test_the_averaged_weights_are_saved_and_no_pickle_is(finished):
+    output_dir, _ = finished
+    final = load_file(output_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    last = list_checkpoints(output_dir)[-1]
+    averaged = load_file(last / "unet_ema" / "diffusion_pytorch_model.safetensors")
+    trained = load_file(last / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(final[name], averaged[name]) for name in final)
+    assert not any(torch.equal(final[name], trained[name]) for name in final if name.endswith("weight"))
+    assert not [path for path in output_dir.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+
+
+def test_a_resumed_run_ends_with_the_same_bits(finished, tmp_path):
+    output_dir, _ = finished
+    interrupted = tmp_path / "run"
+    interrupted.mkdir()
+    shutil.copytree(output_dir / "checkpoint-9", interrupted / "checkpoint-9")  # step 9 is in the middle of an epoch
+    result = launch(interrupted, "--resume_from_checkpoint", "latest")
+    assert result.returncode == 0, result.stderr
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (interrupted / weights).read_bytes() == (output_dir / weights).read_bytes()
+    optimizer = "checkpoint-24/optimizer.safetensors"
+    assert (interrupted / optimizer).read_bytes() == (output_dir / optimizer).read_bytes()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--prediction_type", "v_prediction", "--snr_gamma", "5"],
+    ["--prediction_type", "sample", "--ddpm_beta_schedule", "squaredcos_cap_v2", "--random_flip"],
+    ["--mixed_precision", "bf16", "--gradient_checkpointing", "--no_use_ema"],
+    ["--unet_config", '{"in_channels": 3, "out_channels": 3, "block_out_channels": [8, 8]}', "--logger", "tensorboard"],
+], ids=" ".join)  # fmt: skip
+def test_variants(train, flags):
+    output_dir = train(*flags)
+    pipe = DiffusionPipeline.from_pretrained(str(output_dir))
+    (image,) = pipe(num_inference_steps=2).images
+    assert image.mode == ("RGB" if pipe.unet.config.in_channels == 3 else "L")
+    given = dict(zip(flags[::2], flags[1::2], strict=False))
+    assert pipe.scheduler.config.prediction_type == given.get("--prediction_type", "epsilon")
+    assert pipe.scheduler.config.beta_schedule == given.get("--ddpm_beta_schedule", "linear")
+
+
+def test_the_stock_unet_trains_by_the_same_script(train):
+    output_dir = train("--unet_config", str(ROOT / "train_scripts" / "configs" / "stock.json"))
+    assert isinstance(DiffusionPipeline.from_pretrained(str(output_dir)).unet, UNet2DModel)
+
+
+def test_real_fashion_mnist(train, fashion_mnist):
+    output_dir = train("--dataset_name", fashion_mnist, "--resolution", "16", "--num_epochs", "1")
+    assert DiffusionPipeline.from_pretrained(str(output_dir))(num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(train, tmp_path):
+    with pytest.raises(SystemExit, match="loss is (nan|inf) at step .*--learning_rate"):
+        train("--learning_rate", "1e30", "--max_train_steps", "20", "--lr_scheduler", "constant", "--logging_steps", "1",
+              "--checkpointing_steps", "20")  # fmt: skip
+    assert not (tmp_path / "run" / "model_index.json").exists() and not list_checkpoints(tmp_path / "run")
+
+
+def test_the_folder_of_another_run_is_left_alone(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model_index.json").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty: choose another"):
+        train()
+    assert [p.read_text() for p in (tmp_path / "run").iterdir()] == ["mine"]
+    train("--overwrite_output_dir")
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
+    train("--checkpointing_steps", "3")
+    with pytest.raises(ValueError, match=r"another U-Net config \(up_layers_per_block: 2 there, 1 here\)"):
+        train(
+            "--resume_from_checkpoint",
+            "latest",
+            "--unet_config",
+            json.dumps(json.loads(UNET) | {"up_layers_per_block": 1}),
+        )
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--resolution", "0"], "`--resolution` is 0; it must be at least 1"),
+    (["--resolution", "9"], "`sample_size` is 9; it must be divisible by 2"),
+    (["--learning_rate", "nan"], "`--learning_rate` is nan; it must be a positive number"),
+    (["--prediction_type", "noise"], "`--prediction_type` is 'noise'; it must be one of epsilon, v_prediction, sample"),
+    (["--mixed_precision", "fp8"], "`--mixed_precision` is 'fp8'"),
+    (["--train_batch_size", "65"], "has 64 images, fewer than one batch of `--train_batch_size` 65"),
+    (["--unet_config", '{"widths": [8]}'], r"`--unet_config` holds \['widths'\], which are no arguments"),
+    (["--unet_config", '{"_class_name": "Transformer2DModel"}'], "must be one of OptimizedUNet2DModel, UNet2DModel"),
+    (["--unet_config", "missing.json"], "`--unet_config` is 'missing.json', which is no file"),
+    (["--dataset_name", "no/such/folder"], "cannot be read.*synthetic-fashion"),
+    (["--resume_from_checkpoint", "nowhere"], "holds no complete checkpoint"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused_before_anything_is_written(train, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        train(*flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_arguments_come_from_a_file_and_flags_win(script, tmp_path):
+    (tmp_path / "run.yaml").write_text("resolution: 28\nlearning_rate: 0.001\nuse_ema: false\n")
+    args = script.parse_arguments([str(tmp_path / "run.yaml"), "--learning_rate", "0.002"])
+    assert (args.resolution, args.learning_rate, args.use_ema, args.num_epochs) == (28, 0.002, False, 5)
+    (tmp_path / "run.json").write_text('{"resolutoin": 28}')
+    with pytest.raises(ValueError, match="resolutoin"):
+        script.parse_arguments([str(tmp_path / "run.json")])
