@@ -132,7 +132,7 @@ def test_variants(train, flags):
     assert image.mode == ("RGB" if pipe.unet.config.in_channels == 3 else "L")
     given = dict(zip(flags[::2], flags[1::2], strict=False))
     assert pipe.scheduler.config.prediction_type == given.get("--prediction_type", "epsilon")
-    assert pipe.scheduler.config.beta_schedule == given.get("--ddpm_beta_schedule", "linear")
+    assert pipe.scheduler.config.beta_schedule == given.get("--ddpm_beta_schedule", "scaled_linear")
 
 
 def test_the_stock_unet_trains_by_the_same_script(train):
