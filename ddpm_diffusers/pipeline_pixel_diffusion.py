@@ -1,6 +1,6 @@
 """Sampling images in pixel space: any U-Net with the diffusers call, any diffusers scheduler.
 
-This file stands alone (torch, diffusers): a copy of it beside `model_index.json` makes a Hub repository self-contained.
+This file stands alone (torch, diffusers): a copy of it beside `model_index.json` makes a Hub repository complete.
 
 References: DDPM, Ho et al. 2020 (arXiv:2006.11239), algorithm 2; EDM, Karras et al. 2022 (arXiv:2206.00364), whose
 table 1 shows why a sampler may scale its input and start from another spread than 1.
@@ -25,10 +25,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     r"""Unconditional image generation without a latent space.
 
     Args:
-        unet (`ModelMixin`): Called as `unet(sample, timestep).sample`; `OptimizedUNet2DModel`, diffusers' `UNet2DModel`
-            or another with `in_channels` and `sample_size` in its config.
-        scheduler (`SchedulerMixin`): Any scheduler of the noise schedule and prediction type that the U-Net was trained
-            with. Swap it by `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`.
+        unet (`ModelMixin`): Called as `unet(sample, timestep).sample`: `OptimizedUNet2DModel`, diffusers'
+            `UNet2DModel` or another with `in_channels` and `sample_size` in its config.
+        scheduler (`SchedulerMixin`): Any scheduler of the noise schedule and prediction type that the U-Net was
+            trained with. Swap it by `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`.
     """
 
     model_cpu_offload_seq = "unet"
@@ -72,11 +72,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             latents: Starting noise of variance 1, (batch_size, in_channels, height, width), in place of drawn noise.
             eta: In [0, 1], the share of fresh noise a step, for the schedulers whose step takes it (DDIM, eq. 16 of
                 arXiv:2010.02502; TCD).
-            output_type: `"pil"` images (grey ones in mode "L"), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1], or
-                `"latent"`: (B, C, H, W) as the last step left it, about [-1, 1].
+            output_type: `"pil"` images (grey ones in mode "L"), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1],
+                or `"latent"`: (B, C, H, W) as the last step left it, about [-1, 1].
             return_dict: `ImagePipelineOutput` if true, else a tuple of the images.
-            callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": latents})` after each step; what
-                it returns replaces the latents, and `pipe._interrupt = True` in it ends the sampling there.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": latents})` after each step;
+                what it returns replaces the latents, and `pipe._interrupt = True` in it ends the sampling there.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets: `["latents"]` or `[]`.
 
         Returns:
@@ -135,8 +135,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         train_steps = self.scheduler.config.num_train_timesteps
         if num_inference_steps > train_steps:
             raise ValueError(
-                f"`num_inference_steps` is {num_inference_steps}; it must not exceed the {train_steps} timesteps of the"
-                " scheduler's noise schedule (`num_train_timesteps`)."
+                f"`num_inference_steps` is {num_inference_steps}; it must not exceed the {train_steps} timesteps of"
+                " the scheduler's noise schedule (`num_train_timesteps`)."
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
@@ -152,13 +152,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"`eta` is {eta}; it must be in [0, 1].")
         if eta > 0 and "eta" not in parameters:
             raise ValueError(
-                f"`eta` is {eta}, but {type(self.scheduler).__name__} takes none: leave it at 0 or use `DDIMScheduler`."
+                f"`eta` is {eta}, but {type(self.scheduler).__name__} takes none: leave it at 0, or use"
+                " `DDIMScheduler`."
             )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` holds {sorted(unknown)}; it may hold {self._callback_tensor_inputs}."
-            )
+            allowed = self._callback_tensor_inputs
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` holds {sorted(unknown)}; it may hold {allowed}.")
         size = self.unet.config.sample_size
         if size is None and latents is None:
             raise ValueError(
@@ -170,8 +170,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         shape = (batch_size, self.unet.config.in_channels, height, width)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(
-                f"`latents` has shape {tuple(latents.shape)}; it must be {shape}: (batch_size, in_channels, height, width)"
-                " of the call and of the U-Net's config."
+                f"`latents` has shape {tuple(latents.shape)}; it must be {shape}: (batch_size, in_channels, height,"
+                " width) of the call and of the U-Net's config."
             )
         return shape
 
@@ -209,7 +209,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
-        """`model_index.json`: the class as [module, name], and no `_name_or_path`, which would publish a local path."""
+        """`model_index.json`: the class as [module, name]; no `_name_or_path`, which would publish a local path."""
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)
         if type(self).__module__ == __name__:

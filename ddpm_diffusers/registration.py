@@ -28,8 +28,8 @@ def register() -> None:
     read_index = getattr(DiffusionPipeline, "_dict_from_json_file", None)
     if read_index is None:
         logger.warning(
-            f"diffusers {diffusers.__version__} reads model_index.json in a way that ddpm-diffusers does not know: load"
-            " pipelines by `PixelDiffusionPipeline.from_pretrained`, not by `DiffusionPipeline.from_pretrained`."
+            f"diffusers {diffusers.__version__} reads model_index.json in a way that ddpm-diffusers does not know:"
+            " load pipelines by `PixelDiffusionPipeline.from_pretrained`, not by `DiffusionPipeline.from_pretrained`."
         )
     elif getattr(read_index, "__module__", None) != __name__:
         read_index = read_index.__func__

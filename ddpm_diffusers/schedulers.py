@@ -46,8 +46,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
         overrides: Arguments of the new class, such as `use_karras_sigmas=True`.
 
     Raises:
-        ValueError: On an unknown name, a scheduler that cannot serve the network (with the reason), or an override that
-            the class does not take.
+        ValueError: On an unknown name, a scheduler that cannot serve the network (with the reason), or an override
+            that the class does not take.
         ImportError: Where the scheduler needs a package that is not installed (`dpmsolver_sde`: torchsde).
     """
     if name in REFUSED:

@@ -203,8 +203,8 @@ class OutBlock(nn.Module):
 class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
     r"""A small fully convolutional U-Net for denoising diffusion: the guide's five changes, each one argument.
 
-    All six switches of the guide off (`train_scripts/configs/baseline.json`) is its "before", `guide.json` its "after",
-    and the default the best network that was measured.
+    With all six switches of the guide off (`train_scripts/configs/baseline.json`) it is the guide's "before", with
+    `guide.json` its "after", and by default the best network that was measured.
 
     Args:
         sample_size (`int` or `tuple[int, int]`, *optional*): Height and width that a pipeline samples at. The network
@@ -215,9 +215,9 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         act_fn (`"gelu"` | `"relu"`): Guide section "GELU".
         downsample_type (`"rearrange"` | `"max_pool"`): Space to depth and a convolution, or the maximum of 2x2. Guide
             section "RearrangePooling".
-        time_embedding_type (`"sinusoidal"` | `"linear"`): A sinusoid of t, or t/T through a linear layer. Guide section
-            "Sinusoidal Position Embeddings".
-        residual_blocks (`bool`): `x1 + x2` in the guide's residual stem, or the identity path of `block_type="resnet"`.
+        time_embedding_type (`"sinusoidal"` | `"linear"`): A sinusoid of t, or t/T through a linear layer. Guide
+            section "Sinusoidal Position Embeddings".
+        residual_blocks (`bool`): `x1 + x2` in the guide's residual stem; the identity path of `block_type="resnet"`.
         global_skip (`bool`): `cat(x, stem)` before the output. Guide section "Residual Connections".
         block_type (`"resnet"` | `"conv"`): Pre-norm residual blocks of two convolutions, or the guide's conv - norm -
             act stack with a stem of two of them and a hidden convolution before the output.

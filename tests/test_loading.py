@@ -21,7 +21,7 @@ from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
 ROOT = Path(__file__).parents[1]
 CODE = ("pipeline_pixel_diffusion.py", "unet/unet_2d_optimized.py")
 
-LOAD = '''
+LOAD = """
 import hashlib, json, sys
 mode, source, work = sys.argv[1:]
 if mode == "installed":
@@ -33,7 +33,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeli
 
 def describe(pipe):
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(batch_size=2, num_inference_steps=3, generator=generator, output_type="np").images
     names = [type(pipe), type(pipe.unet)]
     return {"classes": [c.__module__.split(".")[0] + ":" + c.__name__ for c in names],
             "scheduler": type(pipe.scheduler).__name__, "dtype": str(pipe.unet.dtype),
@@ -53,7 +54,8 @@ rows = {
     "plain": lambda: DiffusionPipeline.from_pretrained(source),
     "trusted": lambda: DiffusionPipeline.from_pretrained(source, trust_remote_code=True),
     "scheduler": lambda: DiffusionPipeline.from_pretrained(source, scheduler=DDIMScheduler(), trust_remote_code=True),
-    "variant": lambda: DiffusionPipeline.from_pretrained(source, variant="fp16", torch_dtype=torch.float16, trust_remote_code=True),
+    "variant": lambda: DiffusionPipeline.from_pretrained(
+        source, variant="fp16", torch_dtype=torch.float16, trust_remote_code=True),
     "again": lambda: again(DiffusionPipeline.from_pretrained(source, trust_remote_code=True), trust_remote_code=True),
 }
 if mode == "installed":
@@ -66,7 +68,7 @@ if mode == "installed":
     rows["DDIMPipeline"] = lambda: DDIMPipeline.from_pretrained(source)
     rows["again"] = lambda: again(DiffusionPipeline.from_pretrained(source))
 print(json.dumps({name: attempt(load) for name, load in rows.items()}))
-'''  # fmt: skip  # noqa: E501
+"""
 
 
 def run(script: str, *args: str, env: dict | None = None) -> str:
@@ -272,7 +274,8 @@ import sys, diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 before = {name.split(".")[0] for name in sys.modules}
 import ddpm_diffusers
-print(sorted({name.split(".")[0] for name in sys.modules} - before - {"ddpm_diffusers"} - set(sys.stdlib_module_names)))
+after = {name.split(".")[0] for name in sys.modules}
+print(sorted(after - before - {"ddpm_diffusers"} - set(sys.stdlib_module_names)))
 """
 
 

@@ -36,8 +36,8 @@ def test_ddpm_steps_are_those_of_the_stock_pipeline():
                      add_attention=False, layers_per_block=1))  # fmt: skip
     scheduler = diffusers.DDPMScheduler()
     ours, stock = PixelDiffusionPipeline(unet, scheduler), diffusers.DDPMPipeline(unet, scheduler)
-    images = [pipe(batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np").images
-              for pipe in (ours, stock)]  # fmt: skip
+    images = [pipe(batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0),
+                   output_type="np").images for pipe in (ours, stock)]  # fmt: skip
     np.testing.assert_allclose(images[0], images[1], atol=1e-6)
 
 

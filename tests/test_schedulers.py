@@ -18,7 +18,7 @@ MEAN, STD = 0.2, 0.5
 STEPS = (10, 20, 50)
 NO_SAMPLE_PREDICTION = {"pndm", "euler_ancestral", "dpmsolver_sde", "kdpm2", "kdpm2_ancestral"}
 
-# |spread / STD - 1| of each solver at 10, 20 and 50 trailing steps: its own discretization error, measured with margin.
+# |spread / STD - 1| at 10, 20 and 50 trailing steps: each solver's discretization error as measured, and a margin.
 # First-order solvers are held to their closed form besides (below).
 TOLERANCE = {
     "ddpm": (0.36, 0.24, 0.13),
@@ -133,7 +133,7 @@ def test_the_first_input_of_the_network_has_variance_1(name):
 
 
 def closed_form_spread(steps: int, eta: float) -> float:
-    """The spread after DDIM (eta 0) or ancestral sampling (eta 1; DDPM), by its linear recursion (DDIM, eq. 12 and 16)."""
+    """The spread after DDIM (eta 0) or ancestral sampling (eta 1; DDPM), by its recursion (DDIM, eq. 12 and 16)."""
     alphas_cumprod = diffusers.DDPMScheduler().alphas_cumprod.double()
     stride = 1000 // steps
     variance = 1.0

@@ -13,7 +13,7 @@ from conftest import TINY, randomize
 from torch import nn
 
 from ddpm_diffusers import OptimizedUNet2DModel
-from ddpm_diffusers.unet_2d_optimized import ResnetBlock, RearrangeUpsample
+from ddpm_diffusers.unet_2d_optimized import RearrangeUpsample, ResnetBlock
 
 CONFIGS = Path(__file__).parents[1] / "train_scripts" / "configs"
 GUIDE, BASELINE = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("guide", "baseline"))
@@ -44,7 +44,7 @@ def inputs(batch: int = 2, channels: int = 1, height: int = 8, width: int = 8):
 
 
 class CourseUNet(nn.Module):
-    """The guide's network written down from its cells, in functional torch, on the weights of one of ours, in order."""
+    """The guide's network written down from its cells in functional torch, on the weights of one of ours."""
 
     def __init__(
         self, model: OptimizedUNet2DModel, norm, act, pool, sinusoid: bool, residual: bool, global_skip: bool
@@ -232,8 +232,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(config):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("config", [{}, GUIDE | {"block_out_channels": (32, 32)}, BASELINE | {"block_out_channels": (8, 8)}],
-                         ids=["default", "guide", "baseline"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [{}, GUIDE | {"block_out_channels": (32, 32)}, BASELINE | {"block_out_channels": (8, 8)}],
+    ids=["default", "guide", "baseline"],
+)
 def test_compiles_whole_and_once_for_all_batch_sizes(config):
     torch._dynamo.reset()
     model = make(**config)

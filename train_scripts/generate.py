@@ -1,6 +1,6 @@
 """Sample images from a saved pipeline, a folder or a Hub id, into PNG files and one grid.
 
-    python train_scripts/generate.py --model runs/first --num_images 16 --scheduler dpmsolver++ --num_inference_steps 20
+    python train_scripts/generate.py --model runs/first --scheduler dpmsolver++ --num_inference_steps 20
 
 Image i is drawn from generator seed + i, so that it does not depend on the batch size.
 """
@@ -66,7 +66,7 @@ def main(args: Arguments) -> None:
         image.save(output_dir / f"{args.seed + i:06d}.png")
     image_grid(images).save(output_dir / "grid.png")
     print(
-        f"{len(images)} images by {type(pipe.scheduler).__name__}, {args.num_inference_steps} steps, in {seconds:.1f} s"
+        f"{len(images)} images by {type(pipe.scheduler).__name__}, {args.num_inference_steps} steps, {seconds:.1f} s"
     )
     print(f"Grid: {output_dir / 'grid.png'}")
 

@@ -98,7 +98,8 @@ class Arguments:
     def __post_init__(self):
         for name in ("resolution", "train_batch_size", "num_epochs", "gradient_accumulation_steps", "ddpm_num_steps",
                      "logging_steps", "eval_batch_size", "ddpm_num_inference_steps", "max_train_samples",
-                     "max_train_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"):  # fmt: skip
+                     "max_train_steps", "validation_steps", "checkpointing_steps",
+                     "checkpoints_total_limit"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`--{name}` is {value}; it must be at least 1.")
@@ -151,8 +152,8 @@ def main(args: Arguments) -> None:
         resume_path = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
     elif output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite_output_dir:
         raise ValueError(
-            f"`--output_dir` {output_dir} is not empty: choose another, or pass `--resume_from_checkpoint latest` to go on"
-            " with the run in it, or `--overwrite_output_dir`."
+            f"`--output_dir` {output_dir} is not empty: choose another, or pass `--resume_from_checkpoint latest` to"
+            " go on with the run in it, or `--overwrite_output_dir`."
         )
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     accelerator = Accelerator(
@@ -192,8 +193,8 @@ def main(args: Arguments) -> None:
     images = ImageArrays(dataset, (channels, args.resolution, args.resolution))
     if len(images) < args.train_batch_size * accelerator.num_processes:
         raise ValueError(
-            f"The data set has {len(images)} images, fewer than one batch of `--train_batch_size` {args.train_batch_size}"
-            f" on {accelerator.num_processes} process(es): lower it."
+            f"The data set has {len(images)} images, fewer than one batch of `--train_batch_size`"
+            f" {args.train_batch_size} on {accelerator.num_processes} process(es): lower it."
         )
     dataloader = torch.utils.data.DataLoader(
         images,
@@ -240,10 +241,12 @@ def main(args: Arguments) -> None:
         if args.logger != "none":
             accelerator.init_trackers("train_unconditional", config=asdict(args))
         metrics_file = open(output_dir / "metrics.jsonl", "a" if step else "w")
+    batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    parameters = sum(p.numel() for p in unet.parameters())
     logger.info(
-        f"{type(accelerator.unwrap_model(unet)).__name__}, {sum(p.numel() for p in unet.parameters()):,} parameters, on"
+        f"{type(accelerator.unwrap_model(unet)).__name__}, {parameters:,} parameters, on"
         f" {accelerator.num_processes} x {device}, precision {accelerator.mixed_precision}; {len(images):,} images,"
-        f" {max_train_steps} steps of {args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps}."
+        f" {max_train_steps} steps of {batch_size}."
     )
 
     def write_samples(name: str) -> None:
@@ -324,8 +327,8 @@ def main(args: Arguments) -> None:
                 mean = accelerator.reduce(loss_sum, "mean").item() * args.train_batch_size / seen
                 if not math.isfinite(mean):
                     raise SystemExit(
-                        f"The loss is {mean} at step {step}: stopped, nothing was written after the last checkpoint. Lower"
-                        " `--learning_rate`, raise `--lr_warmup_steps`, or use `--mixed_precision no` or bf16."
+                        f"The loss is {mean} at step {step}: stopped, nothing was written after the last checkpoint."
+                        " Lower `--learning_rate`, raise `--lr_warmup_steps`, or use `--mixed_precision no` or bf16."
                     )
                 now = time.perf_counter()
                 metrics = {
