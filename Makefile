@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: quickstart test test-slow quality style
+.PHONY: quickstart test quality style
 
 # installed once; again only when what is installed changes
 .venv/installed: setup.cfg pyproject.toml constraints.txt
@@ -17,9 +17,6 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
-
-test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
 
 quality: .venv/installed
 	$(BIN)/ruff check .

@@ -47,7 +47,7 @@ def save_checkpoint(output_dir, step: int, unet, ema, optimizer, state: dict, to
         unet: The model.
         ema: diffusers' `EMAModel` of its parameters, or None.
         optimizer: Saved as tensors, and its settings as JSON.
-        state: JSON-able rest: position, schedule, scaler, configuration.
+        state: JSON-able rest: "arguments" (see `load_checkpoint`), schedule, scaler.
         total_limit: How many checkpoints to keep, or None for all.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
@@ -82,6 +82,9 @@ def save_checkpoint(output_dir, step: int, unet, ema, optimizer, state: dict, to
     if final.exists():
         remove_checkpoint(final)
     partial.rename(final)
+    folder = os.open(output_dir, os.O_RDONLY)
+    os.fsync(folder)  # the new name, too, survives a power cut
+    os.close(folder)
 
     if total_limit is not None:
         others = [path for path in list_checkpoints(output_dir) if path != final]
@@ -95,26 +98,32 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
 
 
-def load_checkpoint(path: str | Path, unet, ema, optimizer) -> dict:
+def load_checkpoint(path: str | Path, unet, ema, optimizer, arguments: dict) -> dict:
     """Put a checkpoint's weights and optimizer state back; returns its `state`.
 
+    Args:
+        path: Folder of the checkpoint.
+        unet, ema, optimizer: As given to `save_checkpoint`; changed in place.
+        arguments: What the checkpoint's `state["arguments"]` must agree with: data, objective, seed …
+
     Raises:
-        ValueError: If the checkpoint is of another U-Net config; the message lists the differences.
+        ValueError: If the checkpoint is of another U-Net config or of other arguments; the message lists the
+            differences.
     """
     path = Path(path)
     state = json.loads((path / STATE_FILE).read_text())
-    saved, current = unet.load_config(path / "unet"), dict(unet.config)
-    differences = [
-        f"{key}: {saved.get(key)!r} there, {current[key]!r} here"
-        for key in current
-        if not key.startswith("_") and as_json(saved.get(key)) != as_json(current[key])
-    ]
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    differences = list_differences(unet.load_config(path / "unet"), config)
+    differences += list_differences(state["arguments"], arguments)
     if differences:
-        raise ValueError(f"{path} is a checkpoint of another U-Net config ({'; '.join(differences)}).")
+        raise ValueError(
+            f"{path} is a checkpoint of another run ({'; '.join(differences)}): give the same arguments, or start a"
+            " new run in another folder."
+        )
 
-    unet.load_state_dict(type(unet).from_pretrained(path / "unet").state_dict())
+    unet.load_state_dict(type(unet).from_pretrained(path / "unet", use_safetensors=True).state_dict())
     if ema is not None:
-        averaged = type(unet).from_pretrained(path / "unet_ema")
+        averaged = type(unet).from_pretrained(path / "unet_ema", use_safetensors=True)
         ema.shadow_params = [
             p.to(s.device, s.dtype) for p, s in zip(averaged.parameters(), ema.shadow_params, strict=True)
         ]
@@ -127,5 +136,7 @@ def load_checkpoint(path: str | Path, unet, ema, optimizer) -> dict:
     return state
 
 
-def as_json(value):
-    return json.loads(json.dumps(value))
+def list_differences(saved: dict, current: dict) -> list[str]:
+    current = json.loads(json.dumps(current))  # tuples become lists, as in the file
+    differing = {key: value for key, value in current.items() if saved.get(key) != value}
+    return [f"{key}: {saved.get(key)!r} there, {value!r} here" for key, value in differing.items()]

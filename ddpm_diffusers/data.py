@@ -34,13 +34,16 @@ class ImageArrays(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset: Dataset, shape: tuple[int, int, int]):
-        self.shape = shape
+        self.dataset, self.shape = dataset, shape
         column = dataset.with_format("arrow")[:].column("image")
         # views of the memory-mapped file, (rows, C, H, W) each
         self.chunks = [
             part.flatten().to_numpy(zero_copy_only=True).reshape(len(part), *shape) for part in column.chunks
         ]
         self.ends = np.cumsum([len(chunk) for chunk in self.chunks])
+
+    def __reduce__(self):
+        return ImageArrays, (self.dataset, self.shape)  # worker processes map the file, and get no copy of the images
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -113,6 +116,8 @@ def load_images(
     if channels not in (1, 3):
         raise ValueError(f"`channels` is {channels!r}; it must be 1 (grey) or 3 (RGB).")
     if dataset_name == SYNTHETIC and train_data_dir is None:
+        if split != "train":
+            raise ValueError(f"`split` is {split!r}; {SYNTHETIC} has 'train' alone: draw others with another `seed`.")
         return draw_synthetic(max_samples or SYNTHETIC_SIZE, seed, resolution, channels, cache_dir)
 
     source = open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache_dir)

@@ -91,7 +91,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         device = self._execution_device
         self._interrupt = False
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        try:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        except Exception as error:  # some have a least or largest number of steps, and say so in many ways
+            name = type(self.scheduler).__name__
+            raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         step_kwargs = self.prepare_step_kwargs(generator, eta)
@@ -159,6 +163,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if unknown:
             allowed = self._callback_tensor_inputs
             raise ValueError(f"`callback_on_step_end_tensor_inputs` holds {sorted(unknown)}; it may hold {allowed}.")
+        if latents is not None and not (torch.is_tensor(latents) and latents.ndim == 4):
+            raise ValueError(
+                "`latents` must be a tensor of shape (batch_size, in_channels, height, width); it is"
+                f" {f'of shape {tuple(latents.shape)}' if torch.is_tensor(latents) else type(latents).__name__}."
+            )
         size = self.unet.config.sample_size
         if size is None and latents is None:
             raise ValueError(
@@ -181,20 +190,17 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         step_kwargs = {"generator": generator} if "generator" in parameters else {}
         if "eta" in parameters:
             step_kwargs["eta"] = eta
-        if hasattr(self.scheduler, "noise_sampler_seed") and generator is not None:
-            # DPM-Solver SDE draws its own Brownian path, from a seed an image
-            generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        if hasattr(self.scheduler, "noise_sampler_seed"):
+            # DPM-Solver SDE draws its own Brownian path: from a seed, from one an image, or from none
+            generators = generator if isinstance(generator, (list, tuple)) else [generator] if generator else []
             seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in generators]
-            self.scheduler.noise_sampler_seed = seeds if len(seeds) > 1 else seeds[0]
+            self.scheduler.noise_sampler_seed = seeds if isinstance(generator, (list, tuple)) else (seeds or [None])[0]
         return step_kwargs
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict:
         # the explicit class was asked for: the copy of it in the repository is not needed, nor run
-        index = super()._dict_from_json_file(json_file)
-        if index.get("_class_name") == class_name_in_index(PixelDiffusionPipeline):
-            index["_class_name"] = PixelDiffusionPipeline.__name__
-        return index
+        return with_this_class(super()._dict_from_json_file(json_file))
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """Write `model_index.json` and, beside it, this file, so that it loads where the package is not installed."""
@@ -220,3 +226,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 def class_name_in_index(pipeline_class: type) -> list[str]:
     """[module, class], the form of `_class_name` by which diffusers finds a pipeline's code in its repository."""
     return [pipeline_class.__module__.rpartition(".")[2], pipeline_class.__name__]
+
+
+def with_this_class(index: dict) -> dict:
+    """A `model_index.json` in which the name alone stands for our [module, class], as for a class of diffusers."""
+    if index.get("_class_name") == class_name_in_index(PixelDiffusionPipeline):
+        index["_class_name"] = PixelDiffusionPipeline.__name__
+    return index

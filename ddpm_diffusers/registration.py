@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from . import pipeline_pixel_diffusion, unet_2d_optimized
-from .pipeline_pixel_diffusion import PixelDiffusionPipeline, class_name_in_index
+from .pipeline_pixel_diffusion import PixelDiffusionPipeline, with_this_class
 
 logger = logging.get_logger(__name__)
 
@@ -35,9 +35,6 @@ def register() -> None:
         read_index = read_index.__func__
 
         def read_index_with_installed_class(cls, json_file):
-            index = read_index(cls, json_file)
-            if index.get("_class_name") == class_name_in_index(PixelDiffusionPipeline):
-                index["_class_name"] = PixelDiffusionPipeline.__name__
-            return index
+            return with_this_class(read_index(cls, json_file))
 
         DiffusionPipeline._dict_from_json_file = classmethod(read_index_with_installed_class)

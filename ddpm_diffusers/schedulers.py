@@ -58,6 +58,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     taken = inspect.signature(scheduler_class.__init__).parameters
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
 
+    if name == "tcd":  # by default it knows the 50 steps of its distillation alone
+        overrides.setdefault("original_inference_steps", config["num_train_timesteps"])
     for key in overrides:
         if key not in taken:
             raise ValueError(f"`{key}` is no argument of {scheduler_class.__name__}; it takes {', '.join(taken)}.")

@@ -50,11 +50,11 @@ class Run:
         return self
 
     def save(self, folder, total_limit=None):
-        state = {"lr_scheduler": self.schedule.state_dict(), "note": "kept"}
+        state = {"lr_scheduler": self.schedule.state_dict(), "note": "kept", "arguments": {"seed": 0, "betas": (1, 2)}}
         return save_checkpoint(folder, self.step, self.unet, self.ema, self.optimizer, state, total_limit)
 
-    def load(self, path):
-        state = load_checkpoint(path, self.unet, self.ema, self.optimizer)
+    def load(self, path, **arguments):
+        state = load_checkpoint(path, self.unet, self.ema, self.optimizer, {"betas": (1, 2), **arguments})
         self.schedule.load_state_dict(state["lr_scheduler"])
         self.step = state["step"]
         return state
@@ -245,6 +245,15 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_differences(tmp_path
     message = str(error.value)
     assert str(path) in message
     assert "act_fn: 'gelu' there, 'relu' here" in message
-    assert "block_out_channels: [8, 8] there, (8, 16) here" in message
+    assert "block_out_channels: [8, 8] there, [8, 16] here" in message
     assert "norm_num_groups" not in message  # what is the same is not listed
     assert torch.equal(other.unet.state_dict()["stem.weight"], untouched)
+
+
+def test_a_checkpoint_of_other_arguments_is_refused_and_changes_nothing(tmp_path):
+    path = Run().train(2).save(tmp_path)
+    other = Run(seed=1)
+    before = other.everything()
+    with pytest.raises(ValueError, match=r"another run \(seed: 0 there, 1 here\): give the same arguments"):
+        other.load(path, seed=1)
+    torch.testing.assert_close(other.everything(), before, rtol=0, atol=0)

@@ -8,13 +8,12 @@ from scipy import stats
 
 from ddpm_diffusers.objectives import draw_noise_and_timesteps, loss_weights, training_target
 
-CPU = torch.device("cpu")
 TYPES = ("epsilon", "sample", "v_prediction")
 
 
 def draw(batch, num_train_timesteps, seed=0, size=2):
     generator = torch.Generator().manual_seed(seed)
-    return draw_noise_and_timesteps((batch, 3, size, size), num_train_timesteps, generator, CPU)
+    return draw_noise_and_timesteps((batch, 3, size, size), num_train_timesteps, generator)
 
 
 def alpha_and_sigma(scheduler, timesteps):
@@ -45,13 +44,13 @@ def test_a_random_member_of_the_batch_has_a_uniform_timestep(batch, num_train_ti
     members = np.random.default_rng(0).integers(batch, size=10_000)
     counts = np.zeros(num_train_timesteps)
     for member in members:
-        counts[draw_noise_and_timesteps((batch, 1, 1, 1), num_train_timesteps, generator, CPU)[1][member]] += 1
+        counts[draw_noise_and_timesteps((batch, 1, 1, 1), num_train_timesteps, generator)[1][member]] += 1
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_stratified_timesteps_vary_less_than_independent_ones():
     generator = torch.Generator().manual_seed(0)
-    means = [draw_noise_and_timesteps((16, 1, 1, 1), 1000, generator, CPU)[1].double().mean() for _ in range(500)]
+    means = [draw_noise_and_timesteps((16, 1, 1, 1), 1000, generator)[1].double().mean() for _ in range(500)]
     # a stratum is 1/16 as wide as the range: the variance falls by 16^2
     assert torch.stack(means).var() < 2 * (1000**2 / 12 / 16) / 16**2
 
@@ -77,7 +76,7 @@ def test_target_is_the_closed_form_and_leads_back_to_the_image(prediction_type, 
     scheduler = DDPMScheduler(beta_schedule=schedule, prediction_type=prediction_type, clip_sample=False)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((40, 1, 4, 4), generator=generator, dtype=torch.float64) * 2 - 1
-    noise, timesteps = draw_noise_and_timesteps(images.shape, 1000, generator, CPU)
+    noise, timesteps = draw_noise_and_timesteps(images.shape, 1000, generator)
     noise = noise.double()
     alpha, sigma = alpha_and_sigma(scheduler, timesteps)
     target = training_target(scheduler, images, noise, timesteps)

@@ -124,6 +124,23 @@ def test_a_second_order_scheduler_evaluates_twice_a_step(tiny_pipe):
     assert tiny_pipe.num_timesteps == 9
 
 
+def test_dpmsolver_sde_without_a_generator_is_not_bound_to_the_last_seed(tiny_pipe):
+    pytest.importorskip("torchsde")
+    tiny_pipe.scheduler = make_scheduler("dpmsolver_sde", tiny_pipe.scheduler)
+    tiny_pipe(2, 3, generators(0, 1))
+    noise = torch.zeros(3, 1, 8, 8)
+    first, second = (tiny_pipe(3, 3, latents=noise, output_type="pt").images for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_steps_that_a_scheduler_cannot_take_are_refused(tiny_pipe):
+    tiny_pipe.scheduler = make_scheduler("pndm", tiny_pipe.scheduler)
+    with pytest.raises(ValueError, match="PNDMScheduler cannot take 2 `num_inference_steps`"):
+        tiny_pipe(1, 2)
+    tiny_pipe.scheduler = make_scheduler("tcd", tiny_pipe.scheduler)
+    tiny_pipe(1, 60)
+
+
 def test_progress_bar_settings_are_used(tiny_pipe, capsys):
     tiny_pipe.set_progress_bar_config(disable=False, desc="sampling", ascii=True)
     tiny_pipe(1, 3)
@@ -140,6 +157,8 @@ def test_progress_bar_settings_are_used(tiny_pipe, capsys):
         ({"output_type": "jpeg"}, "`output_type` is 'jpeg'; it must be one of 'pil', 'np', 'pt', 'latent'"),
         ({"batch_size": 2, "generator": generators(0)}, "`generator` holds 1 generators for a `batch_size` of 2"),
         ({"latents": torch.zeros(1, 1, 8, 9)}, r"`latents` has shape \(1, 1, 8, 9\); it must be \(1, 1, 8, 8\)"),
+        ({"latents": [0.0]}, "`latents` must be a tensor of shape .* it is list"),
+        ({"latents": torch.zeros(8)}, r"`latents` must be a tensor of shape .* it is of shape \(8,\)"),
         ({"eta": 1.5}, r"`eta` is 1.5; it must be in \[0, 1\]"),
         ({"eta": 0.5}, "`eta` is 0.5, but DDPMScheduler takes none"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"holds \['noise'\]; it may hold \['latents'\]"),

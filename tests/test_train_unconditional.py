@@ -21,17 +21,23 @@ from ddpm_diffusers.checkpointing import list_checkpoints
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "train_unconditional.py"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 UNET = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
 
 
 @pytest.fixture(scope="module")
 def script():
     """The script as a module."""
+    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run
     spec = importlib.util.spec_from_file_location("train_unconditional", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["train_unconditional"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def parse(script, *argv: str):
+    return script.parse_arguments(script.TrainingArguments, list(argv), script.__doc__)
 
 
 @pytest.fixture
@@ -45,8 +51,8 @@ def train(script, tmp_path):
                     "--train_batch_size", "16", "--unet_config", UNET, "--max_train_steps", "3",
                     "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2", "--logger", "none",
                     "--output_dir", str(tmp_path / "run")]  # fmt: skip
-        script.main(script.parse_arguments(defaults + list(flags)))
-        return tmp_path / "run"
+        script.main(parse(script, *defaults, *flags))
+        return Path(parse(script, *defaults, *flags).output_dir)
 
     return run
 
@@ -115,21 +121,26 @@ def test_a_resumed_run_ends_with_the_same_bits(finished, tmp_path):
     shutil.copytree(output_dir / "checkpoint-9", interrupted / "checkpoint-9")  # step 9 is in the middle of an epoch
     result = launch(interrupted, "--resume_from_checkpoint", "latest")
     assert result.returncode == 0, result.stderr
-    weights = "unet/diffusion_pytorch_model.safetensors"
-    assert (interrupted / weights).read_bytes() == (output_dir / weights).read_bytes()
+    assert (interrupted / WEIGHTS).read_bytes() == (output_dir / WEIGHTS).read_bytes()
     optimizer = "checkpoint-24/optimizer.safetensors"
     assert (interrupted / optimizer).read_bytes() == (output_dir / optimizer).read_bytes()
 
 
 @pytest.mark.parametrize("flags", [
-    ["--prediction_type", "v_prediction", "--snr_gamma", "5"],
-    ["--prediction_type", "sample", "--ddpm_beta_schedule", "squaredcos_cap_v2", "--random_flip"],
-    ["--mixed_precision", "bf16", "--gradient_checkpointing", "--no_use_ema"],
+    ["--prediction_type", "v_prediction"],
+    ["--prediction_type", "sample", "--ddpm_beta_schedule", "squaredcos_cap_v2"],
+    ["--snr_gamma", "5"],
+    ["--random_flip"],
+    ["--no_use_ema"],
+    ["--mixed_precision", "bf16", "--gradient_checkpointing"],
     ["--unet_config", '{"in_channels": 3, "out_channels": 3, "block_out_channels": [8, 8]}',
      "--logger", "tensorboard"],
 ], ids=" ".join)  # fmt: skip
-def test_variants(train, flags):
+def test_variants(train, flags, tmp_path):
+    plain = load_file(train("--output_dir", str(tmp_path / "plain"), "--max_train_steps", "3") / WEIGHTS)
     output_dir = train(*flags)
+    trained = load_file(output_dir / WEIGHTS)
+    assert trained.keys() != plain.keys() or not all(torch.equal(trained[name], plain[name]) for name in plain)
     pipe = DiffusionPipeline.from_pretrained(str(output_dir))
     (image,) = pipe(num_inference_steps=2).images
     assert image.mode == ("RGB" if pipe.unet.config.in_channels == 3 else "L")
@@ -149,7 +160,7 @@ def test_real_fashion_mnist(train, fashion_mnist):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(train, tmp_path):
-    with pytest.raises(SystemExit, match="loss is (nan|inf) at step .*--learning_rate"):
+    with pytest.raises(SystemExit, match="At step .* the loss is .*(nan|inf).*--learning_rate"):
         train("--learning_rate", "1e30", "--max_train_steps", "20", "--lr_scheduler", "constant",
               "--logging_steps", "1", "--checkpointing_steps", "20")  # fmt: skip
     assert not (tmp_path / "run" / "model_index.json").exists() and not list_checkpoints(tmp_path / "run")
@@ -164,9 +175,31 @@ def test_the_folder_of_another_run_is_left_alone(train, tmp_path):
     train("--overwrite_output_dir")
 
 
+def test_overwriting_leaves_no_checkpoint_of_the_run_before(train):
+    train("--checkpointing_steps", "1")
+    output_dir = train("--overwrite_output_dir", "--max_train_steps", "2", "--checkpointing_steps", "2")
+    assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-2"]
+    assert [row["step"] for row in metrics_of(output_dir)] == [2]
+
+
+def test_resuming_a_finished_run_only_saves_again(train):
+    output_dir = train("--checkpointing_steps", "3")
+    weights, metrics = (output_dir / WEIGHTS).read_bytes(), metrics_of(output_dir)
+    train("--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
+    assert (output_dir / WEIGHTS).read_bytes() == weights and metrics_of(output_dir) == metrics
+
+
+def test_resuming_where_there_is_no_checkpoint_leaves_the_folder_alone(train):
+    output_dir = train()
+    before = (output_dir / WEIGHTS).read_bytes()
+    with pytest.raises(ValueError, match="is not empty"):
+        train("--resume_from_checkpoint", "latest", "--seed", "1")
+    assert (output_dir / WEIGHTS).read_bytes() == before
+
+
 def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
     train("--checkpointing_steps", "3")
-    with pytest.raises(ValueError, match=r"another U-Net config \(up_layers_per_block: 2 there, 1 here\)"):
+    with pytest.raises(ValueError, match=r"another run \(up_layers_per_block: 2 there, 1 here\)"):
         train(
             "--resume_from_checkpoint",
             "latest",
@@ -187,6 +220,12 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
     (["--unet_config", "missing.json"], "`--unet_config` is 'missing.json', which is no file"),
     (["--dataset_name", "no/such/folder"], "cannot be read.*synthetic-fashion"),
     (["--resume_from_checkpoint", "nowhere"], "holds no complete checkpoint"),
+    (["--unet_config", '{"in_channels": 3}'], "are 3 and 1; both must be 1"),
+    (["--unet_config", "{3}"], "is no JSON"),
+    (["--lr_scheduler", "piecewise_constant"], "`--lr_scheduler` is 'piecewise_constant'; it must be one of cosine"),
+    (["--lr_warmup_steps", "9"], r"`--lr_warmup_steps` is 9; it must be in \[0, 3\]"),
+    (["--ddpm_num_inference_steps", "2000"], "`--ddpm_num_inference_steps` is 2000; it must not exceed"),
+    (["--seed", "-1"], "`--seed` is -1"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_before_anything_is_written(train, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
@@ -196,8 +235,8 @@ def test_wrong_arguments_are_refused_before_anything_is_written(train, tmp_path,
 
 def test_arguments_come_from_a_file_and_flags_win(script, tmp_path):
     (tmp_path / "run.yaml").write_text("resolution: 28\nlearning_rate: 0.001\nuse_ema: false\n")
-    args = script.parse_arguments([str(tmp_path / "run.yaml"), "--learning_rate", "0.002"])
+    args = parse(script, str(tmp_path / "run.yaml"), "--learning_rate", "0.002")
     assert (args.resolution, args.learning_rate, args.use_ema, args.num_epochs) == (28, 0.002, False, 5)
     (tmp_path / "run.json").write_text('{"resolutoin": 28}')
     with pytest.raises(ValueError, match="resolutoin"):
-        script.parse_arguments([str(tmp_path / "run.json")])
+        parse(script, str(tmp_path / "run.json"))

@@ -1,0 +1,114 @@
+"""The flags of the scripts, named as in diffusers' own where it has them, and their rules."""
+
+import importlib.util
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+# what must not change between a checkpoint and the run that goes on from it
+DEFINES_THE_RUN = (
+    "dataset_name", "dataset_config_name", "train_data_dir", "split", "image_column", "max_train_samples",
+    "resolution", "center_crop", "random_flip", "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule",
+    "snr_gamma", "seed", "train_batch_size", "gradient_accumulation_steps", "use_ema", "mixed_precision",
+)  # fmt: skip
+
+
+def arg(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingArguments:
+    # data
+    dataset_name: str = arg(
+        "zalando-datasets/fashion_mnist", "Hub name, local folder, or synthetic-fashion (built in)"
+    )
+    dataset_config_name: str | None = arg(None, "configuration of a data set that has several")
+    train_data_dir: str | None = arg(None, "folder of images, in place of --dataset_name")
+    split: str = arg("train", "split of the data set")
+    image_column: str = arg("image", "column that holds the images")
+    max_train_samples: int | None = arg(None, "use the first so many images only")
+    resolution: int = arg(16, "height and width that images are resized to")
+    center_crop: bool = arg(False, "cut each image to its central square first")
+    random_flip: bool = arg(False, "mirror images at random; hurts where things face one way, as shoes do")
+    cache_dir: str | None = arg(None, "cache of datasets")
+    dataloader_num_workers: int = arg(0, "worker processes; a batch is one gather, so 0 is mostly fastest")
+    # model and noise schedule
+    unet_config: str | None = arg(None, "JSON file or text with arguments of the U-Net (train_scripts/configs)")
+    prediction_type: str = arg("epsilon", "epsilon, v_prediction or sample: what the network predicts")
+    ddpm_num_steps: int = arg(1000, "timesteps of the noise schedule")
+    ddpm_beta_schedule: str = arg("scaled_linear", "linear, scaled_linear or squaredcos_cap_v2")
+    snr_gamma: float | None = arg(None, "Min-SNR loss weighting, 5.0 in its paper; none by default")
+    # optimization
+    output_dir: str = arg("ddpm-model", "folder of the pipeline, the checkpoints and the logs")
+    overwrite_output_dir: bool = arg(False, "write into a folder that is not empty")
+    seed: int = arg(0, "of the weights, the data order, the noise and the timesteps")
+    train_batch_size: int = arg(64, "images a process and step")
+    num_epochs: int = arg(5, "passes over the data")
+    max_train_steps: int | None = arg(None, "optimizer steps, in place of --num_epochs")
+    gradient_accumulation_steps: int = arg(1, "batches an optimizer step")
+    learning_rate: float = arg(2e-3, "peak learning rate of AdamW")
+    lr_scheduler: str = arg("cosine", "schedule over optimizer steps: a name that diffusers' get_scheduler knows")
+    lr_warmup_steps: int | None = arg(None, "optimizer steps of linear warm-up; a tenth of all by default")
+    adam_beta1: float = arg(0.9, "AdamW")
+    adam_beta2: float = arg(0.999, "AdamW")
+    adam_weight_decay: float = arg(1e-2, "AdamW")
+    adam_epsilon: float = arg(1e-8, "AdamW")
+    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
+    use_ema: bool = arg(True, "average the weights over steps; the average is what is saved")
+    ema_max_decay: float = arg(0.999, "decay of that average; 0.9999 for runs of over 50,000 steps")
+    mixed_precision: str | None = arg(None, "no, fp16 or bf16; accelerate's setting by default")
+    gradient_checkpointing: bool = arg(False, "less memory for a fifth more time")
+    # output
+    logging_steps: int = arg(20, "optimizer steps between two lines of metrics.jsonl")
+    logger: str = arg("tensorboard", "tracker: tensorboard, wandb, or none; metrics.jsonl is written in any case")
+    validation_steps: int | None = arg(None, "optimizer steps between two sample grids; only at the end by default")
+    eval_batch_size: int = arg(64, "images of a sample grid")
+    ddpm_num_inference_steps: int = arg(20, "DPM-Solver++ steps of a sample grid")
+    checkpointing_steps: int | None = arg(None, "optimizer steps between two checkpoints; none by default")
+    checkpoints_total_limit: int | None = arg(None, "how many checkpoints to keep")
+    resume_from_checkpoint: str | None = arg(None, "a folder checkpoint-STEP, or latest")
+
+    def __post_init__(self):
+        def check(condition: bool, name: str, rule: str) -> None:
+            if not condition:
+                raise ValueError(f"`--{name}` is {getattr(self, name)!r}; it must {rule}.")
+
+        for name in ("resolution", "train_batch_size", "num_epochs", "gradient_accumulation_steps", "ddpm_num_steps",
+                     "logging_steps", "eval_batch_size", "ddpm_num_inference_steps", "max_train_samples",
+                     "max_train_steps", "validation_steps", "checkpointing_steps",
+                     "checkpoints_total_limit"):  # fmt: skip
+            check(getattr(self, name) is None or getattr(self, name) >= 1, name, "be at least 1")
+        for name in ("learning_rate", "max_grad_norm", "snr_gamma", "adam_epsilon"):
+            value = getattr(self, name)
+            check(value is None or (math.isfinite(value) and value > 0), name, "be a positive number")
+        check(0 <= self.ema_max_decay < 1, "ema_max_decay", "be in [0, 1)")
+        check(0 <= self.seed < 2**32, "seed", "be in [0, 2^32)")
+        check(self.ddpm_num_inference_steps <= self.ddpm_num_steps, "ddpm_num_inference_steps",
+              f"not exceed `--ddpm_num_steps`, {self.ddpm_num_steps}")  # fmt: skip
+        for name, choices in {
+            "prediction_type": ("epsilon", "v_prediction", "sample"),
+            "ddpm_beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+            "lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup", "polynomial"),
+            "mixed_precision": (None, "no", "fp16", "bf16"),
+            "logger": ("tensorboard", "wandb", "none"),
+        }.items():
+            check(getattr(self, name) in choices, name, f"be one of {', '.join(map(str, choices))}")
+        if self.logger != "none" and importlib.util.find_spec(self.logger) is None:
+            raise ValueError(f"`--logger {self.logger}` needs a package: pip install {self.logger}, or --logger none.")
+
+
+def parse_arguments(arguments_class: type, argv: list[str], doc: str):
+    """Flags, after an optional YAML or JSON file of the same names, as an `arguments_class`."""
+    parser = HfArgumentParser(arguments_class, description=doc.splitlines()[0])
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        values = yaml.safe_load(Path(argv[0]).read_text()) or {}  # JSON is YAML
+        unknown = set(values) - {f.name for f in fields(arguments_class)}
+        if unknown:
+            raise ValueError(f"{argv[0]} holds {sorted(unknown)}, which are no arguments (see --help).")
+        parser.set_defaults(**values)
+        argv = argv[1:]
+    return parser.parse_args_into_dataclasses(argv)[0]
