@@ -67,6 +67,36 @@ class ImageArrays(torch.utils.data.Dataset):
         return torch.from_numpy(batch)
 
 
+class ShuffledBatches(torch.utils.data.Sampler):
+    """The indices of every batch of a run, a `batch_sampler`; batch i is a function of (seed, i) alone.
+
+    Each epoch visits the images in another order, each once; the last `num_images % batch_size` of it are left out.
+
+    Args:
+        num_images: Of the data set, at least `batch_size`.
+        batch_size: Indices a batch.
+        seed: Of the orders.
+        start, stop: The run's batches: `start` is where a resumed run goes on.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, start: int, stop: int):
+        self.num_images, self.batch_size, self.seed, self.start, self.stop = num_images, batch_size, seed, start, stop
+        self.batches_per_epoch = num_images // batch_size
+        self.drop_last = True
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self):
+        epoch = None
+        for i in range(self.start, self.stop):
+            if i // self.batches_per_epoch != epoch:
+                epoch = i // self.batches_per_epoch
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+            first = (i % self.batches_per_epoch) * self.batch_size
+            yield order[first : first + self.batch_size].tolist()
+
+
 def as_batch(images: torch.Tensor) -> torch.Tensor:
     """`collate_fn` for `ImageArrays`: a batch is one tensor already."""
     return images

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from ddpm_diffusers import data
-from ddpm_diffusers.data import ImageArrays, as_batch, decode_image, load_images
+from ddpm_diffusers.data import ImageArrays, ShuffledBatches, as_batch, decode_image, load_images
 
 SEVERAL_CHUNKS = 7 * 64  # bytes: 7 images of 8x8 in grey
 
@@ -491,3 +491,14 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
     for message in messages:
         for words in ("cannot be reached", "'zalando-datasets/fashion_mnist'", "`--dataset_name synthetic-fashion`"):
             assert words in message
+
+
+def test_shuffled_batches_visit_every_image_once_an_epoch_and_go_on_anywhere():
+    whole = list(ShuffledBatches(11, 3, seed=5, start=0, stop=9))  # three epochs of three batches
+    for epoch in (whole[:3], whole[3:6], whole[6:]):
+        visited = [index for batch in epoch for index in batch]
+        assert len(visited) == len(set(visited)) == 9 and set(visited) <= set(range(11))
+    assert whole[:3] != whole[3:6]
+    assert list(ShuffledBatches(11, 3, seed=5, start=4, stop=9)) == whole[4:]
+    assert list(ShuffledBatches(11, 3, seed=6, start=0, stop=9)) != whole
+    assert len(ShuffledBatches(11, 3, seed=5, start=4, stop=9)) == 5

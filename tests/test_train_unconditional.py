@@ -57,16 +57,19 @@ def train(script, tmp_path):
     return run
 
 
-def launch(output_dir: Path, *flags: str) -> subprocess.CompletedProcess:
-    """The README's way, in a fresh process: 24 steps of two batches each, over 5 epochs."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(SCRIPT),
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+
+
+def launch(output_dir: Path, *flags: str, launcher: list[str] = ACCELERATE) -> subprocess.CompletedProcess:
+    """The README's way, in fresh processes: 24 steps of two batches each, over 5 epochs."""
+    command = [*launcher, str(SCRIPT),
                "--dataset_name", "synthetic-fashion", "--max_train_samples", "330", "--resolution", "8",
                "--unet_config", UNET, "--train_batch_size", "32", "--gradient_accumulation_steps", "2",
                "--max_train_steps", "24", "--logging_steps", "4", "--checkpointing_steps", "9",
                "--eval_batch_size", "4",
                "--validation_steps", "12", "--ddpm_num_inference_steps", "3", "--learning_rate", "3e-3",
                "--output_dir", str(output_dir), *flags]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -124,6 +127,17 @@ def test_a_resumed_run_ends_with_the_same_bits(finished, tmp_path):
     assert (interrupted / WEIGHTS).read_bytes() == (output_dir / WEIGHTS).read_bytes()
     optimizer = "checkpoint-24/optimizer.safetensors"
     assert (interrupted / optimizer).read_bytes() == (output_dir / optimizer).read_bytes()
+
+
+def test_two_processes_follow_one(finished, tmp_path):
+    """Batch i is the same images, noise and timesteps whoever computes it: two processes are two batches a step."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    flags = ["--gradient_accumulation_steps", "1", "--validation_steps", "5"]  # 5 is no logging step
+    result = launch(tmp_path / "run", *flags, launcher=command)
+    assert result.returncode == 0, result.stderr
+    one, two = (load_file(folder / WEIGHTS) for folder in (finished[0], tmp_path / "run"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("flags", [

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from arguments import DEFINES_THE_RUN, TrainingArguments, parse_arguments
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
@@ -35,7 +35,7 @@ from ddpm_diffusers.checkpointing import (
     resolve_checkpoint,
     save_checkpoint,
 )
-from ddpm_diffusers.data import ImageArrays, as_batch, load_images
+from ddpm_diffusers.data import ImageArrays, ShuffledBatches, as_batch, load_images
 from ddpm_diffusers.grid import image_grid
 from ddpm_diffusers.objectives import draw_noise_and_timesteps, loss_weights, training_target
 
@@ -88,7 +88,6 @@ def main(args: TrainingArguments) -> None:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.logger == "none" else args.logger,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(output_dir / "logs")),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
     device = accelerator.device
 
@@ -123,15 +122,6 @@ def main(args: TrainingArguments) -> None:
             f"The data set has {len(images)} images, fewer than one batch of `--train_batch_size`"
             f" {args.train_batch_size} on {accelerator.num_processes} process(es): lower it."
         )
-    dataloader = torch.utils.data.DataLoader(
-        images,
-        batch_size=args.train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=as_batch,
-        num_workers=args.dataloader_num_workers,
-    )
-
     # optimization
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -140,13 +130,14 @@ def main(args: TrainingArguments) -> None:
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
-    unet, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+    unet, optimizer = accelerator.prepare(model, optimizer)
     ema = None
     if args.use_ema:
         ema = EMAModel(model.parameters(), decay=args.ema_max_decay, foreach=True)
         ema.to(device)
-    steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
-    max_train_steps = args.max_train_steps or args.num_epochs * steps_per_epoch
+    batches_per_epoch = len(images) // args.train_batch_size
+    batches_per_step = args.gradient_accumulation_steps * accelerator.num_processes
+    max_train_steps = args.max_train_steps or math.ceil(args.num_epochs * batches_per_epoch / batches_per_step)
     warmup_steps = max_train_steps // 10 if args.lr_warmup_steps is None else args.lr_warmup_steps
     if warmup_steps > max_train_steps or warmup_steps < 0:
         raise ValueError(
@@ -171,6 +162,14 @@ def main(args: TrainingArguments) -> None:
             metrics_before = [line for line in lines if json.loads(line)["step"] <= step]
         logger.info(f"Resumed from {resume_path} at step {step}.")
 
+    batches = ShuffledBatches(
+        len(images), args.train_batch_size, args.seed, step * batches_per_step, max_train_steps * batches_per_step
+    )
+    dataloader = torch.utils.data.DataLoader(
+        images, batch_sampler=batches, collate_fn=as_batch, num_workers=args.dataloader_num_workers
+    )
+    dataloader = accelerator.prepare(dataloader)  # batch i goes to process i % num_processes
+
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         if not goes_on:
@@ -180,11 +179,10 @@ def main(args: TrainingArguments) -> None:
             accelerator.init_trackers("train_unconditional", config=asdict(args))
         metrics_file = open(metrics_path, "w")
         metrics_file.writelines(metrics_before)
-    batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     logger.info(
         f"{type(model).__name__}, {model.num_parameters():,} parameters, on"
         f" {accelerator.num_processes} x {device}, precision {accelerator.mixed_precision}; {len(images):,} images,"
-        f" {max_train_steps} steps of {batch_size}."
+        f" {max_train_steps} steps of {args.train_batch_size * batches_per_step}."
     )
 
     sampler = PixelDiffusionPipeline(model, make_scheduler("dpmsolver++", scheduler))
@@ -218,79 +216,73 @@ def main(args: TrainingArguments) -> None:
     )
     generator = torch.Generator(device)
     loss_sum, batches_seen, last_time = torch.zeros((), device=device), 0, time.perf_counter()
-    while step < max_train_steps:
-        epoch, steps_into_epoch = divmod(step, steps_per_epoch)
-        dataloader.set_epoch(epoch)
-        first = steps_into_epoch * args.gradient_accumulation_steps
-        batches = accelerator.skip_first_batches(dataloader, first) if first else dataloader
-        for batch_index, batch in enumerate(batches, start=first + epoch * len(dataloader)):
-            with accelerator.accumulate(unet):
-                # a function of (seed, batch, process), so that a resumed run draws what it would have drawn
-                seed = np.random.SeedSequence((args.seed, batch_index, accelerator.process_index)).generate_state(1)[0]
-                generator.manual_seed(int(seed))
-                clean = batch.float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
-                if args.random_flip:
-                    flip = torch.rand(len(clean), 1, 1, 1, generator=generator, device=device) < 0.5
-                    clean = torch.where(flip, clean.flip(-1), clean)
-                noise, timesteps = draw_noise_and_timesteps(clean.shape, args.ddpm_num_steps, generator)
-                noisy = scheduler.add_noise(clean, noise, timesteps)
-                target = training_target(scheduler, clean, noise, timesteps)
+    for batch_index, batch in enumerate(dataloader, start=step * args.gradient_accumulation_steps):
+        with accelerator.accumulate(unet):
+            # a function of (seed, batch), so that a resumed run draws what it would have drawn
+            i = batch_index * accelerator.num_processes + accelerator.process_index
+            seed = np.random.SeedSequence((args.seed, i)).generate_state(1)[0]
+            generator.manual_seed(int(seed))
+            clean = batch.float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
+            if args.random_flip:
+                flip = torch.rand(len(clean), 1, 1, 1, generator=generator, device=device) < 0.5
+                clean = torch.where(flip, clean.flip(-1), clean)
+            noise, timesteps = draw_noise_and_timesteps(clean.shape, args.ddpm_num_steps, generator)
+            noisy = scheduler.add_noise(clean, noise, timesteps)
+            target = training_target(scheduler, clean, noise, timesteps)
 
-                prediction = unet(noisy, timesteps, return_dict=False)[0]  # (B, C, H, W)
-                errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
-                loss = (errors * loss_weights(scheduler, timesteps, args.snr_gamma)).mean()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+            prediction = unet(noisy, timesteps, return_dict=False)[0]  # (B, C, H, W)
+            errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+            loss = (errors * loss_weights(scheduler, timesteps, args.snr_gamma)).mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
 
-            loss_sum += loss.detach()
-            batches_seen += 1
-            if not accelerator.sync_gradients:
-                continue
-            lr_scheduler.step()
-            if ema is not None:
-                ema.step(model.parameters())
-            step += 1
-            progress_bar.update()
+        loss_sum += loss.detach()
+        batches_seen += 1
+        if not accelerator.sync_gradients:
+            continue
+        lr_scheduler.step()
+        if ema is not None:
+            ema.step(model.parameters())
+        step += 1
+        progress_bar.update()
 
-            last = step == max_train_steps
-            sample = args.validation_steps and step % args.validation_steps == 0 and not last
-            checkpoint = args.checkpointing_steps and (last or step % args.checkpointing_steps == 0)
-            if last or sample or checkpoint or step % args.logging_steps == 0:
-                mean = accelerator.reduce(loss_sum, "mean").item() / batches_seen
-                norm = float(grad_norm)
-                # under fp16 the scaler skips a step whose gradients overflow
-                if not math.isfinite(mean) or (accelerator.scaler is None and not math.isfinite(norm)):
-                    raise SystemExit(
-                        f"At step {step} the loss is {mean} and the gradient's norm {norm}: stopped, nothing was"
-                        " written after the last checkpoint. Lower `--learning_rate`, raise `--lr_warmup_steps`, or"
-                        " use `--mixed_precision` no or bf16."
-                    )
-                images_seen = batches_seen * args.train_batch_size * accelerator.num_processes
-                metrics = {
-                    "loss": mean,
-                    "grad_norm": norm if math.isfinite(norm) else None,
-                    "lr": lr_scheduler.get_last_lr()[0],
-                    "images_per_second": images_seen / (time.perf_counter() - last_time),
-                }
-                progress_bar.set_postfix(loss=f"{mean:.4f}", images_s=f"{metrics['images_per_second']:.0f}")
-                accelerator.log({name: value for name, value in metrics.items() if value is not None}, step=step)
-                if accelerator.is_main_process:
-                    metrics_file.write(json.dumps({"step": step, "epoch": epoch, **metrics}) + "\n")
-                    metrics_file.flush()
-                if checkpoint and accelerator.is_main_process:
-                    state = {"lr_scheduler": lr_scheduler.state_dict(), "arguments": asdict(args)}
-                    if accelerator.scaler is not None:
-                        state["scaler"] = accelerator.scaler.state_dict()
-                    save_checkpoint(output_dir, step, model, ema, optimizer, state, args.checkpoints_total_limit)
-                if sample and accelerator.is_main_process:
-                    write_samples()
-                loss_sum.zero_()
-                batches_seen, last_time = 0, time.perf_counter()
-            if last:
-                break
+        last = step == max_train_steps
+        sample = args.validation_steps and step % args.validation_steps == 0 and not last
+        checkpoint = args.checkpointing_steps and (last or step % args.checkpointing_steps == 0)
+        if last or sample or checkpoint or step % args.logging_steps == 0:
+            mean = accelerator.reduce(loss_sum, "mean").item() / batches_seen
+            norm = float(grad_norm)
+            # under fp16 the scaler skips a step whose gradients overflow
+            if not math.isfinite(mean) or (accelerator.scaler is None and not math.isfinite(norm)):
+                raise SystemExit(
+                    f"At step {step} the loss is {mean} and the gradient's norm {norm}: stopped, nothing was"
+                    " written after the last checkpoint. Lower `--learning_rate`, raise `--lr_warmup_steps`, or"
+                    " use `--mixed_precision` no or bf16."
+                )
+            images_seen = batches_seen * args.train_batch_size * accelerator.num_processes
+            metrics = {
+                "loss": mean,
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "lr": lr_scheduler.get_last_lr()[0],
+                "images_per_second": images_seen / (time.perf_counter() - last_time),
+            }
+            progress_bar.set_postfix(loss=f"{mean:.4f}", images_s=f"{metrics['images_per_second']:.0f}")
+            accelerator.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+            if accelerator.is_main_process:
+                metrics_file.write(json.dumps({"step": step, "epoch": i // batches_per_epoch, **metrics}) + "\n")
+                metrics_file.flush()
+            if checkpoint and accelerator.is_main_process:
+                state = {"lr_scheduler": lr_scheduler.state_dict(), "arguments": asdict(args)}
+                if accelerator.scaler is not None:
+                    state["scaler"] = accelerator.scaler.state_dict()
+                save_checkpoint(output_dir, step, model, ema, optimizer, state, args.checkpoints_total_limit)
+            if sample and accelerator.is_main_process:
+                write_samples()
+            loss_sum.zero_()
+            batches_seen, last_time = 0, time.perf_counter()
     progress_bar.close()
 
     # save, and only then sample
