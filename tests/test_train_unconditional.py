@@ -131,7 +131,7 @@ def test_a_resumed_run_ends_with_the_same_bits(finished, tmp_path):
 
 def test_two_processes_follow_one(finished, tmp_path):
     """Batch i is the same images, noise and timesteps whoever computes it: two processes are two batches a step."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = ["--gradient_accumulation_steps", "1", "--validation_steps", "5"]  # 5 is no logging step
     result = launch(tmp_path / "run", *flags, launcher=command)
     assert result.returncode == 0, result.stderr
