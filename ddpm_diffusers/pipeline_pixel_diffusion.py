@@ -20,6 +20,13 @@ from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+# what one scheduler must take over from another: the noise schedule of the network, and how its timesteps are used
+CARRIED_OVER = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr", "timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range", "thresholding",
+    "dynamic_thresholding_ratio", "sample_max_value",
+)  # fmt: skip
+
 
 class PixelDiffusionPipeline(DiffusionPipeline):
     r"""Unconditional image generation without a latent space.
@@ -36,9 +43,14 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
-        # diffusers' from_config drops what stands here, and the new class's own default noise schedule would take over
-        scheduler.register_to_config(_use_default_values=[])
         self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "scheduler":
+            # `from_config` drops the arguments listed here, and the next class's own noise schedule would take over
+            defaults = value.config.get("_use_default_values", [])
+            value.register_to_config(_use_default_values=[key for key in defaults if key not in CARRIED_OVER])
+        super().__setattr__(name, value)
 
     @property
     def num_timesteps(self) -> int:

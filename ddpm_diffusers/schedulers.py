@@ -5,6 +5,8 @@ import inspect
 import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .pipeline_pixel_diffusion import CARRIED_OVER
+
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
@@ -29,11 +31,11 @@ REFUSED = {
     "ipndm": "IPNDMScheduler has a noise schedule of its own and cannot take the network's",
 }
 
+# of CARRIED_OVER, what the network was trained with
+TRAINED_WITH = CARRIED_OVER[:7]
+
 # their step raises on prediction_type "sample"
 NO_SAMPLE_PREDICTION = ("pndm", "euler_ancestral", "dpmsolver_sde", "kdpm2", "kdpm2_ancestral")
-
-# what a network was trained with, and no sampler may change
-TRAINED_WITH = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
 def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> SchedulerMixin:
@@ -41,8 +43,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
 
     Args:
         name: A key of `SCHEDULERS`.
-        scheduler: The scheduler to follow, such as `pipe.scheduler`. What else the two classes share
-            (`timestep_spacing` for one) is carried over too, defaults included.
+        scheduler: The scheduler to follow, such as `pipe.scheduler`. With the noise schedule go its timestep spacing
+            and clipping, defaults included; what is a solver's own does not.
         overrides: Arguments of the new class, such as `use_karras_sigmas=True`.
 
     Raises:
@@ -55,23 +57,28 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     if name not in SCHEDULERS:
         raise ValueError(f"Scheduler {name!r} is unknown; it must be one of {', '.join(SCHEDULERS)}.")
     scheduler_class = getattr(diffusers, SCHEDULERS[name])
+    if "beta_schedule" not in scheduler.config or "prediction_type" not in scheduler.config:
+        raise ValueError(
+            f"{type(scheduler).__name__} has no discrete noise schedule to follow (`beta_schedule`, `prediction_type`);"
+            " give the scheduler that the network was trained with."
+        )
     taken = inspect.signature(scheduler_class.__init__).parameters
-    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    config = {key: scheduler.config[key] for key in CARRIED_OVER if key in taken and key in scheduler.config}
 
-    if name == "tcd":  # by default it knows the 50 steps of its distillation alone
-        overrides.setdefault("original_inference_steps", config["num_train_timesteps"])
-    for key in overrides:
+    for key, value in overrides.items():
         if key not in taken:
             raise ValueError(f"`{key}` is no argument of {scheduler_class.__name__}; it takes {', '.join(taken)}.")
-        if key in TRAINED_WITH and overrides[key] != config[key]:
+        if key in TRAINED_WITH and value != config[key]:
             raise ValueError(
                 f"`{key}` is {config[key]!r} in the scheduler that the network was trained with; it cannot change."
             )
-    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in taken:
+    if scheduler.config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in taken:
         raise ValueError(f"{scheduler_class.__name__} cannot follow a schedule with `rescale_betas_zero_snr=True`.")
     if name in NO_SAMPLE_PREDICTION and config["prediction_type"] == "sample":
         raise ValueError(f"{scheduler_class.__name__} knows no `prediction_type` 'sample'; use another scheduler.")
+    if name == "tcd":  # by default it knows the 50 steps of its distillation alone
+        config["original_inference_steps"] = config["num_train_timesteps"]
     try:
-        return scheduler_class.from_config(config, **overrides)
+        return scheduler_class(**{**config, **overrides})
     except NotImplementedError as error:  # a beta_schedule that only some classes know
         raise ValueError(f"{scheduler_class.__name__} cannot follow this noise schedule: {error}.") from error

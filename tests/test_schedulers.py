@@ -154,18 +154,29 @@ def test_first_order_samplers_follow_their_closed_form(name, eta, steps):
     assert spread == pytest.approx(closed_form_spread(steps, eta), abs=0.02)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_noise_schedule_is_carried_over_by_either_way_of_swapping(name):
-    if name == "dpmsolver_sde":
-        pytest.importorskip("torchsde")
-    original = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")  # the betas' ends stay at their defaults
+@pytest.mark.parametrize("first", SCHEDULERS)
+def test_the_noise_schedule_is_carried_over_from_any_scheduler_to_any_other(first):
+    """By name and by diffusers' `from_config`; the betas' ends and the spacing stay at their defaults."""
+    pytest.importorskip("torchsde")
+    original = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     pipe = PixelDiffusionPipeline(ExactDenoiser(), original)
-    by_name = make_scheduler(name, pipe.scheduler)
-    by_class = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
-    for scheduler in (by_name, by_class, make_scheduler("heun", by_name), make_scheduler("ddpm", by_class)):
-        assert torch.equal(scheduler.alphas_cumprod, original.alphas_cumprod)
-        assert scheduler.config.get("timestep_spacing", "leading") == "leading"
-    assert type(by_name) is type(by_class)
+    for second in SCHEDULERS:
+        pipe.scheduler = original
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[first]).from_config(pipe.scheduler.config)
+        by_class = getattr(diffusers, SCHEDULERS[second]).from_config(pipe.scheduler.config)
+        by_name = make_scheduler(second, make_scheduler(first, original))
+        assert type(by_name) is type(by_class)
+        for scheduler in (by_name, by_class):
+            assert torch.equal(scheduler.alphas_cumprod, original.alphas_cumprod)
+        if first != "dpmsolver++_singlestep":  # which has no spacing to hand on
+            assert by_name.config.get("timestep_spacing", "leading") == "leading"
+
+
+def test_a_scheduler_assigned_to_the_pipeline_hands_on_its_defaults():
+    pipe = PixelDiffusionPipeline(ExactDenoiser(), diffusers.DDPMScheduler())
+    pipe.scheduler = diffusers.DDIMScheduler()
+    heun = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert torch.equal(heun.alphas_cumprod, pipe.scheduler.alphas_cumprod)
 
 
 def test_without_the_pipeline_make_scheduler_keeps_defaults_that_from_config_drops():
@@ -198,6 +209,11 @@ def test_lcm_is_refused_for_a_reason():
 def test_what_cannot_work_is_refused_with_the_reason(name, kwargs, overrides, message):
     with pytest.raises(ValueError, match=message):
         make_scheduler(name, diffusers.DDPMScheduler(**kwargs), **overrides)
+
+
+def test_a_scheduler_without_a_discrete_noise_schedule_cannot_be_followed():
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no discrete noise schedule to follow"):
+        make_scheduler("ddim", diffusers.FlowMatchEulerDiscreteScheduler())
 
 
 def test_overrides_reach_the_scheduler():
