@@ -59,8 +59,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     scheduler_class = getattr(diffusers, SCHEDULERS[name])
     if "beta_schedule" not in scheduler.config or "prediction_type" not in scheduler.config:
         raise ValueError(
-            f"{type(scheduler).__name__} has no discrete noise schedule to follow (`beta_schedule`, `prediction_type`);"
-            " give the scheduler that the network was trained with."
+            f"{type(scheduler).__name__} has no discrete noise schedule to follow (no `beta_schedule` or no"
+            " `prediction_type`): give the scheduler that the network was trained with."
         )
     taken = inspect.signature(scheduler_class.__init__).parameters
     config = {key: scheduler.config[key] for key in CARRIED_OVER if key in taken and key in scheduler.config}
