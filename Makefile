@@ -7,7 +7,6 @@ BIN = .venv/bin
 # installed once; again only when what is installed changes
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,dev]"
 	touch $@
 

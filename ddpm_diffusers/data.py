@@ -206,6 +206,9 @@ def open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache
         if (Path(dataset_name) / "state.json").is_file() or (Path(dataset_name) / "dataset_dict.json").is_file():
             loaded = load_from_disk(dataset_name)
             if isinstance(loaded, Dataset):
+                own = str(loaded.split or "train")
+                if split != own:
+                    raise ValueError(f"it has no split {split!r}, but {own} alone")
                 return loaded
             return select_split(loaded, split)
         return load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)

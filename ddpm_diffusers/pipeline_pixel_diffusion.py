@@ -100,6 +100,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         shape = self.check_inputs(
             batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
         )
+        generator = list(generator) if isinstance(generator, tuple) else generator
         device = self._execution_device
         self._interrupt = False
 
@@ -163,6 +164,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 f"`generator` holds {len(generator)} generators for a `batch_size` of {batch_size}; give one an image,"
                 " or a single one."
             )
+        for g in generator if isinstance(generator, (list, tuple)) else [generator] if generator is not None else []:
+            if not isinstance(g, torch.Generator):
+                raise TypeError(f"`generator` holds {g!r}; it must be a torch.Generator, or a list of one an image.")
         parameters = inspect.signature(self.scheduler.step).parameters
         if not 0 <= eta <= 1:
             raise ValueError(f"`eta` is {eta}; it must be in [0, 1].")
@@ -204,9 +208,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             step_kwargs["eta"] = eta
         if hasattr(self.scheduler, "noise_sampler_seed"):
             # DPM-Solver SDE draws its own Brownian path: from a seed, from one an image, or from none
-            generators = generator if isinstance(generator, (list, tuple)) else [generator] if generator else []
+            generators = (
+                generator if isinstance(generator, (list, tuple)) else [generator] if generator is not None else []
+            )
             seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in generators]
-            self.scheduler.noise_sampler_seed = seeds if isinstance(generator, (list, tuple)) else (seeds or [None])[0]
+            single = seeds[0] if seeds else self.scheduler.config.noise_sampler_seed
+            self.scheduler.noise_sampler_seed = seeds if isinstance(generator, (list, tuple)) else single
         return step_kwargs
 
     @classmethod
@@ -221,8 +228,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             shutil.copyfile(__file__, Path(save_directory) / f"{class_name_in_index(type(self))[0]}.py")
         for name, (library, class_name) in ((name, self.config[name]) for name in self.components):
             # a component that left its code in its folder is loaded from there
-            module = library.rpartition(".")[2]
-            if (Path(save_directory) / name / f"{module}.py").is_file():
+            module = (library or "").rpartition(".")[2]
+            if module and (Path(save_directory) / name / f"{module}.py").is_file():
                 self.register_to_config(**{name: (module, class_name)})
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 

@@ -3,7 +3,9 @@
 import inspect
 
 import diffusers
+import numpy as np
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import requires_backends
 
 from .pipeline_pixel_diffusion import CARRIED_OVER
 
@@ -62,15 +64,18 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
             f"{type(scheduler).__name__} has no discrete noise schedule to follow (no `beta_schedule` or no"
             " `prediction_type`): give the scheduler that the network was trained with."
         )
-    taken = inspect.signature(scheduler_class.__init__).parameters
+    requires_backends(scheduler_class, getattr(scheduler_class, "_backends", []))  # a placeholder without torchsde
+    taken = dict(inspect.signature(scheduler_class.__init__).parameters)
+    taken.pop("self")
     config = {key: scheduler.config[key] for key in CARRIED_OVER if key in taken and key in scheduler.config}
 
     for key, value in overrides.items():
         if key not in taken:
             raise ValueError(f"`{key}` is no argument of {scheduler_class.__name__}; it takes {', '.join(taken)}.")
-        if key in TRAINED_WITH and value != config[key]:
+        trained = scheduler.config.get(key, taken[key].default)
+        if key in TRAINED_WITH and not np.array_equal(value, trained):
             raise ValueError(
-                f"`{key}` is {config[key]!r} in the scheduler that the network was trained with; it cannot change."
+                f"`{key}` is {trained!r} in the scheduler that the network was trained with; it cannot change."
             )
     if scheduler.config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in taken:
         raise ValueError(f"{scheduler_class.__name__} cannot follow a schedule with `rescale_betas_zero_snr=True`.")
@@ -79,6 +84,10 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     if name == "tcd":  # by default it knows the 50 steps of its distillation alone
         config["original_inference_steps"] = config["num_train_timesteps"]
     try:
-        return scheduler_class(**{**config, **overrides})
+        made = scheduler_class(**{**config, **overrides})
     except NotImplementedError as error:  # a beta_schedule that only some classes know
         raise ValueError(f"{scheduler_class.__name__} cannot follow this noise schedule: {error}.") from error
+    # what this class cannot use is kept for the one that it may be swapped for, as `from_config` does
+    kept = {key: scheduler.config[key] for key in CARRIED_OVER if key in scheduler.config and key not in taken}
+    made.register_to_config(**kept)
+    return made

@@ -502,3 +502,14 @@ def test_shuffled_batches_visit_every_image_once_an_epoch_and_go_on_anywhere():
     assert list(ShuffledBatches(11, 3, seed=5, start=4, stop=9)) == whole[4:]
     assert list(ShuffledBatches(11, 3, seed=6, start=0, stop=9)) != whole
     assert len(ShuffledBatches(11, 3, seed=5, start=4, stop=9)) == 5
+
+
+def test_a_single_saved_data_set_has_no_other_split(tmp_path):
+    source = store(random_images(2), tmp_path / "source", "disk")
+    with pytest.raises(ValueError, match="has no split 'test', but train alone"):
+        load_images(source, resolution=8, split="test", cache_dir=str(tmp_path / "cache"))
+
+
+def test_the_synthetic_set_has_no_other_split():
+    with pytest.raises(ValueError, match="`split` is 'test'; synthetic-fashion has 'train' alone"):
+        load_images("synthetic-fashion", resolution=8, split="test")

@@ -19,7 +19,8 @@ def generate(*flags: str) -> subprocess.CompletedProcess:
 
 def test_images_do_not_depend_on_the_batch_size_and_nothing_is_overwritten(tiny_pipe, tmp_path):
     tiny_pipe.save_pretrained(tmp_path / "model")
-    common = ["--model", str(tmp_path / "model"), "--scheduler", "euler", "--num_inference_steps", "4", "--seed", "7"]
+    (tmp_path / "generate.yaml").write_text(f"model: {tmp_path / 'model'}\nscheduler: ddim\n")
+    common = [str(tmp_path / "generate.yaml"), "--scheduler", "euler", "--num_inference_steps", "4", "--seed", "7"]
     for name, batch_size in (("one", "1"), ("many", "4")):
         result = generate(
             *common, "--num_images", "3", "--batch_size", batch_size, "--output_dir", str(tmp_path / name)

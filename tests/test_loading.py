@@ -55,7 +55,7 @@ rows = {
     "trusted": lambda: DiffusionPipeline.from_pretrained(source, trust_remote_code=True),
     "scheduler": lambda: DiffusionPipeline.from_pretrained(source, scheduler=DDIMScheduler(), trust_remote_code=True),
     "variant": lambda: DiffusionPipeline.from_pretrained(
-        source, variant="fp16", torch_dtype=torch.float16, trust_remote_code=True),
+        source, variant="fp16", dtype=torch.float16, trust_remote_code=True),
     "again": lambda: again(DiffusionPipeline.from_pretrained(source, trust_remote_code=True), trust_remote_code=True),
 }
 if mode == "installed":

@@ -133,6 +133,34 @@ def test_dpmsolver_sde_without_a_generator_is_not_bound_to_the_last_seed(tiny_pi
     assert not torch.equal(first, second)
 
 
+def test_dpmsolver_sde_keeps_a_seed_of_its_own(tiny_pipe):
+    pytest.importorskip("torchsde")
+    tiny_pipe.scheduler = make_scheduler("dpmsolver_sde", tiny_pipe.scheduler, noise_sampler_seed=3)
+    noise = torch.zeros(2, 1, 8, 8)
+    first, second = (tiny_pipe(2, 3, latents=noise, output_type="pt").images for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_tuple_of_generators_is_as_a_list(tiny_pipe):
+    first, second = (tiny_pipe(2, 2, kind(generators(0, 1)), output_type="pt").images for kind in (list, tuple))
+    assert torch.equal(first, second)
+    with pytest.raises(TypeError, match="`generator` holds 0; it must be a torch.Generator"):
+        tiny_pipe(1, 2, generator=0)
+
+
+def test_a_subclass_with_an_optional_component_can_be_saved(tiny_pipe, tmp_path):
+    class WithExtra(PixelDiffusionPipeline):
+        _optional_components = ["extra"]
+
+        def __init__(self, unet, scheduler, extra=None):
+            super().__init__(unet, scheduler)
+            self.register_modules(extra=extra)
+
+    WithExtra(tiny_pipe.unet, tiny_pipe.scheduler).save_pretrained(tmp_path)
+    assert (tmp_path / "unet" / "unet_2d_optimized.py").is_file()
+    assert not (tmp_path / "pipeline_pixel_diffusion.py").exists()
+
+
 def test_steps_that_a_scheduler_cannot_take_are_refused(tiny_pipe):
     tiny_pipe.scheduler = make_scheduler("pndm", tiny_pipe.scheduler)
     with pytest.raises(ValueError, match="PNDMScheduler cannot take 2 `num_inference_steps`"):

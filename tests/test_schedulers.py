@@ -211,6 +211,28 @@ def test_what_cannot_work_is_refused_with_the_reason(name, kwargs, overrides, me
         make_scheduler(name, diffusers.DDPMScheduler(**kwargs), **overrides)
 
 
+def test_clipping_survives_a_scheduler_that_knows_none():
+    original = diffusers.DDPMScheduler(clip_sample=False)
+    assert make_scheduler("ddim", make_scheduler("unipc", original)).config.clip_sample is False
+
+
+def test_without_torchsde_the_missing_package_is_named(monkeypatch):
+    from diffusers.utils import dummy_torch_and_torchsde_objects
+
+    placeholder = dummy_torch_and_torchsde_objects.DPMSolverSDEScheduler
+    monkeypatch.setattr(placeholder, "_backends", ["torch", "torchsde"])
+    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", placeholder)
+    monkeypatch.setitem(requires_backends_mapping(), "torchsde", (lambda: False, "{0} needs torchsde"))
+    with pytest.raises(ImportError, match="torchsde"):
+        make_scheduler("dpmsolver_sde", diffusers.DDPMScheduler())
+
+
+def requires_backends_mapping() -> dict:
+    from diffusers.utils import import_utils
+
+    return import_utils.BACKENDS_MAPPING
+
+
 def test_a_scheduler_without_a_discrete_noise_schedule_cannot_be_followed():
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no discrete noise schedule to follow"):
         make_scheduler("ddim", diffusers.FlowMatchEulerDiscreteScheduler())

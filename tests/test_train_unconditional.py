@@ -211,6 +211,33 @@ def test_resuming_where_there_is_no_checkpoint_leaves_the_folder_alone(train):
     assert (output_dir / WEIGHTS).read_bytes() == before
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again_by_the_same_command(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    output_dir = train("--resume_from_checkpoint", "latest")
+    assert [row["step"] for row in metrics_of(output_dir)] == [3]
+
+
+def test_a_half_written_line_of_metrics_does_not_stop_a_resume(train):
+    output_dir = train("--checkpointing_steps", "2", "--max_train_steps", "2")
+    with open(output_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    train("--checkpointing_steps", "2", "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert [row["step"] for row in metrics_of(output_dir)] == [2, 4]
+
+
+def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(train):
+    train("--checkpointing_steps", "3")
+    with pytest.raises(ValueError, match="is at step 3, beyond the 2 steps of this run"):
+        train("--resume_from_checkpoint", "latest", "--max_train_steps", "2")
+
+
+def test_a_changed_learning_rate_is_not_silently_ignored_on_resume(train):
+    train("--checkpointing_steps", "3")
+    with pytest.raises(ValueError, match="learning_rate: 0.002 there, 0.001 here"):
+        train("--resume_from_checkpoint", "latest", "--learning_rate", "1e-3")
+
+
 def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
     train("--checkpointing_steps", "3")
     with pytest.raises(ValueError, match=r"another run \(up_layers_per_block: 2 there, 1 here\)"):
@@ -248,9 +275,12 @@ def test_wrong_arguments_are_refused_before_anything_is_written(train, tmp_path,
 
 
 def test_arguments_come_from_a_file_and_flags_win(script, tmp_path):
-    (tmp_path / "run.yaml").write_text("resolution: 28\nlearning_rate: 0.001\nuse_ema: false\n")
+    (tmp_path / "run.yaml").write_text(
+        "resolution: 28\nlearning_rate: 0.001\nuse_ema: false\nunet_config: {block_out_channels: [8, 8]}\n"
+    )
     args = parse(script, str(tmp_path / "run.yaml"), "--learning_rate", "0.002")
     assert (args.resolution, args.learning_rate, args.use_ema, args.num_epochs) == (28, 0.002, False, 5)
+    assert script.make_unet(args.unet_config, 28, 500).config.num_train_timesteps == 500
     (tmp_path / "run.json").write_text('{"resolutoin": 28}')
     with pytest.raises(ValueError, match="resolutoin"):
         parse(script, str(tmp_path / "run.json"))

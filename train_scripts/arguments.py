@@ -12,7 +12,8 @@ from transformers import HfArgumentParser
 DEFINES_THE_RUN = (
     "dataset_name", "dataset_config_name", "train_data_dir", "split", "image_column", "max_train_samples",
     "resolution", "center_crop", "random_flip", "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule",
-    "snr_gamma", "seed", "train_batch_size", "gradient_accumulation_steps", "use_ema", "mixed_precision",
+    "snr_gamma", "seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1",
+    "adam_beta2", "adam_weight_decay", "adam_epsilon", "use_ema", "ema_max_decay", "mixed_precision", "num_processes",
 )  # fmt: skip
 
 
@@ -51,7 +52,9 @@ class TrainingArguments:
     max_train_steps: int | None = arg(None, "optimizer steps, in place of --num_epochs")
     gradient_accumulation_steps: int = arg(1, "batches an optimizer step")
     learning_rate: float = arg(2e-3, "peak learning rate of AdamW")
-    lr_scheduler: str = arg("cosine", "schedule over optimizer steps: a name that diffusers' get_scheduler knows")
+    lr_scheduler: str = arg(
+        "cosine", "cosine, linear, constant, constant_with_warmup or polynomial, over optimizer steps"
+    )
     lr_warmup_steps: int | None = arg(None, "optimizer steps of linear warm-up; a tenth of all by default")
     adam_beta1: float = arg(0.9, "AdamW")
     adam_beta2: float = arg(0.999, "AdamW")
@@ -110,5 +113,7 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
         if unknown:
             raise ValueError(f"{argv[0]} holds {sorted(unknown)}, which are no arguments (see --help).")
         parser.set_defaults(**values)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in values
         argv = argv[1:]
     return parser.parse_args_into_dataclasses(argv)[0]

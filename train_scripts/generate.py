@@ -46,9 +46,7 @@ def main(args: GenerateArguments) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite:
         raise ValueError(f"`--output_dir` {output_dir} is not empty: choose another, or pass `--overwrite`.")
-    pipe = PixelDiffusionPipeline.from_pretrained(
-        args.model, torch_dtype=getattr(torch, args.dtype), variant=args.variant
-    )
+    pipe = PixelDiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), variant=args.variant)
     pipe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipe.set_progress_bar_config(disable=True)
     if args.scheduler is not None:

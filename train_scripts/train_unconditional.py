@@ -44,20 +44,23 @@ UNETS = {"OptimizedUNet2DModel": OptimizedUNet2DModel, "UNet2DModel": UNet2DMode
 IMAGE_FORMAT = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 
 
-def make_unet(unet_config: str | None, resolution: int):
-    text = unet_config or "{}"
-    if not text.lstrip().startswith("{"):
-        if not Path(text).is_file():
-            raise ValueError(f"`--unet_config` is {text!r}, which is no file; give a JSON file or JSON text.")
-        text = Path(text).read_text()
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`--unet_config` {unet_config!r} is no JSON ({error}).") from error
+def make_unet(unet_config: str | dict | None, resolution: int, num_train_timesteps: int):
+    config = unet_config or {}
+    if isinstance(config, str):
+        is_text = config.lstrip().startswith("{")
+        if not is_text and not Path(config).is_file():
+            raise ValueError(f"`--unet_config` is {config!r}, which is no file; give a JSON file or JSON text.")
+        try:
+            config = json.loads(config if is_text else Path(config).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`--unet_config` {unet_config!r} is no JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"`--unet_config` holds {config!r}; it must be a JSON object of arguments.")
     class_name = config.get("_class_name", "OptimizedUNet2DModel")
     if class_name not in UNETS:
         raise ValueError(f"`_class_name` in `--unet_config` is {class_name!r}; it must be one of {', '.join(UNETS)}.")
-    config = {key: value for key, value in config.items() if not key.startswith("_")} | {"sample_size": resolution}
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config |= {"sample_size": resolution, "num_train_timesteps": num_train_timesteps}
     unknown = set(config) - set(inspect.signature(UNETS[class_name].__init__).parameters)
     if unknown:
         raise ValueError(f"`--unet_config` holds {sorted(unknown)}, which are no arguments of {class_name}.")
@@ -77,6 +80,8 @@ def main(args: TrainingArguments) -> None:
     if args.resume_from_checkpoint is not None:
         resume_path = resolve_checkpoint(output_dir, args.resume_from_checkpoint)
     goes_on = resume_path is not None and resume_path.resolve().parent == output_dir.resolve()
+    # a run that was killed before its first checkpoint starts again
+    goes_on |= args.resume_from_checkpoint == "latest" and not (output_dir / "model_index.json").exists()
     if output_dir.is_dir() and any(output_dir.iterdir()) and not goes_on and not args.overwrite_output_dir:
         raise ValueError(
             f"`--output_dir` {output_dir} is not empty: choose another, or pass `--resume_from_checkpoint latest` to"
@@ -93,7 +98,7 @@ def main(args: TrainingArguments) -> None:
 
     # model, noise schedule, data
     set_seed(args.seed)
-    model = make_unet(args.unet_config, args.resolution)
+    model = make_unet(args.unet_config, args.resolution, args.ddpm_num_steps)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     channels = model.config.in_channels
@@ -150,15 +155,20 @@ def main(args: TrainingArguments) -> None:
 
     # resume
     step, metrics_before, metrics_path = 0, [], output_dir / "metrics.jsonl"
+    run = {**asdict(args), "num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     if resume_path is not None:
-        arguments = {name: value for name, value in asdict(args).items() if name in DEFINES_THE_RUN}
-        state = load_checkpoint(resume_path, model, ema, optimizer, arguments)
+        state = load_checkpoint(resume_path, model, ema, optimizer, {name: run[name] for name in DEFINES_THE_RUN})
+        if state["step"] > max_train_steps:
+            raise ValueError(
+                f"{resume_path} is at step {state['step']}, beyond the {max_train_steps} steps of this run: raise"
+                " `--num_epochs` or `--max_train_steps`."
+            )
         lr_scheduler.load_state_dict(state["lr_scheduler"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         step = state["step"]
         if goes_on and metrics_path.is_file():
-            lines = metrics_path.read_text().splitlines(keepends=True)
+            lines = [line for line in metrics_path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             metrics_before = [line for line in lines if json.loads(line)["step"] <= step]
         logger.info(f"Resumed from {resume_path} at step {step}.")
 
@@ -194,8 +204,7 @@ def main(args: TrainingArguments) -> None:
             ema.copy_to(model.parameters())
         model.eval()
         generators = [torch.Generator().manual_seed(i) for i in range(args.eval_batch_size)]
-        with accelerator.autocast():
-            images = sampler(args.eval_batch_size, args.ddpm_num_inference_steps, generators).images
+        images = sampler(args.eval_batch_size, args.ddpm_num_inference_steps, generators).images
         model.train()
         if ema is not None:
             ema.restore(model.parameters())
@@ -275,7 +284,7 @@ def main(args: TrainingArguments) -> None:
                 metrics_file.write(json.dumps({"step": step, "epoch": i // batches_per_epoch, **metrics}) + "\n")
                 metrics_file.flush()
             if checkpoint and accelerator.is_main_process:
-                state = {"lr_scheduler": lr_scheduler.state_dict(), "arguments": asdict(args)}
+                state = {"lr_scheduler": lr_scheduler.state_dict(), "arguments": run}
                 if accelerator.scaler is not None:
                     state["scaler"] = accelerator.scaler.state_dict()
                 save_checkpoint(output_dir, step, model, ema, optimizer, state, args.checkpoints_total_limit)
