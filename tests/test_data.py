@@ -507,7 +507,7 @@ def test_shuffled_batches_visit_every_image_once_an_epoch_and_go_on_anywhere():
 def test_a_single_saved_data_set_has_no_other_split(tmp_path):
     source = store(random_images(2), tmp_path / "source", "disk")
     with pytest.raises(ValueError, match="has no split 'test', but train alone"):
-        load_images(source, resolution=8, split="test", cache_dir=str(tmp_path / "cache"))
+        load_images(**source, resolution=8, split="test", cache_dir=str(tmp_path / "cache"))
 
 
 def test_the_synthetic_set_has_no_other_split():
