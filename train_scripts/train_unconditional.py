@@ -127,6 +127,7 @@ def main(args: TrainingArguments) -> None:
             f"The data set has {len(images)} images, fewer than one batch of `--train_batch_size`"
             f" {args.train_batch_size} on {accelerator.num_processes} process(es): lower it."
         )
+
     # optimization
     optimizer = torch.optim.AdamW(
         model.parameters(),
