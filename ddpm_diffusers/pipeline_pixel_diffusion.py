@@ -164,7 +164,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 f"`generator` holds {len(generator)} generators for a `batch_size` of {batch_size}; give one an image,"
                 " or a single one."
             )
-        for g in generator if isinstance(generator, (list, tuple)) else [generator] if generator is not None else []:
+        for g in as_list(generator):
             if not isinstance(g, torch.Generator):
                 raise TypeError(f"`generator` holds {g!r}; it must be a torch.Generator, or a list of one an image.")
         parameters = inspect.signature(self.scheduler.step).parameters
@@ -208,12 +208,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             step_kwargs["eta"] = eta
         if hasattr(self.scheduler, "noise_sampler_seed"):
             # DPM-Solver SDE draws its own Brownian path: from a seed, from one an image, or from none
-            generators = (
-                generator if isinstance(generator, (list, tuple)) else [generator] if generator is not None else []
-            )
-            seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in generators]
+            seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in as_list(generator)]
             single = seeds[0] if seeds else self.scheduler.config.noise_sampler_seed
-            self.scheduler.noise_sampler_seed = seeds if isinstance(generator, (list, tuple)) else single
+            self.scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else single
         return step_kwargs
 
     @classmethod
@@ -240,6 +237,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if type(self).__module__ == __name__:
             index["_class_name"] = class_name_in_index(type(self))
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def as_list(generator) -> list:
+    if generator is None:
+        return []
+    return list(generator) if isinstance(generator, (list, tuple)) else [generator]
 
 
 def class_name_in_index(pipeline_class: type) -> list[str]:
