@@ -1,90 +1,170 @@
 """Training checkpoints: folders of safetensors and JSON, complete or absent, no pickle.
 
-`checkpoint-STEP/` holds `unet/` and `unet_ema/` (both for `from_pretrained`), `optimizer.safetensors` and
-`training_state.json` (position, learning-rate schedule, gradient scaler, optimizer settings, the run's configuration).
+`checkpoint-STEP/` holds `unet/` and `unet_ema/` (both for `from_pretrained`), `optimizer.safetensors`,
+`training_state.json` (position, learning-rate schedule, gradient scaler, optimizer settings, the run's configuration,
+versions) and `manifest.json`: every other file's size and SHA-256, by which damage is found.
 """
 
+import hashlib
 import json
+import logging
 import os
+import platform
 import shutil
+from collections.abc import Iterable
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 
+from .optimizer_state import gather_optimizer_state, restore_optimizer_state, sharded_like, whole
+
+logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
+MANIFEST = "manifest.json"
+
+
+def versions() -> dict:
+    """Of what decides the bits of a run."""
+    packages = ("torch", "diffusers", "accelerate", "numpy")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+# which checkpoints there are
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / STATE_FILE).is_file()]
-    return sorted((path for path in found if path.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
+    """The checkpoints of a run, oldest first; of one that is damaged `find_damage` tells."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def find_damage(path: Path) -> str | None:
+    """What is missing or wrong in a checkpoint, or None where every file is as it was written."""
+    if not (path / MANIFEST).is_file():
+        return f"it has no {MANIFEST}, so it is incomplete"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, written in manifest.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            size = (path / name).stat().st_size
+            if size != written["size"]:
+                return f"{name} has {size} bytes in place of {written['size']}"
+            if checksum(path / name) != written["sha256"]:
+                return f"{name} is not what was written: its SHA-256 differs"
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error!r})"
+    return None if STATE_FILE in manifest else f"{MANIFEST} does not list {STATE_FILE}"
 
 
 def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path | None:
     """The folder that `--resume_from_checkpoint` means: a path, or "latest" (None where there is none yet).
 
+    "latest" passes over damaged checkpoints with a warning, and takes the one before.
+
     Raises:
-        ValueError: If a path holds no complete checkpoint.
+        ValueError: If a path holds no complete checkpoint, or if all of a run's are damaged.
     """
-    if resume_from_checkpoint == "latest":
-        return (list_checkpoints(output_dir) or [None])[-1]
-    path = Path(resume_from_checkpoint)
-    if not (path / STATE_FILE).is_file():
+    if resume_from_checkpoint != "latest":
+        damage = find_damage(Path(resume_from_checkpoint))
+        if damage is not None:
+            raise ValueError(
+                f"`--resume_from_checkpoint` is {resume_from_checkpoint!r}, which is no complete checkpoint: {damage}."
+                " Give a folder checkpoint-STEP, or 'latest'."
+            )
+        return Path(resume_from_checkpoint)
+    checkpoints = list_checkpoints(output_dir)
+    for path in reversed(checkpoints):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        logger.warning(f"{path} is damaged: {damage}. The checkpoint before it is taken.")
+    if checkpoints:
         raise ValueError(
-            f"`--resume_from_checkpoint` is {resume_from_checkpoint!r}, which holds no complete checkpoint (no"
-            f" {STATE_FILE}); give a folder checkpoint-STEP, or 'latest'."
+            f"All {len(checkpoints)} checkpoint(s) in {output_dir} are damaged: remove them to begin again, or give an"
+            " intact one as `--resume_from_checkpoint`."
         )
-    return path
+    return None
 
 
-def save_checkpoint(output_dir, step: int, unet, ema, optimizer, state: dict, total_limit: int | None = None) -> Path:
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; its name goes first, so that what a kill leaves is not taken for a whole one."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what a run that was killed had not finished to write or to delete."""
+    for leftover in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(leftover)
+
+
+# writing
+
+
+def save_checkpoint(
+    output_dir,
+    step: int,
+    unet,
+    ema,
+    optimizer,
+    state: dict,
+    total_limit: int | None = None,
+    is_main_process: bool = True,
+) -> Path:
     """Write `checkpoint-STEP` whole or not at all, then delete the oldest ones beyond `total_limit`.
+
+    Every process must call it: of what is sharded each holds a part. The main one writes.
 
     Args:
         output_dir: Folder of the run.
         step: Optimizer steps done.
-        unet: The model.
+        unet: The model, as `accelerator.unwrap_model` gives it.
         ema: diffusers' `EMAModel` of its parameters, or None.
-        optimizer: Saved as tensors, and its settings as JSON.
+        optimizer: Of `unet.parameters()`; saved as tensors, and its settings as JSON.
         state: JSON-able rest: "arguments" (see `load_checkpoint`), schedule, scaler.
         total_limit: How many checkpoints to keep, or None for all.
-    """
-    final = Path(output_dir) / f"checkpoint-{step}"
-    partial = final.with_name(f".{final.name}.partial")
-    for leftover in final.parent.glob(".checkpoint-*"):  # of a run that was killed
-        shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
 
-    unet.save_pretrained(partial / "unet")
+    Raises:
+        OSError: If the folder cannot be written to; the checkpoints before are as they were.
+    """
+    copies = {"unet": plain_copy(unet)}
     if ema is not None:
-        ema.store(unet.parameters())
-        ema.copy_to(unet.parameters())
-        unet.save_pretrained(partial / "unet_ema")
-        ema.restore(unet.parameters())
+        copies["unet_ema"] = plain_copy(unet, ema.shadow_params)
         state = {**state, "ema_optimization_step": ema.optimization_step}
-    optimizer_state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, values in optimizer_state["state"].items():
-        for key, value in values.items():
-            if torch.is_tensor(value):
-                tensors[f"{index}.{key}"] = value.contiguous()
-            else:
-                scalars[f"{index}.{key}"] = value
-    save_file(tensors, partial / "optimizer.safetensors")
-    state = {**state, "step": step, "optimizer_scalars": scalars, "param_groups": optimizer_state["param_groups"]}
-    # the state file makes a checkpoint complete, so it comes last
-    (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-    if final.exists():
-        remove_checkpoint(final)
-    partial.rename(final)
-    folder = os.open(output_dir, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too, survives a power cut
-    os.close(folder)
+    tensors, scalars, param_groups = gather_optimizer_state(unet, optimizer)
+    state = {**state, "step": step, "optimizer_scalars": scalars, "param_groups": param_groups}
+    state["versions"] = versions()
+
+    final = Path(output_dir) / f"checkpoint-{step}"
+    if not is_main_process:
+        return final
+    partial = final.with_name(f".{final.name}.partial")
+    removed = final.with_name(f".{final.name}.removed")
+    with clear_write_errors(f"{final.name} cannot be written to {output_dir}", partial):
+        remove_leftovers(final.parent)
+        partial.mkdir(parents=True)
+        for name, copy in copies.items():
+            copy.save_pretrained(partial / name)
+        save_file(tensors, partial / "optimizer.safetensors")
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+        files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+        manifest = {
+            file.relative_to(partial).as_posix(): {"size": file.stat().st_size, "sha256": checksum(file)}
+            for file in files
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in [*partial.rglob("*"), partial]:
+            flush(path)
+        if final.exists():
+            final.rename(removed)
+        partial.rename(final)
+        flush(final.parent)  # the new name, too, survives a power cut
+    remove_leftovers(final.parent)
 
     if total_limit is not None:
         others = [path for path in list_checkpoints(output_dir) if path != final]
@@ -93,13 +173,60 @@ def save_checkpoint(output_dir, step: int, unet, ema, optimizer, state: dict, to
     return final
 
 
-def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; its name goes first, so that what a kill leaves is not taken for a whole one."""
-    shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
+@contextmanager
+def clear_write_errors(failure: str, half_written: Path | None = None):
+    """A write that fails says how to go on, after what it had written is removed."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if half_written is not None:
+            shutil.rmtree(half_written, ignore_errors=True)
+        raise OSError(
+            f"{failure} ({error}). What was complete before is intact: make room or mend the folder's rights, then run"
+            " the same command with `--resume_from_checkpoint latest`."
+        ) from error
+
+
+def plain_copy(unet, parameters: Iterable[torch.Tensor] | None = None):
+    """A copy of the model on the CPU, whole, in memory of its own; with `parameters` in place of the model's own.
+
+    Every process must call it, and gets one.
+    """
+    with torch.device("meta"):
+        copy = unsharded_class(unet).from_config(unet.config)
+    weights = unet.state_dict()
+    if parameters is not None:
+        weights |= zip([name for name, _ in unet.named_parameters()], parameters, strict=True)
+    weights = {name: whole(weight) for name, weight in weights.items()}
+    copy.load_state_dict(weights, assign=True)
+    return copy.eval()
+
+
+def unsharded_class(unet) -> type:
+    """FSDP makes a model an instance of a subclass of its own."""
+    return next(c for c in type(unet).__mro__ if not issubclass(c, FSDPModule))
+
+
+def checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """What is written at `path`, a file or a folder, survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+# reading
 
 
 def load_checkpoint(path: str | Path, unet, ema, optimizer, arguments: dict) -> dict:
-    """Put a checkpoint's weights and optimizer state back; returns its `state`.
+    """Put a checkpoint's weights and optimizer state back; returns its `state`. Every process must call it.
 
     Args:
         path: Folder of the checkpoint.
@@ -120,20 +247,25 @@ def load_checkpoint(path: str | Path, unet, ema, optimizer, arguments: dict) -> 
             f"{path} is a checkpoint of another run ({'; '.join(differences)}): give the same arguments, or start a"
             " new run in another folder."
         )
+    changed = list_differences(state["versions"], versions())
+    if changed:
+        logger.warning(f"{path} was written by other versions ({'; '.join(changed)}): the bits may differ from here.")
 
-    unet.load_state_dict(type(unet).from_pretrained(path / "unet", use_safetensors=True).state_dict())
+    unet_class = unsharded_class(unet)
+    fill(unet.state_dict(), unet_class.from_pretrained(path / "unet", use_safetensors=True).state_dict())
     if ema is not None:
-        averaged = type(unet).from_pretrained(path / "unet_ema", use_safetensors=True)
-        ema.shadow_params = [
-            p.to(s.device, s.dtype) for p, s in zip(averaged.parameters(), ema.shadow_params, strict=True)
-        ]
+        averaged = unet_class.from_pretrained(path / "unet_ema", use_safetensors=True)
+        fill({name: p for (name, _), p in zip(unet.named_parameters(), ema.shadow_params, strict=True)},
+             averaged.state_dict())  # fmt: skip
         ema.optimization_step = state["ema_optimization_step"]
-    optimizer_state = {}
-    for key, value in {**load_file(path / "optimizer.safetensors"), **state["optimizer_scalars"]}.items():
-        index, name = key.split(".", 1)
-        optimizer_state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["param_groups"]})
+    tensors = load_file(path / "optimizer.safetensors")
+    restore_optimizer_state(unet, optimizer, tensors, state["optimizer_scalars"], state["param_groups"])
     return state
+
+
+def fill(tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensor.detach().copy_(sharded_like(values[name].to(tensor.device), tensor))
 
 
 def list_differences(saved: dict, current: dict) -> list[str]:

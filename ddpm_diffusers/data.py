@@ -4,6 +4,7 @@ A batch is a gather of rows of those arrays: no Python an image, nothing decoded
 than memory.
 """
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -48,6 +49,13 @@ class ImageArrays(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def fingerprint(self) -> str:
+        """Of the content, wherever it lies: the number of images, and the bytes of up to 4,096 spread over them."""
+        spread = np.unique(np.linspace(0, len(self) - 1, 4096).astype(int))
+        digest = hashlib.sha256(f"{len(self)} {self.shape}".encode())
+        digest.update(self.__getitems__(spread).numpy())
+        return f"{len(self)} images of {self.shape}, {digest.hexdigest()[:16]}"
+
     def __getitem__(self, index: int) -> torch.Tensor:
         """One image, uint8 (C, H, W)."""
         return self.__getitems__([index])[0]
@@ -68,33 +76,35 @@ class ImageArrays(torch.utils.data.Dataset):
 
 
 class ShuffledBatches(torch.utils.data.Sampler):
-    """The indices of every batch of a run, a `batch_sampler`; batch i is a function of (seed, i) alone.
+    """The indices of one process's batches of a run, a `batch_sampler`; batch i is a function of (seed, i) alone.
 
-    Each epoch visits the images in another order, each once; the last `num_images % batch_size` of it are left out.
+    The epochs' orders stand end to end and are cut into batches: each epoch visits every image exactly once, in another
+    order, and a batch may hold the end of one epoch and the start of the next, so that none is left out.
 
     Args:
-        num_images: Of the data set, at least `batch_size`.
+        num_images: Of the data set.
         batch_size: Indices a batch.
         seed: Of the orders.
-        start, stop: The run's batches: `start` is where a resumed run goes on.
+        batches: Which of the run's batches this process takes, such as `range(start + rank, stop, num_processes)`.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, start: int, stop: int):
-        self.num_images, self.batch_size, self.seed, self.start, self.stop = num_images, batch_size, seed, start, stop
-        self.batches_per_epoch = num_images // batch_size
-        self.drop_last = True
+    def __init__(self, num_images: int, batch_size: int, seed: int, batches: range):
+        self.num_images, self.batch_size, self.seed, self.batches = num_images, batch_size, seed, batches
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.batches)
 
     def __iter__(self):
-        epoch = None
-        for i in range(self.start, self.stop):
-            if i // self.batches_per_epoch != epoch:
-                epoch = i // self.batches_per_epoch
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-            first = (i % self.batches_per_epoch) * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+        order_of = None
+        for i in self.batches:
+            parts, place = [], i * self.batch_size
+            while place < (i + 1) * self.batch_size:
+                epoch, first = divmod(place, self.num_images)
+                if epoch != order_of:
+                    order_of, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+                parts.append(order[first : first + (i + 1) * self.batch_size - place])
+                place += len(parts[-1])
+            yield np.concatenate(parts)
 
 
 def as_batch(images: torch.Tensor) -> torch.Tensor:

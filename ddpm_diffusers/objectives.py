@@ -13,13 +13,14 @@ def draw_noise_and_timesteps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise of variance 1, float32 (B, C, H, W), and timesteps, int64 (B,), stratified over [0, num_train_timesteps).
 
-    One timestep falls in each B-th of the range, in order, so that the loss of a batch varies less than with
-    independent draws; as the images are shuffled, each meets every timestep alike. On the generator's device.
+    One timestep falls in each B-th of the range, in random order, so that the loss of a batch varies less than with
+    independent draws while each image meets every timestep alike. On the generator's device.
     """
     noise = torch.randn(shape, generator=generator, device=generator.device)
     strata = torch.arange(shape[0], device=generator.device) + torch.rand(
         shape[0], generator=generator, device=generator.device
     )
+    strata = strata[torch.randperm(shape[0], generator=generator, device=generator.device)]
     timesteps = (strata * (num_train_timesteps / shape[0])).long().clamp_(max=num_train_timesteps - 1)
     return noise, timesteps
 

@@ -2,10 +2,13 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
+import tempfile
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,13 @@ from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 
 from ddpm_diffusers import OptimizedUNet2DModel
-from ddpm_diffusers.checkpointing import list_checkpoints, load_checkpoint, resolve_checkpoint, save_checkpoint
+from ddpm_diffusers.checkpointing import (
+    find_damage,
+    list_checkpoints,
+    load_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+)
 
 TINY = {"block_out_channels": (8, 8), "norm_num_groups": 2, "block_norm_num_groups": 2, "time_embedding_dim": 8}
 OPTIMIZERS = {
@@ -124,6 +133,17 @@ def test_every_file_is_json_safetensors_or_source(tmp_path):
 # killed at any moment
 
 
+def in_a_fork(work):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 def fork_and_kill(work, folder, at_event):
     """Run `work` in a forked process that kills itself before file operation number `at_event`; True if it was killed.
 
@@ -170,6 +190,7 @@ def test_killed_at_any_file_operation_every_checkpoint_listed_is_whole(saved_aga
         shutil.copytree(before, folder)
         killed = fork_and_kill(lambda: run.save(folder, total_limit=2), folder, at_event)
         listed = list_checkpoints(folder)
+        assert not any(find_damage(path) for path in listed)
         seen.add(tuple(path.name[-1] for path in listed))
         assert listed
         for path in listed:
@@ -216,24 +237,111 @@ def test_the_checkpoint_just_written_is_kept_whatever_stands_beside_it(tmp_path)
     assert steps(tmp_path) == [15, 30]
 
 
-def test_latest_and_paths(tmp_path):
+def test_latest_and_paths(tmp_path, caplog):
     assert resolve_checkpoint(tmp_path, "latest") is None
     assert resolve_checkpoint(tmp_path / "not there yet", "latest") is None
     run = Run()
     for run.step in (9, 10):
         path = run.save(tmp_path)
-    for stranger in ("checkpoint-99", "checkpoint-best", ".checkpoint-98.partial", "checkpoint-"):
+    for stranger in ("checkpoint-best", ".checkpoint-98.partial", "checkpoint-"):
         (tmp_path / stranger).mkdir()
-        if stranger != "checkpoint-99":
-            (tmp_path / stranger / "training_state.json").write_text("{}")
+        (tmp_path / stranger / "manifest.json").write_text("{}")
     assert steps(tmp_path) == [9, 10]
-    assert resolve_checkpoint(tmp_path, "latest") == path
+    assert resolve_checkpoint(tmp_path, "latest") == path and not caplog.messages
     assert resolve_checkpoint("elsewhere", str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
-    for missing in (tmp_path / "checkpoint-99", tmp_path / "checkpoint-7", "last"):
+    for missing in (tmp_path / "checkpoint-7", "last"):
         with pytest.raises(ValueError) as error:
             resolve_checkpoint(tmp_path, str(missing))
-        for words in (repr(str(missing)), "no complete checkpoint", "training_state.json", "'latest'"):
+        for words in (repr(str(missing)), "no complete checkpoint", "manifest.json", "'latest'"):
             assert words in str(error.value)
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+DAMAGES = {
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), "it has no manifest.json"),
+    "a manifest of nothing": (lambda path: (path / "manifest.json").write_text("{}"), "does not list"),
+    "half a manifest": (lambda path: (path / "manifest.json").write_text('{"uni'), "manifest.json cannot be read"),
+    "a list for a manifest": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+    "a missing file": (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
+    "a cut file": (lambda path: os.truncate(path / WEIGHTS, 100), f"{WEIGHTS} has 100 bytes in place of"),
+    "a flipped bit": (lambda path: flip_a_bit(path / WEIGHTS), f"{WEIGHTS} is not what was written"),
+    "an edited state": (lambda path: flip_a_bit(path / "training_state.json"), "training_state.json is not what was"),
+}
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason(damage, tmp_path, caplog):
+    run = Run()
+    for run.step in (1, 2, 3):
+        run.save(tmp_path)
+    inflict, reason = DAMAGES[damage]
+    inflict(tmp_path / "checkpoint-3")
+    assert resolve_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2"
+    (message,) = caplog.messages
+    assert "checkpoint-3 is damaged" in message and reason in message and "before it is taken" in message
+    with pytest.raises(ValueError, match="is no complete checkpoint") as error:
+        resolve_checkpoint(tmp_path, str(tmp_path / "checkpoint-3"))
+    assert reason in str(error.value)
+    for step in (1, 2):
+        inflict(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match=r"All 3 checkpoint\(s\) in .* are damaged: remove them to begin again"):
+        resolve_checkpoint(tmp_path, "latest")
+
+
+def test_a_damaged_checkpoint_is_replaced_when_the_run_gets_there_again(tmp_path):
+    run = Run().train(2)
+    flip_a_bit(run.save(tmp_path) / WEIGHTS)
+    run.save(tmp_path)
+    assert find_damage(tmp_path / "checkpoint-2") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_of_other_versions_the_resume_tells(tmp_path, caplog):
+    path = Run().save(tmp_path)
+    state = json.loads((path / "training_state.json").read_text())
+    assert state["versions"]["torch"] == torch.__version__
+    Run().load(path)
+    assert not caplog.messages
+    state["versions"]["torch"] = "1.0"
+    (path / "training_state.json").write_text(json.dumps(state))
+    Run().load(path)
+    assert f"torch: '1.0' there, '{torch.__version__}' here" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_what_cannot_be_written_says_how_to_go_on_and_loses_nothing(trouble):
+    with tempfile.TemporaryDirectory() as folder:  # in reach of another user, as pytest's own are not
+        folder = Path(folder)
+        run = Run().train(1)
+        run.save(folder, total_limit=1)
+        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        reader, writer = os.pipe()
+
+        def save():
+            if trouble == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # bytes a file
+            else:
+                os.chmod(folder, 0o555)
+                os.seteuid(65534 if os.geteuid() == 0 else os.geteuid())  # root may write anywhere
+            with pytest.raises(OSError) as error:
+                run.save(folder, total_limit=1)
+            os.write(writer, str(error.value).encode())
+
+        run.train(1)
+        in_a_fork(save)
+        said = os.read(reader, 10_000).decode()
+        os.chmod(folder, 0o755)
+        assert f"checkpoint-2 cannot be written to {folder}" in said and "is intact: make room or mend" in said
+        assert ("File too large" if trouble == "full" else "Permission denied") in said
+        assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+        assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
 
 
 def test_a_checkpoint_of_another_config_is_refused_with_the_differences(tmp_path):

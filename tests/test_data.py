@@ -493,15 +493,27 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
             assert words in message
 
 
-def test_shuffled_batches_visit_every_image_once_an_epoch_and_go_on_anywhere():
-    whole = list(ShuffledBatches(11, 3, seed=5, start=0, stop=9))  # three epochs of three batches
-    for epoch in (whole[:3], whole[3:6], whole[6:]):
-        visited = [index for batch in epoch for index in batch]
-        assert len(visited) == len(set(visited)) == 9 and set(visited) <= set(range(11))
-    assert whole[:3] != whole[3:6]
-    assert list(ShuffledBatches(11, 3, seed=5, start=4, stop=9)) == whole[4:]
-    assert list(ShuffledBatches(11, 3, seed=6, start=0, stop=9)) != whole
-    assert len(ShuffledBatches(11, 3, seed=5, start=4, stop=9)) == 5
+def test_every_epoch_visits_every_image_once_whatever_the_batches_and_the_processes():
+    for num_images, batch_size in ((11, 3), (12, 3), (5, 8), (1, 4)):
+        stop = 6 * num_images
+        run = np.concatenate(list(ShuffledBatches(num_images, batch_size, 5, range(stop))))
+        epochs = run[: stop * batch_size // num_images * num_images].reshape(-1, num_images)
+        assert (np.sort(epochs) == np.arange(num_images)).all()
+        if num_images > 1:
+            assert len({tuple(epoch) for epoch in epochs[:6]}) > 2  # in another order each
+    for processes in (1, 2, 4):
+        shares = [list(ShuffledBatches(11, 12 // processes, 5, range(rank, 5 * processes, processes)))
+                  for rank in range(processes)]  # fmt: skip
+        steps = [np.concatenate(batches) for batches in zip(*shares, strict=True)]
+        np.testing.assert_array_equal(steps, list(ShuffledBatches(11, 12, 5, range(5))))
+
+
+def test_batches_go_on_anywhere():
+    whole = list(ShuffledBatches(11, 3, 5, range(9)))
+    for start in range(9):
+        np.testing.assert_array_equal(list(ShuffledBatches(11, 3, 5, range(start, 9))), whole[start:])
+    assert not np.array_equal(list(ShuffledBatches(11, 3, 6, range(9))), whole)
+    assert len(ShuffledBatches(11, 3, 5, range(4, 9, 2))) == 3
 
 
 def test_a_single_saved_data_set_has_no_other_split(tmp_path):

@@ -97,7 +97,7 @@ def test_a_run_ends_with_a_pipeline_that_samples(finished):
 
 def test_the_metrics_show_learning_and_a_schedule_of_optimizer_steps(finished):
     metrics = metrics_of(finished[0])
-    assert metrics[-1]["step"] == 24 and metrics[-1]["epoch"] == 4
+    assert metrics[-1]["step"] == 24 and metrics[-1]["epoch"] == 24 * 64 / 330
     assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
     assert all(math.isfinite(value) for row in metrics for value in row.values())
     assert metrics[-1]["lr"] == 0  # accumulation does not stretch the schedule
@@ -211,11 +211,31 @@ def test_resuming_where_there_is_no_checkpoint_leaves_the_folder_alone(train):
     assert (output_dir / WEIGHTS).read_bytes() == before
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again_by_the_same_command(train, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+def as_if_killed_before_its_first_checkpoint(output_dir: Path) -> None:
+    (output_dir / "model_index.json").unlink()
+    (output_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_by_the_same_command(train):
     output_dir = train("--resume_from_checkpoint", "latest")
-    assert [row["step"] for row in metrics_of(output_dir)] == [3]
+    weights, metrics = (output_dir / WEIGHTS).read_bytes(), (output_dir / "metrics.jsonl").read_bytes()
+    as_if_killed_before_its_first_checkpoint(output_dir)
+    train("--resume_from_checkpoint", "latest")
+    assert (output_dir / WEIGHTS).read_bytes() == weights
+    assert (output_dir / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_latest_does_not_take_over_the_folder_of_another_run(train):
+    output_dir = train()
+    as_if_killed_before_its_first_checkpoint(output_dir)
+    before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"holds another run \(seed: 0 there, 1 here\)"):
+        train("--resume_from_checkpoint", "latest", "--seed", "1")
+    (output_dir / "run.json").unlink()  # and not a folder that is no run's
+    with pytest.raises(ValueError, match="is not empty: choose another"):
+        train("--resume_from_checkpoint", "latest")
+    del before[output_dir / "run.json"]
+    assert {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()} == before
 
 
 def test_a_half_written_line_of_metrics_does_not_stop_a_resume(train):
@@ -255,12 +275,12 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
     (["--learning_rate", "nan"], "`--learning_rate` is nan; it must be a positive number"),
     (["--prediction_type", "noise"], "`--prediction_type` is 'noise'; it must be one of epsilon, v_prediction"),
     (["--mixed_precision", "fp8"], "`--mixed_precision` is 'fp8'"),
-    (["--train_batch_size", "65"], "has 64 images, fewer than one batch of `--train_batch_size` 65"),
+    (["--train_batch_size", "0"], "`--train_batch_size` is 0; it must be at least 1"),
     (["--unet_config", '{"widths": [8]}'], r"`--unet_config` holds \['widths'\], which are no arguments"),
     (["--unet_config", '{"_class_name": "Transformer2DModel"}'], "must be one of OptimizedUNet2DModel, UNet2DModel"),
     (["--unet_config", "missing.json"], "`--unet_config` is 'missing.json', which is no file"),
     (["--dataset_name", "no/such/folder"], "cannot be read.*synthetic-fashion"),
-    (["--resume_from_checkpoint", "nowhere"], "holds no complete checkpoint"),
+    (["--resume_from_checkpoint", "nowhere"], "is no complete checkpoint: it has no manifest.json"),
     (["--unet_config", '{"in_channels": 3}'], "are 3 and 1; both must be 1"),
     (["--unet_config", "{3}"], "is no JSON"),
     (["--lr_scheduler", "piecewise_constant"], "`--lr_scheduler` is 'piecewise_constant'; it must be one of cosine"),

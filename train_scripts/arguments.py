@@ -2,18 +2,18 @@
 
 import importlib.util
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import yaml
+from trackers import TRACKERS
 from transformers import HfArgumentParser
 
-# what must not change between a checkpoint and the run that goes on from it
+# what must not change between a checkpoint and the run that goes on from it; the first three are made by the script
 DEFINES_THE_RUN = (
-    "dataset_name", "dataset_config_name", "train_data_dir", "split", "image_column", "max_train_samples",
-    "resolution", "center_crop", "random_flip", "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule",
-    "snr_gamma", "seed", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "adam_beta1",
-    "adam_beta2", "adam_weight_decay", "adam_epsilon", "use_ema", "ema_max_decay", "mixed_precision", "num_processes",
+    "data", "global_batch_size", "mixed_precision", "resolution", "random_flip", "prediction_type", "ddpm_num_steps",
+    "ddpm_beta_schedule", "snr_gamma", "seed", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay",
+    "adam_epsilon", "max_grad_norm", "use_ema", "ema_max_decay",
 )  # fmt: skip
 
 
@@ -36,6 +36,10 @@ class TrainingArguments:
     center_crop: bool = arg(False, "cut each image to its central square first")
     random_flip: bool = arg(False, "mirror images at random; hurts where things face one way, as shoes do")
     cache_dir: str | None = arg(None, "cache of datasets")
+    streaming: bool = arg(
+        False, "read the data as it comes, for what fits neither memory nor disk; needs --max_train_steps"
+    )
+    shuffle_buffer_size: int = arg(10_000, "images that --streaming shuffles at a time, each process and worker")
     dataloader_num_workers: int = arg(0, "worker processes; a batch is one gather, so 0 is mostly fastest")
     # model and noise schedule
     unet_config: str | None = arg(None, "JSON file or text with arguments of the U-Net (train_scripts/configs)")
@@ -67,13 +71,18 @@ class TrainingArguments:
     gradient_checkpointing: bool = arg(False, "less memory for a fifth more time")
     # output
     logging_steps: int = arg(20, "optimizer steps between two lines of metrics.jsonl")
-    logger: str = arg("tensorboard", "tracker: tensorboard, wandb, or none; metrics.jsonl is written in any case")
+    logger: str = arg("tensorboard", "tracker: tensorboard, wandb, trackio or none, beside metrics.jsonl")
     validation_steps: int | None = arg(None, "optimizer steps between two sample grids; only at the end by default")
     eval_batch_size: int = arg(64, "images of a sample grid")
     ddpm_num_inference_steps: int = arg(20, "DPM-Solver++ steps of a sample grid")
     checkpointing_steps: int | None = arg(None, "optimizer steps between two checkpoints; none by default")
     checkpoints_total_limit: int | None = arg(None, "how many checkpoints to keep")
     resume_from_checkpoint: str | None = arg(None, "a folder checkpoint-STEP, or latest")
+    # the Hub
+    push_to_hub: bool = arg(False, "push the pipeline and its card when the training is done")
+    hub_model_id: str | None = arg(None, "repository to push to; the name of --output_dir by default")
+    hub_token: str | None = arg(None, "better by `hf auth login` or HF_TOKEN: others can see a command line")
+    hub_private_repo: bool = arg(False, "make the repository private")
 
     def __post_init__(self):
         def check(condition: bool, name: str, rule: str) -> None:
@@ -83,7 +92,7 @@ class TrainingArguments:
         for name in ("resolution", "train_batch_size", "num_epochs", "gradient_accumulation_steps", "ddpm_num_steps",
                      "logging_steps", "eval_batch_size", "ddpm_num_inference_steps", "max_train_samples",
                      "max_train_steps", "validation_steps", "checkpointing_steps",
-                     "checkpoints_total_limit"):  # fmt: skip
+                     "checkpoints_total_limit", "shuffle_buffer_size"):  # fmt: skip
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "be at least 1")
         for name in ("learning_rate", "max_grad_norm", "snr_gamma", "adam_epsilon"):
             value = getattr(self, name)
@@ -97,11 +106,22 @@ class TrainingArguments:
             "ddpm_beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
             "lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup", "polynomial"),
             "mixed_precision": (None, "no", "fp16", "bf16"),
-            "logger": ("tensorboard", "wandb", "none"),
+            "logger": (*TRACKERS, "none"),
         }.items():
             check(getattr(self, name) in choices, name, f"be one of {', '.join(map(str, choices))}")
+        if self.streaming and self.max_train_steps is None:
+            raise ValueError("`--streaming` needs `--max_train_steps`: how long an epoch is cannot be known.")
+        if self.streaming and (self.max_train_samples is not None or self.dataset_name == "synthetic-fashion"):
+            raise ValueError(
+                "`--streaming` reads a data set of the Hub or of files, and no `--max_train_samples` of it."
+            )
         if self.logger != "none" and importlib.util.find_spec(self.logger) is None:
             raise ValueError(f"`--logger {self.logger}` needs a package: pip install {self.logger}, or --logger none.")
+
+
+def settings_of(args: TrainingArguments) -> dict:
+    """All but the token, for files, trackers and cards."""
+    return {name: value for name, value in asdict(args).items() if name != "hub_token"}
 
 
 def parse_arguments(arguments_class: type, argv: list[str], doc: str):

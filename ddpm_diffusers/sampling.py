@@ -1,0 +1,62 @@
+"""Many images from one pipeline, the batches split over processes; the images do not depend on the split."""
+
+import math
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from PIL import Image
+from tqdm.auto import tqdm
+
+
+@torch.no_grad()
+def sample_images(
+    pipe,
+    num_images: int,
+    num_inference_steps: int,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Images 0 to num_images - 1 of `pipe`, uint8 (num_images, C, H, W) on the CPU. Every process must call it, and gets
+    all of them.
+
+    Image i starts from `torch.Generator().manual_seed(seed + i)`. Batch k always holds images k * batch_size and on, and
+    is sampled whole by one process, so that not even the rounding depends on the number of processes.
+
+    Args:
+        pipe: A `PixelDiffusionPipeline`.
+        num_images: At least 1.
+        num_inference_steps: Steps of the scheduler.
+        batch_size: Images sampled at a time. Part of what decides their last bits.
+        seed: Of the first image.
+        progress: Show a bar of the main process's batches.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+    state = PartialState()
+    batch_size = min(batch_size, num_images)
+    rounds = math.ceil(num_images / (batch_size * state.num_processes))
+    batches = []  # as many in each process, the last ones beyond the images
+    for turn in tqdm(range(rounds), desc="Batches", disable=not (progress and state.is_main_process)):
+        first = (turn * state.num_processes + state.process_index) * batch_size
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(first, first + batch_size)]
+        images = pipe(batch_size, num_inference_steps, generators, output_type="pt").images
+        batches.append((images * 255).round().to(torch.uint8))  # (B, C, H, W)
+    images = torch.stack(batches)  # (rounds, B, C, H, W)
+    images = gather(images).unflatten(0, (state.num_processes, rounds)).transpose(0, 1)
+    # gloo's thread drops its hold on the tensors while this one waits; at the process's end they would block each other
+    state.wait_for_everyone()
+    return images.reshape(-1, *images.shape[-3:])[:num_images].cpu()
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """uint8 (B, C, H, W) as PIL images, grey ones in mode "L"."""
+    return [Image.fromarray(np.squeeze(image, -1) if image.shape[-1] == 1 else image)
+            for image in images.permute(0, 2, 3, 1).numpy()]  # fmt: skip

@@ -1,0 +1,120 @@
+"""The output folder of a run: whose it is, its configuration, its log lines, and the pipeline that it ends with."""
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from ddpm_diffusers.checkpointing import (
+    clear_write_errors,
+    flush,
+    list_checkpoints,
+    list_differences,
+    remove_checkpoint,
+    remove_leftovers,
+    resolve_checkpoint,
+)
+
+RUN_FILE = "run.json"
+
+
+def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> tuple[Path | None, bool]:
+    """The checkpoint to start from, and whether the folder is of the run that goes on; nothing is written.
+
+    Raises:
+        ValueError: If the folder holds another run, or anything else.
+    """
+    resume_path = None
+    if resume_from_checkpoint is not None:
+        resume_path = resolve_checkpoint(output_dir, resume_from_checkpoint)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"`--output_dir` {output_dir} is a file: choose another.")
+    goes_on = resume_path is not None and resume_path.resolve().parent == output_dir.resolve()
+    if resume_from_checkpoint == "latest" and resume_path is None:
+        # a run that was killed before its first checkpoint starts again
+        goes_on = (output_dir / RUN_FILE).is_file() and not (output_dir / "model_index.json").exists()
+    visible = output_dir.is_dir() and any(not path.name.startswith(".") for path in output_dir.iterdir())
+    if visible and not goes_on and not overwrite:
+        raise ValueError(
+            f"`--output_dir` {output_dir} is not empty: choose another, or pass `--resume_from_checkpoint latest` to"
+            " go on from a checkpoint in it, or `--overwrite_output_dir`."
+        )
+    return resume_path, goes_on
+
+
+def open_run(output_dir: Path, goes_on: bool, arguments: dict, defines_the_run: tuple[str, ...]) -> dict:
+    """Make the folder this run's, and return its record, `run.json`.
+
+    Raises:
+        ValueError: If it holds a run of other arguments, whose differences the message lists.
+        OSError: If it cannot be written to.
+    """
+    with clear_write_errors(f"{RUN_FILE} cannot be written to {output_dir}"):
+        if goes_on and (output_dir / RUN_FILE).is_file():
+            run = json.loads((output_dir / RUN_FILE).read_text())
+            differences = list_differences(run["arguments"], {name: arguments[name] for name in defines_the_run})
+            if differences:
+                raise ValueError(
+                    f"`--output_dir` {output_dir} holds another run ({'; '.join(differences)}): give the same arguments,"
+                    " or choose another folder."
+                )
+        else:
+            run = {"id": uuid.uuid4().hex[:8]}
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output_dir)
+        if not goes_on:  # what is overwritten goes
+            for path in list_checkpoints(output_dir):
+                remove_checkpoint(path)
+            for name in ("metrics.jsonl", "speed.jsonl"):
+                (output_dir / name).unlink(missing_ok=True)
+        run["arguments"] = arguments
+        write_text(output_dir / RUN_FILE, json.dumps(run, indent=2) + "\n")
+    return run
+
+
+class LogLines:
+    """A file of one JSON object a line; lines after `last_step`, or half written, are dropped on opening."""
+
+    def __init__(self, path: Path, last_step: float):
+        self.path, kept = path, 0
+        with clear_write_errors(f"{path} cannot be written"):
+            self.file = open(path, "a+b")
+            self.file.seek(0)
+            for line in self.file:
+                if not line.endswith(b"}\n") or json.loads(line)["step"] > last_step:
+                    break
+                kept += len(line)
+            self.file.truncate(kept)
+
+    def write(self, values: dict) -> None:
+        with clear_write_errors(f"{self.path} cannot be written"):
+            self.file.write(json.dumps(values).encode() + b"\n")
+            self.file.flush()
+
+    def flush(self) -> None:
+        """Down to the disk: a checkpoint must not outlive the lines before it."""
+        os.fsync(self.file.fileno())
+
+
+def save_pipeline(pipe, output_dir: Path) -> None:
+    """`save_pretrained`, file by file whole: one that is there stays until the next one is complete."""
+    partial = output_dir / ".pipeline.partial"
+    with clear_write_errors(f"The pipeline cannot be written to {output_dir}", partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        pipe.save_pretrained(partial)
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == "model_index.json"):  # it makes a pipeline of them
+            flush(path)
+            target = output_dir / path.relative_to(partial)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+        shutil.rmtree(partial)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    flush(partial)
+    os.replace(partial, path)

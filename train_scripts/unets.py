@@ -1,0 +1,41 @@
+"""From `--unet_config` to a network."""
+
+import inspect
+import json
+from pathlib import Path
+
+from diffusers import UNet2DModel
+
+from ddpm_diffusers import OptimizedUNet2DModel
+
+UNETS = {"OptimizedUNet2DModel": OptimizedUNet2DModel, "UNet2DModel": UNet2DModel}
+
+
+def make_unet(unet_config: str | dict | None, resolution: int, num_train_timesteps: int):
+    config = unet_config or {}
+    if isinstance(config, str):
+        is_text = config.lstrip().startswith("{")
+        if not is_text and not Path(config).is_file():
+            raise ValueError(f"`--unet_config` is {config!r}, which is no file; give a JSON file or JSON text.")
+        try:
+            config = json.loads(config if is_text else Path(config).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`--unet_config` {unet_config!r} is no JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"`--unet_config` holds {config!r}; it must be a JSON object of arguments.")
+    class_name = config.get("_class_name", "OptimizedUNet2DModel")
+    if class_name not in UNETS:
+        raise ValueError(f"`_class_name` in `--unet_config` is {class_name!r}; it must be one of {', '.join(UNETS)}.")
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config |= {"sample_size": resolution, "num_train_timesteps": num_train_timesteps}
+    unknown = set(config) - set(inspect.signature(UNETS[class_name].__init__).parameters)
+    if unknown:
+        raise ValueError(f"`--unet_config` holds {sorted(unknown)}, which are no arguments of {class_name}.")
+    unet = UNETS[class_name](**config)
+    channels = (unet.config.in_channels, unet.config.out_channels)
+    if channels not in ((1, 1), (3, 3)):
+        raise ValueError(
+            f"`in_channels` and `out_channels` in `--unet_config` are {channels[0]} and {channels[1]}; both must be 1"
+            " (grey) or both 3 (RGB)."
+        )
+    return unet
