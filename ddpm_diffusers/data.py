@@ -78,8 +78,8 @@ class ImageArrays(torch.utils.data.Dataset):
 class ShuffledBatches(torch.utils.data.Sampler):
     """The indices of one process's batches of a run, a `batch_sampler`; batch i is a function of (seed, i) alone.
 
-    The epochs' orders stand end to end and are cut into batches: each epoch visits every image exactly once, in another
-    order, and a batch may hold the end of one epoch and the start of the next, so that none is left out.
+    The epochs' orders stand end to end and are cut into batches: each epoch visits every image exactly once, in
+    another order, and a batch may hold the end of one epoch and the start of the next, so that none is left out.
 
     Args:
         num_images: Of the data set.

@@ -1,7 +1,8 @@
 """An optimizer's state by its parameters' names, whole, however the processes hold it.
 
 Plain and data-parallel training hold all of it in each process, FSDP2 a shard of each tensor (torch's `DTensor`), and
-DeepSpeed's ZeRO a piece of all tensors laid end to end. Every process must call these functions: the parts are exchanged.
+DeepSpeed's ZeRO a piece of all tensors laid end to end. Every process must call these functions, which exchange the
+parts.
 """
 
 import torch

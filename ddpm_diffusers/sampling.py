@@ -20,11 +20,11 @@ def sample_images(
     seed: int = 0,
     progress: bool = False,
 ) -> torch.Tensor:
-    """Images 0 to num_images - 1 of `pipe`, uint8 (num_images, C, H, W) on the CPU. Every process must call it, and gets
-    all of them.
+    """Images 0 to num_images - 1 of `pipe`, uint8 (num_images, C, H, W) on the CPU.
 
-    Image i starts from `torch.Generator().manual_seed(seed + i)`. Batch k always holds images k * batch_size and on, and
-    is sampled whole by one process, so that not even the rounding depends on the number of processes.
+    Every process must call it, and gets all of them. Image i starts from `torch.Generator().manual_seed(seed + i)`.
+    Batch k always holds images k * batch_size and on, and is sampled whole by one process, so that not even the
+    rounding depends on the number of processes.
 
     Args:
         pipe: A `PixelDiffusionPipeline`.
@@ -51,7 +51,7 @@ def sample_images(
         batches.append((images * 255).round().to(torch.uint8))  # (B, C, H, W)
     images = torch.stack(batches)  # (rounds, B, C, H, W)
     images = gather(images).unflatten(0, (state.num_processes, rounds)).transpose(0, 1)
-    # gloo's thread drops its hold on the tensors while this one waits; at the process's end they would block each other
+    # gloo's thread lets go of the tensors while this one waits; at the process's end they would block each other
     state.wait_for_everyone()
     return images.reshape(-1, *images.shape[-3:])[:num_images].cpu()
 

@@ -1,4 +1,4 @@
-"""Starts a script under accelerate's FSDP2 or DeepSpeed on CPU processes, where accelerate by itself has them on GPUs alone.
+"""Starts a script under accelerate's FSDP2 or DeepSpeed on the CPU, where accelerate by itself has neither.
 
 accelerate launch --config_file train_scripts/accelerate/fsdp2.yaml tests/on_cpu.py fsdp SCRIPT FLAG …
 """

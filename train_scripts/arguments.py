@@ -36,9 +36,7 @@ class TrainingArguments:
     center_crop: bool = arg(False, "cut each image to its central square first")
     random_flip: bool = arg(False, "mirror images at random; hurts where things face one way, as shoes do")
     cache_dir: str | None = arg(None, "cache of datasets")
-    streaming: bool = arg(
-        False, "read the data as it comes, for what fits neither memory nor disk; needs --max_train_steps"
-    )
+    streaming: bool = arg(False, "read the data as it comes, for what does not fit the disk; needs --max_train_steps")
     shuffle_buffer_size: int = arg(10_000, "images that --streaming shuffles at a time, each process and worker")
     dataloader_num_workers: int = arg(0, "worker processes; a batch is one gather, so 0 is mostly fastest")
     # model and noise schedule
@@ -112,9 +110,7 @@ class TrainingArguments:
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`--streaming` needs `--max_train_steps`: how long an epoch is cannot be known.")
         if self.streaming and (self.max_train_samples is not None or self.dataset_name == "synthetic-fashion"):
-            raise ValueError(
-                "`--streaming` reads a data set of the Hub or of files, and no `--max_train_samples` of it."
-            )
+            raise ValueError("`--streaming` reads a whole data set, of the Hub or of files: no `--max_train_samples`.")
         if self.logger != "none" and importlib.util.find_spec(self.logger) is None:
             raise ValueError(f"`--logger {self.logger}` needs a package: pip install {self.logger}, or --logger none.")
 

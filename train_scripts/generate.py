@@ -2,7 +2,8 @@
 
     python train_scripts/generate.py --model runs/first --scheduler dpmsolver++ --num_inference_steps 20
 
-Image i is drawn from generator seed + i, so that it does not depend on the batch size or the device.
+Image i is drawn from generator seed + i, so that its starting noise does not depend on the batch size or the device.
+Started by `accelerate launch`, the processes share the batches; the images are the same, to the bit.
 """
 
 import sys
@@ -11,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from arguments import arg, parse_arguments
-from tqdm.auto import tqdm
+from launch import check_processes
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.grid import image_grid
+from ddpm_diffusers.sampling import sample_images, to_pil
 
 GRID_IMAGES = 64
 
@@ -31,7 +34,7 @@ class GenerateArguments:
     seed: int = arg(0, "of the first image")
     dtype: str = arg("float32", "float32, float16 or bfloat16: of the weights")
     variant: str | None = arg(None, "variant of the weights, such as fp16")
-    device: str | None = arg(None, "cuda if there is one, else cpu, by default")
+    device: str | None = arg(None, "accelerate's by default: a GPU a process if there are, else cpu")
     overwrite: bool = arg(False, "write into a folder that is not empty")
 
     def __post_init__(self):
@@ -43,27 +46,33 @@ class GenerateArguments:
 
 
 def main(args: GenerateArguments) -> None:
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    check_processes(accelerator)
     output_dir = Path(args.output_dir)
     if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite:
         raise ValueError(f"`--output_dir` {output_dir} is not empty: choose another, or pass `--overwrite`.")
     pipe = PixelDiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), variant=args.variant)
-    pipe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe.to(args.device or accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     if args.scheduler is not None:
         pipe.scheduler = make_scheduler(args.scheduler, pipe.scheduler)
 
-    shown, start = [], time.perf_counter()
-    with tqdm(total=args.num_images, desc="Images") as progress_bar:
-        for first in range(0, args.num_images, args.batch_size):
-            indices = range(first, min(first + args.batch_size, args.num_images))
-            generators = [torch.Generator().manual_seed(args.seed + i) for i in indices]
-            images = pipe(len(indices), args.num_inference_steps, generators).images
-            output_dir.mkdir(parents=True, exist_ok=True)
-            for i, image in zip(indices, images, strict=True):
-                image.save(output_dir / f"{args.seed + i:06d}.png")
-            shown += images[: GRID_IMAGES - len(shown)]
-            progress_bar.update(len(images))
-    image_grid(shown).save(output_dir / "grid.png")
+    start = time.perf_counter()
+    images = sample_images(
+        pipe,
+        args.num_images,
+        args.num_inference_steps,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        progress=True,
+    )
+    if not accelerator.is_main_process:
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    images = to_pil(images)
+    for i, image in enumerate(images):
+        image.save(output_dir / f"{args.seed + i:06d}.png")
+    image_grid(images[:GRID_IMAGES]).save(output_dir / "grid.png")
     print(
         f"{args.num_images} images by {type(pipe.scheduler).__name__}, {args.num_inference_steps} steps,"
         f" {time.perf_counter() - start:.1f} s"

@@ -6,22 +6,20 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 
-def check_launch(accelerator: Accelerator, gradient_accumulation_steps: int, max_grad_norm: float) -> None:
-    """After `accelerator.prepare`.
-
-    Raises:
-        ValueError: If accelerate does not do what the launcher or the flags say.
-    """
+def check_processes(accelerator: Accelerator) -> None:
+    """Raises ValueError if the processes that were launched do not know of each other."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:  # each would train by itself, all into one folder
+    if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched, but accelerate connects {accelerator.num_processes}: there is no GPU"
-            " for each. Set ACCELERATE_USE_CPU=true to train on the CPU, or launch one."
+            " for each. Set ACCELERATE_USE_CPU=true to stay on the CPU, or launch one."
         )
+
+
+def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int, max_grad_norm: float) -> None:
+    """After `accelerator.prepare`: raises ValueError if it does not do what its config or the flags say."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
-        raise ValueError(
-            "The accelerate config asks for FSDP, which accelerate has on GPUs alone: use another config."
-        )
+        raise ValueError("The accelerate config asks for FSDP, which accelerate has on GPUs alone: use another.")
     if accelerator.gradient_accumulation_steps != gradient_accumulation_steps:
         raise ValueError(
             f"`--gradient_accumulation_steps` is {gradient_accumulation_steps}, but the DeepSpeed config says"

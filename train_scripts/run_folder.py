@@ -6,6 +6,8 @@ import shutil
 import uuid
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ddpm_diffusers.checkpointing import (
     clear_write_errors,
     flush,
@@ -43,6 +45,23 @@ def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool)
     return resume_path, goes_on
 
 
+def lock(output_dir: Path) -> FileLock:
+    """Make the folder and keep other processes from training in it, as long as what is returned lives.
+
+    Raises:
+        ValueError: If another does already.
+        OSError: If it cannot be written to.
+    """
+    with clear_write_errors(f"{output_dir} cannot be written to"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        folder_lock = FileLock(output_dir / ".lock")
+        try:
+            folder_lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"Another process writes into {output_dir}: wait for it to end, or stop it.") from error
+    return folder_lock
+
+
 def open_run(output_dir: Path, goes_on: bool, arguments: dict, defines_the_run: tuple[str, ...]) -> dict:
     """Make the folder this run's, and return its record, `run.json`.
 
@@ -56,12 +75,11 @@ def open_run(output_dir: Path, goes_on: bool, arguments: dict, defines_the_run: 
             differences = list_differences(run["arguments"], {name: arguments[name] for name in defines_the_run})
             if differences:
                 raise ValueError(
-                    f"`--output_dir` {output_dir} holds another run ({'; '.join(differences)}): give the same arguments,"
-                    " or choose another folder."
+                    f"`--output_dir` {output_dir} holds another run ({'; '.join(differences)}): give the same"
+                    " arguments, or choose another folder."
                 )
         else:
             run = {"id": uuid.uuid4().hex[:8]}
-        output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
         if not goes_on:  # what is overwritten goes
             for path in list_checkpoints(output_dir):

@@ -3,9 +3,9 @@
     accelerate launch train_scripts/train_unconditional.py --dataset_name synthetic-fashion --output_dir runs/first
 
 Flags are named as in diffusers' own script where it has them. They may also stand in a YAML or JSON file, given as the
-first argument; flags after it win. To resume, run the same command again with `--resume_from_checkpoint latest`: it goes
-on bit for bit. Data order, noise and timesteps are a function of the seed, the step and the place in the global batch,
-whatever the number of processes.
+first argument; flags after it win. To resume, run the same command again with `--resume_from_checkpoint latest`: it
+goes on bit for bit. Data order, noise and timesteps are a function of the seed, the step and the place in the global
+batch, whatever the number of processes.
 """
 
 import logging
@@ -25,8 +25,8 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from interruption import StopRequest, ignore_signals
-from launch import check_launch
-from run_folder import LogLines, claim, open_run, save_pipeline
+from launch import check_engine, check_processes
+from run_folder import LogLines, claim, lock, open_run, save_pipeline
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
 from unets import make_unet
@@ -52,6 +52,7 @@ def main(args: TrainingArguments) -> None:
     )
     level = logging.WARNING if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level)
+    check_processes(accelerator)
     output_dir, device = Path(args.output_dir), accelerator.device
     resume_path, goes_on = claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
 
@@ -91,7 +92,7 @@ def main(args: TrainingArguments) -> None:
         eps=args.adam_epsilon,
     )
     unet, optimizer = accelerator.prepare(model, optimizer)
-    check_launch(accelerator, args.gradient_accumulation_steps, args.max_grad_norm)
+    check_engine(accelerator, args.gradient_accumulation_steps, args.max_grad_norm)
     model = accelerator.unwrap_model(unet)
     ema = None
     if args.use_ema:
@@ -156,6 +157,7 @@ def main(args: TrainingArguments) -> None:
 
     accelerator.wait_for_everyone()  # none writes before all have looked
     if accelerator.is_main_process:
+        folder_lock = lock(output_dir)  # noqa: F841 (until the run ends, however it does)
         record = open_run(output_dir, goes_on, run, DEFINES_THE_RUN)
         metrics_file = LogLines(output_dir / "metrics.jsonl", last_step=step)  # the same bits however often it resumes
         speed_file = LogLines(output_dir / "speed.jsonl", last_step=math.inf)
@@ -220,9 +222,8 @@ def main(args: TrainingArguments) -> None:
             optimizer.zero_grad()
 
         # sum and count of the losses: of all timesteps, and of each quarter of them
-        members = torch.cat(
-            [torch.ones_like(losses)[None], (timesteps * 4 // args.ddpm_num_steps == quartiles)]
-        )  # (5, B)
+        in_quartile = timesteps * 4 // args.ddpm_num_steps == quartiles  # (4, B)
+        members = torch.cat([torch.ones_like(losses)[None], in_quartile])  # (5, B)
         window += torch.stack([members @ losses.detach(), members.sum(1)])
         images_seen += args.train_batch_size * accelerator.num_processes
         if not accelerator.sync_gradients:
@@ -244,8 +245,8 @@ def main(args: TrainingArguments) -> None:
             # under fp16 the scaler skips a step whose gradients overflow
             if not math.isfinite(sums[0]) or (accelerator.scaler is None and not math.isfinite(norm)):
                 raise SystemExit(
-                    f"At step {step} the loss is {sums[0] / counts[0]} and the gradient's norm {norm}: stopped, nothing"
-                    " was written after the last checkpoint. Lower `--learning_rate`, raise `--lr_warmup_steps`, or"
+                    f"At step {step} the loss is {sums[0] / counts[0]} and the gradient's norm {norm}: stopped,"
+                    " nothing was written after the last checkpoint. Lower `--learning_rate`, raise `--lr_warmup_steps`, or"
                     " use `--mixed_precision` no or bf16."
                 )
         if log:

@@ -1,0 +1,61 @@
+"""Sampling many images: the same ones however they are split, and the same as the pipeline's own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_diffusers.sampling import sample_images, to_pil
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_an_image_is_what_the_pipeline_gives_for_its_seed(tiny_pipe):
+    images = sample_images(tiny_pipe, 5, 3, batch_size=2, seed=7)
+    assert images.dtype == torch.uint8 and images.shape == (5, 1, 8, 8)
+    for first in (0, 2):
+        generators = [torch.Generator().manual_seed(7 + i) for i in (first, first + 1)]
+        expected = tiny_pipe(2, 3, generators).images
+        assert to_pil(images)[first : first + 2] == expected
+    assert len({image.numpy().tobytes() for image in images}) == 5
+
+
+def test_how_many_are_asked_for_changes_none(tiny_pipe):
+    assert torch.equal(sample_images(tiny_pipe, 3, 2, batch_size=2), sample_images(tiny_pipe, 6, 2, batch_size=2)[:3])
+
+
+def test_colour_keeps_its_channels():
+    pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
+    images = to_pil(pixels)
+    assert [image.mode for image in images] == ["RGB", "RGB"]
+    assert images[1].getpixel((2, 1)) == tuple(pixels[1, :, 1, 2].tolist())
+
+
+@pytest.mark.parametrize("name", ["num_images", "batch_size"])
+def test_numbers_below_one_are_refused(tiny_pipe, name):
+    with pytest.raises(ValueError, match=f"`{name}` is 0; it must be at least 1"):
+        sample_images(tiny_pipe, **{"num_images": 2, "num_inference_steps": 2, "batch_size": 2, name: 0})
+
+
+def test_processes_share_the_batches_and_give_the_same_bits(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path / "pipe")
+    found = {}
+    for processes in (1, 3):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        flags = {"model": tmp_path / "pipe", "num_images": 21, "batch_size": 4, "num_inference_steps": 5,
+                 "output_dir": tmp_path / str(processes)}  # fmt: skip
+        result = subprocess.run(
+            [*launcher, ROOT / "train_scripts" / "generate.py", *(f"--{key}={value}" for key, value in flags.items())],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+            capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("21 images by DDPMScheduler") == 1  # by the main process alone
+        found[processes] = {path.name: path.read_bytes() for path in (tmp_path / str(processes)).iterdir()}
+        assert len(found[processes]) == 22
+    assert found[1] == found[3]
+    assert Image.open(tmp_path / "3" / "000020.png").size == (8, 8)
