@@ -1,0 +1,156 @@
+"""Several processes: the same training as one, and exact resumes, replicated or sharded."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+from ddpm_diffusers import OptimizedUNet2DModel
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_scripts" / "train_unconditional.py"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+UNET = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
+FLAGS = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "330", "--resolution", "8",
+         "--unet_config", UNET, "--learning_rate", "3e-3", "--logging_steps", "7", "--eval_batch_size", "4",
+         "--ddpm_num_inference_steps", "2", "--logger", "none"]  # fmt: skip
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+
+
+def torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
+def train(output_dir: Path, launcher: list[str], *flags: str, **env: str) -> subprocess.CompletedProcess:
+    command = [*launcher, str(SCRIPT), *FLAGS, "--output_dir", str(output_dir), *flags]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+
+
+def trained(*args: str, **env: str) -> Path:
+    result = train(*args, **env)
+    assert result.returncode == 0, result.stderr
+    return args[0]
+
+
+def relative_difference(first: Path, second: Path) -> float:
+    """Of the largest kind: over each tensor by itself."""
+    first, second = load_file(first), load_file(second)
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).norm().item() / first[name].norm().item() for name in first)
+
+
+HUNDRED = ["--max_train_steps", "100", "--checkpointing_steps", "50"]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """A hundred steps of 64 images in one process, in float32, over 19 epochs."""
+    return trained(tmp_path_factory.mktemp("one") / "run", [sys.executable], *HUNDRED, "--train_batch_size", "64",
+                   ACCELERATE_USE_CPU="true")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("two") / "run", torchrun(2), *HUNDRED, "--train_batch_size", "32",
+                   ACCELERATE_USE_CPU="true")  # fmt: skip
+
+
+def losses(output_dir: Path) -> torch.Tensor:
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([[row[name] for name in row if name.startswith("loss")] for row in rows])  # (lines, 5)
+
+
+def assert_follows(one: Path, other: Path) -> None:
+    assert relative_difference(one / WEIGHTS, other / WEIGHTS) < 1e-5
+    assert relative_difference(one / "checkpoint-100" / WEIGHTS, other / "checkpoint-100" / WEIGHTS) < 1e-5
+    torch.testing.assert_close(losses(one), losses(other), rtol=1e-5, atol=0)
+
+
+def test_two_processes_follow_one(one, two):
+    assert_follows(one, two)
+
+
+@pytest.mark.parametrize("processes, batch_size, accumulation", [(1, 16, 4), (2, 16, 2), (4, 16, 1)])
+def test_any_split_of_the_global_batch_follows(one, processes, batch_size, accumulation, tmp_path):
+    flags = ["--train_batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation)]
+    assert_follows(one, trained(tmp_path / "run", torchrun(processes), *HUNDRED, *flags, ACCELERATE_USE_CPU="true"))
+
+
+def test_another_number_of_processes_goes_on(one, two, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(two / "checkpoint-50", tmp_path / "run" / "checkpoint-50")
+    flags = [*HUNDRED, "--train_batch_size", "64", "--resume_from_checkpoint", "latest"]
+    resumed = trained(tmp_path / "run", [sys.executable], *flags, ACCELERATE_USE_CPU="true")
+    assert relative_difference(one / WEIGHTS, resumed / WEIGHTS) < 1e-5
+    torch.testing.assert_close(losses(one)[7:], losses(resumed), rtol=1e-5, atol=0)  # the line that 50 falls into, too
+
+
+def test_another_global_batch_is_refused(two, tmp_path):
+    result = train(tmp_path / "run", [sys.executable], *HUNDRED, "--train_batch_size", "32",
+                   "--resume_from_checkpoint", str(two / "checkpoint-50"), ACCELERATE_USE_CPU="true")  # fmt: skip
+    assert "another run (global_batch_size: 64 there, 32 here)" in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
+    if torch.cuda.device_count() > 1:
+        pytest.skip("with two GPUs they do")
+    result = train(tmp_path / "run", torchrun(2), *HUNDRED)
+    assert "2 processes were launched, but accelerate connects 1" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def sharded(output_dir: Path, kind: str, *flags: str) -> Path:
+    """On two CPU processes, by the config that stands in train_scripts/accelerate."""
+    config = {"fsdp": "fsdp2.yaml", "deepspeed": "deepspeed_zero2.yaml"}[kind]
+    launcher = [
+        *ACCELERATE,
+        str(ROOT / "train_scripts" / "accelerate" / config),
+        str(ROOT / "tests" / "on_cpu.py"),
+        kind,
+    ]
+    flags = ["--max_train_steps", "20", "--checkpointing_steps", "8", "--train_batch_size", "32", *flags]
+    return trained(output_dir, launcher, *flags, DS_ACCELERATOR="cpu")
+
+
+@pytest.mark.parametrize("kind, flags", [
+    ("fsdp", ["--mixed_precision", "no"]),
+    ("fsdp", ["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"]),
+    pytest.param("deepspeed", [], marks=pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")),
+])  # fmt: skip
+def test_sharded_training_resumes_exactly(kind, flags, tmp_path):
+    uninterrupted = sharded(tmp_path / "uninterrupted", kind, *flags)
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copytree(uninterrupted / "checkpoint-8", resumed / "checkpoint-8")
+    shutil.copyfile(uninterrupted / "metrics.jsonl", resumed / "metrics.jsonl")
+    sharded(resumed, kind, *flags, "--resume_from_checkpoint", "latest")
+    averaged = f"checkpoint-20/unet_ema/{Path(WEIGHTS).name}"
+    for name in (
+        WEIGHTS,
+        "metrics.jsonl",
+        f"checkpoint-20/{WEIGHTS}",
+        averaged,
+        "checkpoint-20/optimizer.safetensors",
+    ):
+        assert (uninterrupted / name).read_bytes() == (resumed / name).read_bytes(), name
+    unet = OptimizedUNet2DModel.from_pretrained(uninterrupted / "checkpoint-20" / "unet_ema")
+    for name, weight in load_file(uninterrupted / WEIGHTS).items():
+        assert torch.equal(unet.state_dict()[name], weight)
+
+
+def test_sharded_training_follows_one_process(tmp_path):
+    shards = sharded(tmp_path / "fsdp", "fsdp", "--mixed_precision", "no")
+    flags = ["--max_train_steps", "20", "--checkpointing_steps", "8", "--train_batch_size", "64"]
+    whole = trained(tmp_path / "one", [sys.executable], *flags, ACCELERATE_USE_CPU="true")
+    for name in (f"checkpoint-20/{WEIGHTS}", "checkpoint-20/optimizer.safetensors", WEIGHTS):
+        assert relative_difference(whole / name, shards / name) < 1e-5
