@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -132,4 +133,7 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
         for action in parser._actions:
             action.required = action.required and action.dest not in values
         argv = argv[1:]
-    return parser.parse_args_into_dataclasses(argv)[0]
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    if getattr(args, "hub_token", None):  # wandb keeps the command line that it finds here
+        sys.argv[:] = [text.replace(args.hub_token, "<token>") for text in sys.argv]
+    return args

@@ -1,0 +1,99 @@
+"""What a run logs: metrics.jsonl in any case, and a tracker that goes on where the run does."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+ROOT = Path(__file__).parents[1]
+TOKEN = "hf_thisIsNotForAnyFile"
+UNET = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
+LOGGED = ["loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr", "ema_decay"]
+
+
+def needs(package: str):
+    absent = importlib.util.find_spec(package) is None
+    return pytest.param(package, marks=pytest.mark.skipif(absent, reason=f"{package} is not installed"))
+
+
+def train(folder: Path, logger: str, max_train_steps: int) -> None:
+    command = [sys.executable, ROOT / "train_scripts" / "train_unconditional.py", "--dataset_name", "synthetic-fashion",
+               "--max_train_samples", "64", "--resolution", "8", "--unet_config", UNET, "--train_batch_size", "16",
+               "--max_train_steps", str(max_train_steps), "--logging_steps", "2", "--validation_steps", "3",
+               "--checkpointing_steps", "3", "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2",
+               "--logger", logger, "--hub_token", TOKEN, "--resume_from_checkpoint", "latest",
+               "--output_dir", folder / "run"]  # fmt: skip
+    # wandb and trackio stay on this machine, in this folder
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_DIR": str(folder),
+           "TRACKIO_DIR": str(folder / "trackio")}  # fmt: skip
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert TOKEN not in result.stdout + result.stderr
+
+
+def tensorboard_steps(folder: Path) -> dict[str, list[int]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "run" / "logs" / "train_unconditional")).Reload()
+    found = {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    return found | {name: [event.step for event in events.Images(name)] for name in events.Tags()["images"]}
+
+
+def trackio_steps(folder: Path) -> dict[str, list[int]]:
+    import sqlite3
+
+    database = sqlite3.connect(folder / "trackio" / "train_unconditional.db")
+    found = {}
+    for step, metrics in database.execute("select step, metrics from metrics order by step"):
+        for name in json.loads(metrics):
+            found.setdefault(name, []).append(step)
+    return found
+
+
+@pytest.mark.parametrize("logger", ["none", needs("tensorboard"), needs("trackio"), needs("wandb")])
+def test_a_run_in_two_parts_logs_each_step_once_and_the_token_nowhere(logger, tmp_path):
+    train(tmp_path, logger, 5)  # a checkpoint at 3, the last one at 5
+    (tmp_path / "run" / "model_index.json").unlink()
+    for path in (tmp_path / "run").glob("checkpoint-5/manifest.json"):
+        path.unlink()  # so that steps 4 and 5 come again
+    train(tmp_path, logger, 8)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert all(list(row) == ["step", "epoch", *LOGGED] for row in rows)
+    assert rows[-1]["epoch"] == 8 * 16 / 64
+    speeds = [json.loads(line) for line in (tmp_path / "run" / "speed.jsonl").read_text().splitlines()]
+    assert all(speed["images_per_second"] > 0 for speed in speeds)
+    if logger == "tensorboard":
+        steps = tensorboard_steps(tmp_path)
+        assert steps == dict.fromkeys([*LOGGED, "images_per_second"], [2, 4, 6, 8]) | {"samples": [3, 6, 8]}
+    if logger == "trackio":
+        steps = trackio_steps(tmp_path)
+        assert {2, 4, 6, 8} <= set(steps["loss"]) and {3, 6, 8} <= set(steps["samples"])  # it takes nothing back
+        assert {*LOGGED, "images_per_second"} <= set(steps)
+    if logger == "wandb":
+        assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
+        assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/samples_*.png"))) >= 3
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+
+
+def test_the_mean_of_the_quarters_is_the_loss(tmp_path):
+    train(tmp_path, "none", 2)  # 16 timesteps a batch, four in each quarter
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row[f"loss_q{i}"] for i in (1, 2, 3, 4)) / 4 == pytest.approx(row["loss"], rel=1e-6)
+    assert row["loss_q1"] != row["loss_q4"]
+
+
+def test_a_tracker_that_is_not_installed_is_asked_for_before_any_work():
+    absent = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None]
+    if not absent:
+        pytest.skip("all trackers are installed")
+    code = f"from arguments import TrainingArguments\nTrainingArguments(logger={absent[0]!r})"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "train_scripts")}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    assert f"`--logger {absent[0]}` needs a package: pip install {absent[0]}, or --logger none." in result.stderr
