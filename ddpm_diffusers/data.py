@@ -11,7 +11,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.fingerprint import Hasher
@@ -161,16 +172,7 @@ def load_images(
         return draw_synthetic(max_samples or SYNTHETIC_SIZE, seed, resolution, channels, cache_dir)
 
     source = open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache_dir)
-    if image_column not in source.column_names:
-        raise ValueError(
-            f"The data set has no column {image_column!r}; it has {', '.join(source.column_names)}: pass one of them"
-            " as `--image_column`."
-        )
-    if not isinstance(source.features[image_column], Image):
-        raise ValueError(
-            f"Column {image_column!r} holds {source.features[image_column]}, not images: pass the column of images as"
-            " `--image_column`."
-        )
+    check_image_column(source.features, image_column)
     if len(source) == 0:
         raise ValueError(f"Split {split!r} of the data set is empty: pass another as `--split`.")
     if max_samples is not None:
@@ -205,8 +207,23 @@ def load_images(
     return decoded.with_format(None)
 
 
-def open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache_dir) -> Dataset:
-    """`load_dataset`, with errors that say what to do."""
+def check_image_column(features: Features, image_column: str) -> None:
+    if image_column not in features:
+        raise ValueError(
+            f"The data set has no column {image_column!r}; it has {', '.join(features)}: pass one of them as"
+            " `--image_column`."
+        )
+    if not isinstance(features[image_column], Image):
+        raise ValueError(
+            f"Column {image_column!r} holds {features[image_column]}, not images: pass the column of images as"
+            " `--image_column`."
+        )
+
+
+def open_dataset(
+    dataset_name, dataset_config_name, train_data_dir, split, cache_dir, streaming=False
+) -> Dataset | IterableDataset:
+    """`load_dataset`, with errors that say what to do; a folder of images or a saved data set is never streamed."""
     advice = "pass a data set of the Hub or a local folder as `--dataset_name`, or a folder of images as"
     advice += f" `--train_data_dir`, and one of its splits as `--split`; or use `--dataset_name {SYNTHETIC}`, built in"
     name = train_data_dir or dataset_name
@@ -221,7 +238,7 @@ def open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache
                     raise ValueError(f"it has no split {split!r}, but {own} alone")
                 return loaded
             return select_split(loaded, split)
-        return load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+        return load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir, streaming=streaming)
     except DatasetNotFoundError as error:
         raise ValueError(f"There is no data set {name!r} that can be read ({error}): {advice}.") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:

@@ -1,22 +1,29 @@
 """Sampling images in pixel space: any U-Net with the diffusers call, any diffusers scheduler.
 
-This file stands alone (torch, diffusers): a copy of it beside `model_index.json` makes a Hub repository complete.
+This file stands alone (torch, diffusers and the huggingface_hub that diffusers needs): a copy of it beside
+`model_index.json` makes a Hub repository complete.
 
 References: DDPM, Ho et al. 2020 (arXiv:2006.11239), algorithm 2; EDM, Karras et al. 2022 (arXiv:2206.00364), whose
 table 1 shows why a sampler may scale its input and start from another spread than 1.
 """
 
+import contextlib
 import inspect
 import json
+import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import httpx
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -26,6 +33,57 @@ CARRIED_OVER = (
     "rescale_betas_zero_snr", "timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range", "thresholding",
     "dynamic_thresholding_ratio", "sample_max_value",
 )  # fmt: skip
+
+README, SAMPLES = "README.md", "samples.png"  # the model card, and the grid of samples that it shows
+CARD = """---
+license: mit
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [ddpm, diffusion, pixel-space, unconditional-image-generation]
+---
+
+# Unconditional diffusion, {images}
+
+Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffusers pipeline.
+{samples}{usage}
+## Network
+
+`{network}`: {parameters:,} parameters, for {images}. It was trained to predict {prediction} at
+{timesteps:,} timesteps of noise; `{scheduler}` is saved with it.
+
+## Limits
+
+- The images resemble those of its training data, gaps and biases included, and may come close to single ones of them.
+- Small images only, drawn at random: there is no prompt, no class and no other way to ask for one.
+- For study and experiments; not for deciding anything about people, and its images are evidence of nothing.
+"""
+# without the comment in its line diffusers would take the first import here for one of this file
+USAGE = """
+## Usage
+
+Where ddpm-diffusers is installed, its classes serve and no code of this repository is run:
+
+```python
+import ddpm_diffusers  # lets diffusers find the installed classes
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}")
+images = pipe(batch_size=16, num_inference_steps={steps}).images
+
+# another scheduler, fewer steps
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=16, num_inference_steps={fewer_steps}).images
+```
+
+Elsewhere the code in this repository serves, once it is trusted, after `pip install "diffusers[torch]" einops`:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
+images = pipe(batch_size=16, num_inference_steps={steps}).images
+```
+"""
 
 
 class PixelDiffusionPipeline(DiffusionPipeline):
@@ -213,6 +271,50 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             self.scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else single
         return step_kwargs
 
+    def save_pretrained(
+        self, save_directory, *args, push_to_hub=False, repo_id=None, commit_message=None, private=None, token=None,
+        create_pr=False, subfolder=None, **kwargs,
+    ) -> huggingface_hub.CommitInfo | None:  # fmt: skip
+        """diffusers' method; the model card of what the pipeline was loaded from goes along, where it can be had.
+
+        With `push_to_hub`, the index, the code, the components' folders and a card as by `push_to_hub()` are then
+        uploaded to `repo_id`, by default the folder's name; what else the folder holds is not.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
+        if self.name_or_path and not card.exists():
+            copy_card(self.name_or_path, save_directory, token)
+        if not push_to_hub:
+            return None
+        check_token(token)
+        repo_id = repo_id or Path(save_directory).name
+        repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        files = ["model_index.json", f"{class_name_in_index(type(self))[0]}.py", *(f"{n}/*" for n in self.components)]
+        if not subfolder and not huggingface_hub.file_exists(repo_id, README, token=token):
+            text = card.read_text("utf-8") if card.exists() else str(model_card(self, repo_id, samples.exists()))
+            card.write_text(with_repo_id(text, repo_id), "utf-8")
+            files += [README, SAMPLES]
+        return huggingface_hub.upload_folder(
+            repo_id=repo_id, folder_path=save_directory, path_in_repo=subfolder, allow_patterns=files, token=token,
+            commit_message=commit_message or f"Upload {type(self).__name__}", create_pr=create_pr,
+        )  # fmt: skip
+
+    def push_to_hub(
+        self, repo_id, commit_message=None, private=None, token=None, create_pr=False, safe_serialization=True,
+        variant=None, subfolder=None,
+    ) -> huggingface_hub.CommitInfo:  # fmt: skip
+        """diffusers' method, with a model card that says what this is in place of an empty one.
+
+        A card that the repository has is kept. Else it is that of what the pipeline was loaded from, its snippets
+        naming the new repository; else a new one. Raises ValueError on a token that cannot be one, and otherwise
+        what huggingface_hub raises.
+        """
+        upload = {"repo_id": repo_id, "commit_message": commit_message, "private": private, "create_pr": create_pr}
+        with tempfile.TemporaryDirectory() as folder:
+            return self.save_pretrained(
+                folder, safe_serialization, variant, push_to_hub=True, token=token, subfolder=subfolder, **upload
+            )
+
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict:
         # the explicit class was asked for: the copy of it in the repository is not needed, nor run
@@ -255,3 +357,45 @@ def with_this_class(index: dict) -> dict:
     if index.get("_class_name") == class_name_in_index(PixelDiffusionPipeline):
         index["_class_name"] = PixelDiffusionPipeline.__name__
     return index
+
+
+def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = False) -> ModelCard:
+    """A card of what can be read off any such pipeline; `has_samples`: the repository has a grid, `samples.png`."""
+    unet, scheduler = pipe.unet.config, pipe.scheduler.config
+    size = unet.sample_size if isinstance(unet.sample_size, (tuple, list)) else (unet.sample_size,) * 2
+    channels = {1: "grey", 3: "RGB"}.get(unet.in_channels, f"{unet.in_channels}-channel")
+    timesteps = scheduler.num_train_timesteps
+    usage = USAGE.format(repo_id=repo_id, steps=min(50, timesteps), fewer_steps=min(20, timesteps))
+    card = CARD.format(
+        images=f"{channels} images of " + ("any size" if size[0] is None else f"{size[0]}x{size[1]} pixels"),
+        samples=f"\n![Samples]({SAMPLES})\n" if has_samples else "",
+        usage=usage if type(pipe).__module__ == __name__ else "",  # a user's subclass is nowhere to be had
+        network=pipe.config.unet[1],
+        parameters=pipe.unet.num_parameters(),
+        prediction=scheduler.get("prediction_type", "epsilon"),
+        timesteps=timesteps,
+        scheduler=type(pipe.scheduler).__name__,
+    )
+    return ModelCard(card)
+
+
+def with_repo_id(card: str, repo_id: str) -> str:
+    """The text of a card, its snippets loading `repo_id` in place of what they load."""
+    loaded = re.search(r'DiffusionPipeline\.from_pretrained\("([^"]+)"', card)
+    return card.replace(f'"{loaded[1]}"', f'"{repo_id}"') if loaded else card
+
+
+def copy_card(source: str, folder: str | Path, token: str | None) -> None:
+    """Copy the card, and its samples, of a folder or repository, as far as it has them and lets them be read."""
+    with contextlib.suppress(OSError, ValueError, httpx.HTTPError):  # absent, refused, out of reach, or no such id
+        for name in (README, SAMPLES):
+            path = Path(source, name)
+            if not Path(source).is_dir():
+                path = huggingface_hub.hf_hub_download(source, name, token=token)
+            shutil.copyfile(path, Path(folder, name))
+
+
+def check_token(token: str | None) -> None:
+    """Refuse what cannot be a Hub token, without showing it as the error of an HTTP header would."""
+    if not re.fullmatch("[!-~]+", token if isinstance(token, str) else huggingface_hub.get_token() or "none"):
+        raise ValueError("The Hub token is empty or holds white space, control or non-ASCII characters: copy it anew.")

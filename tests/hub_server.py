@@ -30,6 +30,8 @@ ROUTES = {
     "GET /api/{kind}/{repo}/tree/{rev}/{path}": ("tree", "read"),
     "POST /api/{kind}/{repo}/paths-info/{rev}": ("paths_info", "read"),
     "GET /api/{kind}/{repo}/refs": ("refs", "read"),
+    "GET /api/{kind}/{repo}/auth-check": ("auth_check", "read"),
+    "GET /api/{kind}/{repo}/auth-check/write": ("auth_check", "write"),
     "POST /api/{kind}/{repo}/preupload/{rev}": ("preupload", "write"),
     "POST /api/{kind}/{repo}/commit/{rev}": ("commit", "write"),
     "POST /{datasets}{repo}.git/info/lfs/objects/batch": ("lfs_batch", "write"),
@@ -121,6 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         # read in any case, or the next request on this connection would start inside the body
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.hub.requests.append((self.command, url.path, "Authorization" in self.headers))
+        others = {key: value for key, value in self.headers.items() if key.lower() != "authorization"}
+        self.hub.received.append(f"{self.command} {self.path} {others}\n".encode() + self.body)
         fault = self.hub.fault and self.hub.fault(self.command, url.path)
         self.cut = fault == "cut"
         if fault == "reset":
@@ -129,6 +133,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if isinstance(fault, int):
                 raise HubError(fault, "Injected fault")
+            if isinstance(fault, HubError):
+                raise fault
             for pattern, target in PATTERNS.items():
                 if match := pattern.fullmatch(f"{self.command} {url.path}"):
                     handler, access = target
@@ -237,6 +243,9 @@ class Handler(BaseHTTPRequestHandler):
         branches = [{"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": commit.sha} for ref, commit in refs]
         return {"branches": branches, "converts": [], "tags": [], "pullRequests": []}
 
+    def auth_check(self, **_):
+        return {}
+
     def no_entry(self, path):
         # given the commit, the client remembers that this revision has no such file
         raise HubError(404, f"{path} does not exist", "EntryNotFound", {"X-Repo-Commit": self.rev.sha})
@@ -313,14 +322,15 @@ class Handler(BaseHTTPRequestHandler):
 class HubServer:
     """Runs the server on a thread, from entering to leaving the context.
 
-    `fault(method, path)` is asked about each request: None serves it, an int answers with that status, "reset" closes
-    the connection without an answer, "cut" closes it after half of the body. Add to `tokens` for further users.
+    `fault(method, path)` is asked about each request: None serves it, an int or a HubError answers with that, "reset"
+    closes the connection without an answer, "cut" serves it and closes after half of the body. Add to `tokens` for
+    further users. `received` has each request as it came, but for its Authorization header.
     """
 
     def __init__(self, user="user"):
         self.token = f"hf_loopback_{user}"
         self.tokens = {self.token: user}
-        self.repos, self.blobs, self.requests, self.fault = {}, {}, [], None
+        self.repos, self.blobs, self.requests, self.received, self.fault = {}, {}, [], [], None
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": self}))

@@ -1,0 +1,32 @@
+"""Upload a saved pipeline and its model card, such as a run whose push failed, to the Hub.
+
+    python train_scripts/push_to_hub.py --model runs/first --hub_model_id user/first
+
+Checkpoints, logs and whatever else lies in the folder stay where they are.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from arguments import arg, parse_arguments
+
+from ddpm_diffusers.hub import PushError, push_folder
+
+
+@dataclass
+class PushArguments:
+    model: str = field(metadata={"help": "folder of a saved pipeline, such as the --output_dir of a training"})
+    hub_model_id: str = field(metadata={"help": "repository: owner/name, or a name in your own namespace"})
+    hub_token: str | None = arg(None, "token with write access; HF_TOKEN, or that of `hf auth login`, by default")
+    hub_private_repo: bool = arg(False, "create the repository as a private one")
+
+
+def main(args: PushArguments) -> None:
+    try:
+        print(push_folder(args.model, args.hub_model_id, args.hub_token, args.hub_private_repo or None))
+    except (PushError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main(parse_arguments(PushArguments, sys.argv[1:], __doc__))
