@@ -6,15 +6,10 @@ a position is the place in the stream where a block starts and a number of its i
 again.
 """
 
-import atexit
-import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import c_byte
 from functools import partial
 from itertools import islice
-from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 
 import fsspec
@@ -26,6 +21,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, get_worker_info
 
 from .data import SYNTHETIC, as_batch, check_image_column, decode_image, decode_images, open_dataset
+from .worker_signals import LeaveSignalsToMain
 
 LISTED_SHARDS = 1024  # of a data set that is listed: each pass shuffles them
 ROWS = 64  # decoded at a time
@@ -147,17 +143,15 @@ class StreamedBatches:
         return {"settings": self.settings, "batches": self.batches, "positions": list(self.positions)}
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        done = RawValue("b", False)  # in memory that the workers share
-        finish = partial(setattr, done, "value", True)
+        signals = LeaveSignalsToMain()
         loader = DataLoader(
-            Parts(self, done),
+            Parts(self, signals),
             batch_size=None,
             num_workers=self.num_workers,
             collate_fn=as_batch,
-            worker_init_fn=prepare_worker,
+            worker_init_fn=signals,
         )
         iterator = iter(loader)
-        atexit.register(finish)  # runs before `multiprocessing` terminates the workers, and waits for them
         try:
             for images, position in iterator:  # of the workers in turn
                 self.positions[self.batches % self.num_parts] = position
@@ -168,18 +162,20 @@ class StreamedBatches:
                 error.__traceback__ = None
             raise error
         finally:
-            finish()
+            signals.finish()
             del iterator
 
 
 class Parts(torch.utils.data.IterableDataset):
     """What the workers iterate, each its part: batches, and the position after each."""
 
-    def __init__(self, run: StreamedBatches, done: c_byte):
-        self.run, self.done = run, done
+    def __init__(self, run: StreamedBatches, signals: LeaveSignalsToMain):
+        self.run, self.signals = run, signals
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, dict]]:
         run, worker = self.run, get_worker_info()
+        if worker is not None:
+            fsspec.asyn.reset_lock()  # it may have been held when this process was forked
         # worker 0 is asked first, so a resumed run gives it the part whose turn it is
         own = (run.batches + (worker.id if worker else 0)) % run.num_parts
         part, num_parts = run.rank * run.num_parts + own, run.world_size * run.num_parts
@@ -249,11 +245,3 @@ def with_content(table: pa.Table) -> pa.Table:
     with ThreadPoolExecutor(FETCHES) as pool:
         rows = list(pool.map(fetch, (images.slice(i, 1) for i in range(len(images)))))
     return pa.table({table.column_names[0]: pa.chunked_array(rows)})
-
-
-def prepare_worker(worker_id: int) -> None:
-    """Leave interrupts to the main process, which finishes its step; end when it is done, or gone."""
-    done = get_worker_info().dataset.done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0) if done.value else None)
-    fsspec.asyn.reset_lock()  # it may have been held when this process was forked

@@ -22,9 +22,10 @@ ROOT = Path(__file__).parents[1]
 UNET = {"block_out_channels": [8, 16], "norm_num_groups": 4, "block_norm_num_groups": 4}
 FLAGS = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "330", "--resolution", "8",
          "--unet_config", json.dumps(UNET), "--train_batch_size", "16", "--gradient_accumulation_steps", "2",
-         "--dataloader_num_workers", "1", "--max_train_steps", "150", "--learning_rate", "3e-3", "--logging_steps", "4",
-         "--checkpointing_steps", "3", "--checkpoints_total_limit", "2", "--eval_batch_size", "4",
-         "--ddpm_num_inference_steps", "2", "--logger", "none", "--resume_from_checkpoint", "latest"]  # fmt: skip
+         "--dataloader_num_workers", "1", "--max_train_steps", "300", "--learning_rate", "3e-3",
+         "--logging_steps", "4", "--checkpointing_steps", "3", "--checkpoints_total_limit", "2",
+         "--eval_batch_size", "4", "--ddpm_num_inference_steps", "2", "--logger", "none",
+         "--resume_from_checkpoint", "latest"]  # fmt: skip
 
 
 def start(output_dir: Path, processes: int) -> subprocess.Popen:
@@ -50,7 +51,7 @@ def kill_at_random(output_dir: Path, processes: int, in_a_checkpoint: bool, rng:
     # most moments fall into the steps, after a few checkpoints of this start, and some into the start itself
     begun = set(output_dir.glob("checkpoint-*"))
     checkpoints = rng.randrange(5)
-    window = 0.3 if checkpoints else 8  # seconds
+    window = 0.3 if checkpoints else 5  # seconds
     while training.poll() is None and checkpoints:
         found = set(output_dir.glob("checkpoint-*"))
         checkpoints -= bool(found - begun)

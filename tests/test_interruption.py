@@ -36,7 +36,7 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_exactly(number, alo
     last = list_checkpoints(folder)[-1]
     assert find_damage(last) is None and "Traceback" not in log
     step = last.name.removeprefix("checkpoint-")
-    assert f"{number.name}: stopped after step {step} of 150, and wrote {last}." in log
+    assert f"{number.name}: stopped after step {step} of 300, and wrote {last}." in log
     assert "To go on from there, run the same command with `--resume_from_checkpoint latest`." in log
     assert not (folder / "model_index.json").exists()
     assert start(folder, processes=1).wait() == 0

@@ -22,7 +22,8 @@ def needs(package: str):
 
 
 def train(folder: Path, logger: str, max_train_steps: int) -> None:
-    command = [sys.executable, ROOT / "train_scripts" / "train_unconditional.py", "--dataset_name", "synthetic-fashion",
+    script = ROOT / "train_scripts" / "train_unconditional.py"
+    command = [sys.executable, script, "--dataset_name", "synthetic-fashion",
                "--max_train_samples", "64", "--resolution", "8", "--unet_config", UNET, "--train_batch_size", "16",
                "--max_train_steps", str(max_train_steps), "--logging_steps", "2", "--validation_steps", "3",
                "--checkpointing_steps", "3", "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2",

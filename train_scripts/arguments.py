@@ -121,6 +121,14 @@ def settings_of(args: TrainingArguments) -> dict:
     return {name: value for name, value in asdict(args).items() if name != "hub_token"}
 
 
+def settings_for_card(run: dict) -> dict:
+    """What of a run's record tells how the model was trained."""
+    names = [field.name for field in fields(TrainingArguments)]
+    elsewhere = {"image_column", "cache_dir", "dataloader_num_workers", "shuffle_buffer_size", "unet_config"}
+    elsewhere |= {"overwrite_output_dir", "num_epochs", *names[names.index("logging_steps") :]}
+    return {name: value for name, value in run.items() if name not in elsewhere and value is not False}
+
+
 def parse_arguments(arguments_class: type, argv: list[str], doc: str):
     """Flags, after an optional YAML or JSON file of the same names, as an `arguments_class`."""
     parser = HfArgumentParser(arguments_class, description=doc.splitlines()[0])

@@ -37,9 +37,3 @@ class StopRequest:
         """Signals act as before."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-
-def ignore_signals(worker_id: int) -> None:
-    """`worker_init_fn` of a DataLoader: a worker process goes on until the main one has finished its step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

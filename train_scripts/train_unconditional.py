@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
-from arguments import DEFINES_THE_RUN, TrainingArguments, parse_arguments, settings_of
+from arguments import DEFINES_THE_RUN, TrainingArguments, parse_arguments, settings_for_card, settings_of
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from interruption import StopRequest, ignore_signals
+from interruption import StopRequest
 from launch import check_engine, check_processes
-from run_folder import LogLines, claim, lock, open_run, save_pipeline
+from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_text
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
 from unets import make_unet
@@ -35,8 +35,12 @@ from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.checkpointing import load_checkpoint, plain_copy, save_checkpoint
 from ddpm_diffusers.data import ImageArrays, ShuffledBatches, as_batch, load_images
 from ddpm_diffusers.grid import image_grid
+from ddpm_diffusers.hub import PushError, model_card, prepare_repo, push_folder
 from ddpm_diffusers.objectives import draw_noise_and_timesteps, loss_weights, training_target
+from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
 from ddpm_diffusers.sampling import sample_images, to_pil
+from ddpm_diffusers.streaming import StreamedBatches, open_stream
+from ddpm_diffusers.worker_signals import LeaveSignalsToMain
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -56,6 +60,10 @@ def main(args: TrainingArguments) -> None:
     output_dir, device = Path(args.output_dir), accelerator.device
     resume_path, goes_on = claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
 
+    repo_id = args.hub_model_id or output_dir.resolve().name
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = prepare_repo(repo_id, args.hub_token, args.hub_private_repo or None)
+
     # model, noise schedule, data
     set_seed(args.seed)
     model = make_unet(args.unet_config, args.resolution, args.ddpm_num_steps)
@@ -68,20 +76,28 @@ def main(args: TrainingArguments) -> None:
         prediction_type=args.prediction_type,
         timestep_spacing="trailing",
     )
+    source = {
+        "dataset_name": args.dataset_name,
+        "dataset_config_name": args.dataset_config_name,
+        "train_data_dir": args.train_data_dir,
+        "split": args.split,
+        "image_column": args.image_column,
+    }
     with accelerator.local_main_process_first():
-        dataset = load_images(
-            args.dataset_name,
-            dataset_config_name=args.dataset_config_name,
-            train_data_dir=args.train_data_dir,
-            split=args.split,
-            image_column=args.image_column,
-            resolution=args.resolution,
-            channels=image_shape[0],
-            center_crop=args.center_crop,
-            max_samples=args.max_train_samples,
-            cache_dir=args.cache_dir,
-        )
-    images = ImageArrays(dataset, image_shape)
+        if args.streaming:
+            stream = open_stream(**source, cache_dir=args.cache_dir)
+            num_images, data = None, f"stream of {source}"
+        else:
+            dataset = load_images(
+                **source,
+                resolution=args.resolution,
+                channels=image_shape[0],
+                center_crop=args.center_crop,
+                max_samples=args.max_train_samples,
+                cache_dir=args.cache_dir,
+            )
+            images = ImageArrays(dataset, image_shape)
+            num_images, data = len(images), images.fingerprint()
 
     # optimization
     optimizer = torch.optim.AdamW(
@@ -99,7 +115,7 @@ def main(args: TrainingArguments) -> None:
         ema = EMAModel(model.parameters(), decay=args.ema_max_decay, foreach=True)
     batches_per_step = args.gradient_accumulation_steps * accelerator.num_processes
     global_batch_size = args.train_batch_size * batches_per_step
-    max_train_steps = args.max_train_steps or math.ceil(args.num_epochs * len(images) / global_batch_size)
+    max_train_steps = args.max_train_steps or math.ceil(args.num_epochs * num_images / global_batch_size)
     warmup_steps = max_train_steps // 10 if args.lr_warmup_steps is None else args.lr_warmup_steps
     if warmup_steps > max_train_steps or warmup_steps < 0:
         raise ValueError(
@@ -120,8 +136,9 @@ def main(args: TrainingArguments) -> None:
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "global_batch_size": global_batch_size,
-        "data": images.fingerprint(),
+        "data": data,
     }
+    stream_state = None
     if resume_path is not None:
         state = load_checkpoint(resume_path, model, ema, optimizer, {name: run[name] for name in DEFINES_THE_RUN})
         if state["step"] > max_train_steps:
@@ -138,22 +155,34 @@ def main(args: TrainingArguments) -> None:
             window = windows[accelerator.process_index].clone()
         elif accelerator.is_main_process:
             window = windows.sum(0)
+        if args.streaming:
+            stream_state = state["streams"][accelerator.process_index % len(state["streams"])]
         logger.info(f"Resumed from {resume_path} at step {step}.")
 
-    batches = range(step * batches_per_step, max_train_steps * batches_per_step)
-    dataloader = torch.utils.data.DataLoader(
-        images,
-        batch_sampler=ShuffledBatches(
-            len(images),
+    if args.streaming:
+        batches = StreamedBatches(
+            stream,
+            image_shape,
             args.train_batch_size,
-            args.seed,
-            batches[accelerator.process_index :: accelerator.num_processes],
-        ),
-        collate_fn=as_batch,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
-    )
+            buffer_size=args.shuffle_buffer_size,
+            seed=args.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_workers=args.dataloader_num_workers,
+            center_crop=args.center_crop,
+            state=stream_state,
+        )
+    else:
+        own = range(step * batches_per_step, max_train_steps * batches_per_step)
+        own = own[accelerator.process_index :: accelerator.num_processes]
+        batches = torch.utils.data.DataLoader(
+            images,
+            batch_sampler=ShuffledBatches(num_images, args.train_batch_size, args.seed, own),
+            collate_fn=as_batch,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=LeaveSignalsToMain(),
+        )
 
     accelerator.wait_for_everyone()  # none writes before all have looked
     if accelerator.is_main_process:
@@ -165,9 +194,12 @@ def main(args: TrainingArguments) -> None:
             accelerator.init_trackers("train_unconditional", run, init_kwargs(record["id"], step))
     logger.info(
         f"{type(model).__name__}, {model.num_parameters():,} parameters, on"
-        f" {accelerator.num_processes} x {device}, precision {accelerator.mixed_precision}; {len(images):,} images,"
+        f" {accelerator.num_processes} x {device}, precision {accelerator.mixed_precision}; {data},"
         f" {max_train_steps} steps of {global_batch_size}."
     )
+
+    def epoch(step: int) -> dict:
+        return {} if num_images is None else {"epoch": step * global_batch_size / num_images}
 
     def averaged_unet():
         """Whole, even where the model is sharded, in every process."""
@@ -182,6 +214,7 @@ def main(args: TrainingArguments) -> None:
             path.parent.mkdir(exist_ok=True)
             grid = image_grid(to_pil(images))
             grid.save(path)
+            grid.save(output_dir / SAMPLES)  # the last one, for the card
             log_image(accelerator.trackers, "samples", grid, step)
         return path
 
@@ -194,7 +227,8 @@ def main(args: TrainingArguments) -> None:
     quartiles = torch.arange(4, device=device)[:, None]  # (4, 1)
     images_seen, last_time, stopped = 0, time.perf_counter(), None
     stop_request = StopRequest(accelerator.num_processes)
-    for index, batch in enumerate(dataloader, start=step * args.gradient_accumulation_steps):
+    indices = range(step * args.gradient_accumulation_steps, max_train_steps * args.gradient_accumulation_steps)
+    for index, batch in zip(indices, batches):  # noqa: B905 (a stream has no end)
         with accelerator.accumulate(unet):
             part = index % args.gradient_accumulation_steps
             if part == 0:
@@ -246,8 +280,8 @@ def main(args: TrainingArguments) -> None:
             if not math.isfinite(sums[0]) or (accelerator.scaler is None and not math.isfinite(norm)):
                 raise SystemExit(
                     f"At step {step} the loss is {sums[0] / counts[0]} and the gradient's norm {norm}: stopped,"
-                    " nothing was written after the last checkpoint. Lower `--learning_rate`, raise `--lr_warmup_steps`, or"
-                    " use `--mixed_precision` no or bf16."
+                    " nothing was written after the last checkpoint. Lower `--learning_rate`, raise"
+                    " `--lr_warmup_steps`, or use `--mixed_precision` no or bf16."
                 )
         if log:
             names = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
@@ -259,15 +293,21 @@ def main(args: TrainingArguments) -> None:
             progress_bar.set_postfix(loss=f"{metrics['loss']:.4f}", images_s=f"{speed['images_per_second']:.0f}")
             accelerator.log({**metrics, **speed}, step=step)
             if accelerator.is_main_process:
-                metrics_file.write({"step": step, "epoch": step * global_batch_size / len(images), **metrics})
+                metrics_file.write({"step": step, **epoch(step), **metrics})
                 speed_file.write({"step": step, **speed})
             window.zero_()
             images_seen, last_time = 0, time.perf_counter()
         if checkpoint:
-            state = {"arguments": run, "epoch": step * global_batch_size / len(images)}
-            state |= {"lr_scheduler": lr_scheduler.state_dict(), "windows": gather_object([window.tolist()])}
+            state = {
+                "arguments": run,
+                **epoch(step),
+                "lr_scheduler": lr_scheduler.state_dict(),
+                "windows": gather_object([window.tolist()]),
+            }
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
+            if args.streaming:
+                state["streams"] = gather_object([batches.state_dict()])
             if accelerator.is_main_process:
                 metrics_file.flush()
             path = save_checkpoint(
@@ -293,13 +333,22 @@ def main(args: TrainingArguments) -> None:
         logger.info("To go on from there, run the same command with `--resume_from_checkpoint latest`.")
         raise SystemExit(128 + stopped)
 
-    # save, and only then sample
+    # save, and only then sample and push
     pipe = PixelDiffusionPipeline(averaged_unet(), scheduler)
     if accelerator.is_main_process:
         save_pipeline(pipe, output_dir)
     logger.info(f"Pipeline: {output_dir}")
     logger.info(f"Samples: {write_samples()}")
+    if accelerator.is_main_process:
+        dataset_name = args.dataset_name if args.train_data_dir is None else None
+        card = model_card(pipe, repo_id, dataset_name=dataset_name, settings=settings_for_card(run), has_samples=True)
+        write_text(output_dir / README, str(card))
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            logger.info(f"Pushed: {push_folder(output_dir, repo_id, args.hub_token, args.hub_private_repo or None)}")
+        except PushError as error:
+            raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

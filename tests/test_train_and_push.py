@@ -1,0 +1,193 @@
+"""The whole way: train, push over the wire, load in a fresh process, the same bits; and what goes wrong on it."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from datasets import Dataset, Features, Image
+from hub_server import HubServer
+from PIL import Image as PILImage
+
+from ddpm_diffusers.checkpointing import list_checkpoints
+
+ROOT = Path(__file__).parents[1]
+UNET = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
+DRAWN = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64"]
+FLAGS = ["--resolution", "8", "--unet_config", UNET,
+         "--max_train_steps", "6", "--checkpointing_steps", "3", "--logging_steps", "2", "--eval_batch_size", "4",
+         "--ddpm_num_inference_steps", "2", "--logger", "tensorboard", "--resume_from_checkpoint", "latest",
+         "--push_to_hub"]  # fmt: skip
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+SAMPLE = """
+import hashlib, sys
+import torch
+from diffusers import DiffusionPipeline
+if sys.argv[2] == "installed":
+    import ddpm_diffusers
+else:
+    sys.modules["ddpm_diffusers"] = None
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "absent")
+images = pipe(3, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np").images
+print(hashlib.sha256(images.tobytes()).hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as hub:
+        yield hub
+
+
+def environment(hub, home: Path, token: bool = False) -> dict:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", **hub.env(home, token)}
+
+
+def train(env: dict, *flags, launcher=()) -> subprocess.CompletedProcess:
+    script = str(ROOT / "train_scripts" / "train_unconditional.py")
+    data = [] if "--streaming" in flags and "--dataset_name" in flags else DRAWN
+    command = [sys.executable, *launcher, script, *data, *FLAGS, *map(str, flags)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+
+
+def sample(source, mode: str, env: dict) -> str:
+    command = [sys.executable, "-c", SAMPLE, str(source), mode]
+    result = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_processes_train_and_push_and_a_fresh_process_samples_the_same_bits(hub, tmp_path):
+    output_dir = tmp_path / "run"
+    flags = ["--output_dir", output_dir, "--train_batch_size", "16", "--hub_model_id", "user/garments",
+             "--hub_private_repo", "--hub_token", hub.token]  # fmt: skip
+    env = environment(hub, tmp_path / "home")
+    result = train(env, *flags, launcher=TWO)
+    assert result.returncode == 0, result.stderr
+    assert f"Pushed: {hub.endpoint}/user/garments" in result.stdout + result.stderr
+    repo = hub.repos["user/garments"]
+    assert repo.private and len(repo.commits) == 2  # of the creation, and of the push
+    assert set(repo.files) == {
+        ".gitattributes", "README.md", "model_index.json", "pipeline_pixel_diffusion.py", "samples.png",
+        "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "unet/unet_2d_optimized.py",
+    }  # fmt: skip
+    here = sample(output_dir, "installed", env)
+    for mode in ("installed", "absent"):
+        assert sample("user/garments", mode, environment(hub, tmp_path / mode, token=True)) == here
+    card = repo.files["README.md"].decode()
+    assert 'from_pretrained("user/garments")' in card and "| global_batch_size | 32 |" in card
+    assert "synthetic-fashion" in card and str(tmp_path) not in card
+
+    # the same command again goes on from the last checkpoint, and there is nothing new to commit
+    again = train(env, *flags, launcher=TWO)
+    assert again.returncode == 0 and len(repo.commits) == 2, again.stderr
+
+    # the token went out in the header that it belongs in, and nowhere else; and there is no pickle
+    seen = [result.stdout.encode(), result.stderr.encode(), again.stdout.encode(), again.stderr.encode()]
+    seen += [*files_of(output_dir).values(), *files_of(tmp_path / "home").values(), *repo.files.values()]
+    seen += [json.dumps(request, default=repr).encode() for request in hub.received]
+    for data in seen:
+        assert hub.token.encode() not in data
+        assert not re.match(rb"\x80[\x02-\x05]", data) and b"data.pkl" not in data  # pickles; torch's zip of one
+    assert len(seen) > 40
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--hub_token", "hf_wrong"], "The token must not write to `--hub_model_id` user/refused"),
+    (["--hub_token", "hf_in two"], "The Hub token is empty or holds white space"),
+    ([], "There is no token of the Hub"),
+])  # fmt: skip
+def test_what_cannot_be_pushed_is_refused_before_any_work(flags, message, hub, tmp_path):
+    env = {**environment(hub, tmp_path / "home"), "HF_TOKEN": ""}
+    result = train(env, "--output_dir", tmp_path / "run", "--hub_model_id", "user/refused", *flags)
+    assert result.returncode == 1 and message in result.stderr
+    assert "hf_wrong" not in result.stderr and "hf_in two" not in result.stderr
+    assert not (tmp_path / "run").exists() and "user/refused" not in hub.repos
+
+
+def test_a_push_that_fails_loses_nothing_and_its_own_command_tries_again(hub, tmp_path):
+    output_dir, env = tmp_path / "run", environment(hub, tmp_path / "home", token=True)
+    hub.fault = lambda method, path: 403 if "/commit/" in path else None  # the right was taken away meanwhile
+    try:
+        result = train(env, "--output_dir", output_dir, "--hub_model_id", "user/late")
+    finally:
+        hub.fault = None
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1 and last.startswith("The push to user/late failed: the Hub answered 403")
+    assert f"{output_dir} is kept; to try again: " in last and hub.token not in result.stderr
+    assert sample(output_dir, "installed", env) and [path.name for path in list_checkpoints(output_dir)]
+    command = last.partition("to try again: ")[2].split()
+    pushed = subprocess.run([sys.executable, *command[1:]], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "unet/diffusion_pytorch_model.safetensors" in hub.repos["user/late"].files
+
+
+def test_a_connection_that_breaks_in_the_middle_is_tried_again(hub, tmp_path):
+    broken = []
+
+    def fault(method, path):
+        if ("/lfs/" in path or "/commit/" in path) and path not in broken:
+            broken.append(path)
+            return "reset"
+
+    hub.fault = fault
+    try:
+        result = train(environment(hub, tmp_path / "home", token=True), "--output_dir", tmp_path / "run",
+                       "--hub_model_id", "user/shaky")  # fmt: skip
+    finally:
+        hub.fault = None
+    assert result.returncode == 0, result.stderr
+    assert len(broken) >= 2 and len(hub.repos["user/shaky"].commits) == 2
+
+
+# streaming
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory) -> Path:
+    """96 grey images in four shards."""
+    folder = tmp_path_factory.mktemp("parquet")
+    for shard in range(4):
+        pixels = [hashlib.shake_256(bytes([shard, i])).digest(144) for i in range(24)]
+        images = [PILImage.frombytes("L", (12, 12), data) for data in pixels]
+        Dataset.from_dict({"image": images}, features=Features({"image": Image()})).to_parquet(
+            folder / f"train-{shard}-of-4.parquet"
+        )
+    return folder
+
+
+STREAM = ["--streaming", "--shuffle_buffer_size", "10", "--train_batch_size", "16", "--max_train_steps", "14",
+          "--learning_rate", "3e-3", "--logger", "none"]  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher, workers", [((), "0"), ((), "2"), (TWO, "0")], ids=["alone", "workers", "two"])
+def test_streamed_training_resumes_exactly(parquet, launcher, workers, hub, tmp_path):
+    env, push = environment(hub, tmp_path / "home", token=True), ["--hub_model_id", f"user/stream-{workers}"]
+    flags = [*STREAM, "--dataset_name", parquet, "--dataloader_num_workers", workers, *push]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert train(env, *flags, "--output_dir", whole, launcher=launcher).returncode == 0
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-9", resumed / "checkpoint-9")  # in the middle of a pass and of a block
+    shutil.copyfile(whole / "metrics.jsonl", resumed / "metrics.jsonl")
+    result = train(env, *flags, "--output_dir", resumed, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    for name in ("metrics.jsonl", "unet/diffusion_pytorch_model.safetensors", "checkpoint-14/optimizer.safetensors"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+    assert not any("epoch" in line for line in (whole / "metrics.jsonl").read_text().splitlines())
+
+
+def test_streaming_asks_for_what_it_needs(tmp_path, hub):
+    env = environment(hub, tmp_path / "home", token=True)
+    result = train(env, *STREAM, "--output_dir", tmp_path / "run")
+    assert "`--streaming` reads a whole data set" in result.stderr and not (tmp_path / "run").exists()
