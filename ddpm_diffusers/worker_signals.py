@@ -7,7 +7,7 @@ from multiprocessing.sharedctypes import RawValue
 
 
 class LeaveSignalsToMain:
-    """`worker_init_fn` of a DataLoader: its workers take SIGTERM and Ctrl-C for the main process's, until `finish()`."""
+    """`worker_init_fn` of a DataLoader: SIGTERM and Ctrl-C are for the main process alone, until `finish()`."""
 
     def __init__(self):
         self.done = RawValue("b", False)  # in memory that the workers share
