@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: quickstart test quality style
+.PHONY: quickstart test test-slow quality style
 
 # installed once; again only when what is installed changes
 .venv/installed: setup.cfg pyproject.toml constraints.txt
@@ -16,6 +16,9 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow --dist load
 
 quality: .venv/installed
 	$(BIN)/ruff check .

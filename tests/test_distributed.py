@@ -79,7 +79,11 @@ def test_two_processes_follow_one(one, two):
     assert_follows(one, two)
 
 
-@pytest.mark.parametrize("processes, batch_size, accumulation", [(1, 16, 4), (2, 16, 2), (4, 16, 1)])
+@pytest.mark.parametrize("processes, batch_size, accumulation", [
+    (1, 16, 4),
+    pytest.param(2, 16, 2, marks=pytest.mark.slow),
+    pytest.param(4, 16, 1, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_any_split_of_the_global_batch_follows(one, processes, batch_size, accumulation, tmp_path):
     flags = ["--train_batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation)]
     assert_follows(one, trained(tmp_path / "run", torchrun(processes), *HUNDRED, *flags, ACCELERATE_USE_CPU="true"))
@@ -123,9 +127,9 @@ def sharded(output_dir: Path, kind: str, *flags: str) -> Path:
 
 @pytest.mark.parametrize("kind, flags", [
     ("fsdp", ["--mixed_precision", "no"]),
-    ("fsdp", ["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"]),
-    pytest.param("deepspeed", [], marks=pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")),
+    pytest.param("fsdp", ["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"], marks=pytest.mark.slow),
+    pytest.param("deepspeed", [], marks=[pytest.mark.slow, pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")]),
 ])  # fmt: skip
 def test_sharded_training_resumes_exactly(kind, flags, tmp_path):
     uninterrupted = sharded(tmp_path / "uninterrupted", kind, *flags)
@@ -148,6 +152,7 @@ def test_sharded_training_resumes_exactly(kind, flags, tmp_path):
         assert torch.equal(unet.state_dict()[name], weight)
 
 
+@pytest.mark.slow
 def test_sharded_training_follows_one_process(tmp_path):
     shards = sharded(tmp_path / "fsdp", "fsdp", "--mixed_precision", "no")
     flags = ["--max_train_steps", "20", "--checkpointing_steps", "8", "--train_batch_size", "64"]

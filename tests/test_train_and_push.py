@@ -171,7 +171,11 @@ STREAM = ["--streaming", "--shuffle_buffer_size", "10", "--train_batch_size", "1
           "--learning_rate", "3e-3", "--logger", "none"]  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher, workers", [((), "0"), ((), "2"), (TWO, "0")], ids=["alone", "workers", "two"])
+@pytest.mark.parametrize("launcher, workers", [
+    ((), "2"),
+    pytest.param((), "0", marks=pytest.mark.slow),
+    pytest.param(TWO, "0", marks=pytest.mark.slow),
+], ids=["workers", "alone", "two"])  # fmt: skip
 def test_streamed_training_resumes_exactly(parquet, launcher, workers, hub, tmp_path):
     env, push = environment(hub, tmp_path / "home", token=True), ["--hub_model_id", f"user/stream-{workers}"]
     flags = [*STREAM, "--dataset_name", parquet, "--dataloader_num_workers", workers, *push]

@@ -129,17 +129,6 @@ def test_a_resumed_run_ends_with_the_same_bits(finished, tmp_path):
     assert (interrupted / optimizer).read_bytes() == (output_dir / optimizer).read_bytes()
 
 
-def test_two_processes_follow_one(finished, tmp_path):
-    """Batch i is the same images, noise and timesteps whoever computes it: two processes are two batches a step."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = ["--gradient_accumulation_steps", "1", "--validation_steps", "5"]  # 5 is no logging step
-    result = launch(tmp_path / "run", *flags, launcher=command)
-    assert result.returncode == 0, result.stderr
-    one, two = (load_file(folder / WEIGHTS) for folder in (finished[0], tmp_path / "run"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("flags", [
     ["--prediction_type", "v_prediction"],
     ["--prediction_type", "sample", "--ddpm_beta_schedule", "squaredcos_cap_v2"],
