@@ -29,9 +29,10 @@ MANIFEST = "manifest.json"
 
 
 def versions() -> dict:
-    """Of what decides the bits of a run."""
+    """Of what decides the last bits of a run."""
     packages = ("torch", "diffusers", "accelerate", "numpy")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    found = {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    return {**found, "CPU threads": torch.get_num_threads()}  # they part the sums
 
 
 # which checkpoints there are
@@ -45,9 +46,9 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 def find_damage(path: Path) -> str | None:
     """What is missing or wrong in a checkpoint, or None where every file is as it was written."""
-    if not (path / MANIFEST).is_file():
-        return f"it has no {MANIFEST}, so it is incomplete"
     try:
+        if not (path / MANIFEST).is_file():
+            return f"it has no {MANIFEST}, so it is incomplete"
         manifest = json.loads((path / MANIFEST).read_text())
         for name, written in manifest.items():
             if not (path / name).is_file():
@@ -59,6 +60,8 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} is not what was written: its SHA-256 differs"
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error!r})"
+    except OSError as error:
+        return f"it cannot be read ({error})"
     return None if STATE_FILE in manifest else f"{MANIFEST} does not list {STATE_FILE}"
 
 
@@ -249,7 +252,7 @@ def load_checkpoint(path: str | Path, unet, ema, optimizer, arguments: dict) -> 
         )
     changed = list_differences(state["versions"], versions())
     if changed:
-        logger.warning(f"{path} was written by other versions ({'; '.join(changed)}): the bits may differ from here.")
+        logger.warning(f"{path} was written with others ({'; '.join(changed)}): the bits may differ from here.")
 
     unet_class = unsharded_class(unet)
     fill(unet.state_dict(), unet_class.from_pretrained(path / "unet", use_safetensors=True).state_dict())

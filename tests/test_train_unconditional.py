@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_diffusers.checkpointing import list_checkpoints
+from ddpm_diffusers.hub import add_figures
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "train_unconditional.py"
@@ -221,10 +222,82 @@ def test_latest_does_not_take_over_the_folder_of_another_run(train):
     with pytest.raises(ValueError, match=r"holds another run \(seed: 0 there, 1 here\)"):
         train("--resume_from_checkpoint", "latest", "--seed", "1")
     (output_dir / "run.json").unlink()  # and not a folder that is no run's
-    with pytest.raises(ValueError, match="is not empty: choose another"):
+    with pytest.raises(ValueError, match="is not empty, and has no checkpoint to go on from: choose another"):
         train("--resume_from_checkpoint", "latest")
     del before[output_dir / "run.json"]
     assert {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()} == before
+
+
+def test_nor_of_a_run_of_another_network(train):
+    as_if_killed_before_its_first_checkpoint(train())
+    other = json.dumps(json.loads(UNET) | {"up_layers_per_block": 1})
+    with pytest.raises(ValueError, match=r"holds another run \(up_layers_per_block: 2 there, 1 here\)"):
+        train("--resume_from_checkpoint", "latest", "--unet_config", other)
+
+
+DROPOUT = json.dumps({"_class_name": "UNet2DModel", "in_channels": 1, "out_channels": 1, "layers_per_block": 1,
+                      "block_out_channels": [8, 8], "norm_num_groups": 4, "down_block_types": ["DownBlock2D"] * 2,
+                      "up_block_types": ["UpBlock2D"] * 2, "add_attention": False, "dropout": 0.5})  # fmt: skip
+
+
+@pytest.mark.parametrize("unet", [UNET, DROPOUT], ids=["ours", "with dropout"])
+def test_what_comes_after_a_checkpoint_comes_again_exactly(train, unet):
+    flags = ["--unet_config", unet, "--max_train_steps", "6", "--checkpointing_steps", "2", "--validation_steps", "4",
+             "--learning_rate", "3e-3", "--random_flip", "--logging_steps", "3"]  # fmt: skip
+    output_dir = train(*flags)
+    names = [WEIGHTS, "metrics.jsonl", "samples/step-0000004.png", "samples/step-0000006.png"]
+    before = [(output_dir / name).read_bytes() for name in names]
+    shutil.rmtree(output_dir / "checkpoint-6")
+    (output_dir / "samples" / "step-0000004.png").unlink()  # as if killed between the checkpoint and the grid
+    train(*flags, "--resume_from_checkpoint", "latest")
+    assert [(output_dir / name).read_bytes() for name in names] == before
+
+
+def test_an_older_checkpoint_of_the_same_folder_is_not_gone_back_to(train):
+    output_dir = train("--checkpointing_steps", "1")
+    before = sorted(path.name for path in output_dir.rglob("*"))
+    with pytest.raises(ValueError, match="checkpoint-1 is not the last checkpoint of"):
+        train("--checkpointing_steps", "1", "--resume_from_checkpoint", str(output_dir / "checkpoint-1"))
+    assert sorted(path.name for path in output_dir.rglob("*")) == before
+
+
+def test_a_damaged_checkpoint_is_kept_under_another_name(train):
+    output_dir = train("--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    (output_dir / "checkpoint-3" / "manifest.json").unlink()
+    train("--checkpointing_steps", "1", "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest")
+    assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-2", "checkpoint-3"]
+    assert (output_dir / "damaged-checkpoint-3" / WEIGHTS).is_file()
+
+
+def test_figures_in_the_card_of_a_finished_run_outlive_the_same_command(train):
+    output_dir = train("--checkpointing_steps", "3")
+    figure = {"dataset_type": "owner/images", "dataset_name": "images", "metric_type": "fid", "metric_value": 2.5}
+    card = add_figures(output_dir / "README.md", [figure])
+    train("--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
+    assert (output_dir / "README.md").read_text() == card and "2.5" in card
+
+
+def test_what_is_overwritten_does_not_pass_for_the_new_run(train):
+    output_dir = train("--validation_steps", "1")
+    with pytest.raises(SystemExit):
+        train(
+            "--overwrite_output_dir",
+            "--learning_rate",
+            "1e30",
+            "--max_train_steps",
+            "20",
+            "--lr_scheduler",
+            "constant",
+        )
+    assert {path.name for path in output_dir.iterdir() if path.is_file()} == {
+        ".lock", "run.json", "metrics.jsonl", "speed.jsonl", "pipeline_pixel_diffusion.py"
+    } and not (output_dir / "samples").exists()  # fmt: skip
+
+
+def test_a_flag_that_is_unknown_is_named_without_its_value(script):
+    with pytest.raises(ValueError, match="^--hub_tokn, --rate is no flag of this script") as error:
+        parse(script, "--hub_tokn", "hf_secret", "--rate=hf_secret", "--resolution", "8")
+    assert "hf_secret" not in str(error.value)
 
 
 def test_a_half_written_line_of_metrics_does_not_stop_a_resume(train):

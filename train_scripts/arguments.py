@@ -141,7 +141,10 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
         for action in parser._actions:
             action.required = action.required and action.dest not in values
         argv = argv[1:]
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:  # their values, which may be tokens, are not shown
+        flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+        raise ValueError(f"{', '.join(flags) or 'What stands without a flag'} is no flag of this script (see --help).")
     if getattr(args, "hub_token", None):  # wandb keeps the command line that it finds here
         sys.argv[:] = [text.replace(args.hub_token, "<token>") for text in sys.argv]
     return args

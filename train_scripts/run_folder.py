@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,6 +18,7 @@ from ddpm_diffusers.checkpointing import (
     remove_leftovers,
     resolve_checkpoint,
 )
+from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
 
 RUN_FILE = "run.json"
 
@@ -33,11 +35,25 @@ def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"`--output_dir` {output_dir} is a file: choose another.")
     goes_on = resume_path is not None and resume_path.resolve().parent == output_dir.resolve()
+    if (
+        goes_on
+        and resume_from_checkpoint != "latest"
+        and resume_path.resolve() != list_checkpoints(output_dir)[-1].resolve()
+    ):
+        raise ValueError(
+            f"`--resume_from_checkpoint` {resume_path} is not the last checkpoint of {output_dir}: choose another"
+            " `--output_dir` to start from it again, or remove those after it."
+        )
     if resume_from_checkpoint == "latest" and resume_path is None:
         # a run that was killed before its first checkpoint starts again
         goes_on = (output_dir / RUN_FILE).is_file() and not (output_dir / "model_index.json").exists()
     visible = output_dir.is_dir() and any(not path.name.startswith(".") for path in output_dir.iterdir())
     if visible and not goes_on and not overwrite:
+        if resume_from_checkpoint == "latest":
+            raise ValueError(
+                f"`--output_dir` {output_dir} is not empty, and has no checkpoint to go on from: choose"
+                " another, or pass `--overwrite_output_dir`."
+            )
         raise ValueError(
             f"`--output_dir` {output_dir} is not empty: choose another, or pass `--resume_from_checkpoint latest` to"
             " go on from a checkpoint in it, or `--overwrite_output_dir`."
@@ -62,8 +78,15 @@ def lock(output_dir: Path) -> FileLock:
     return folder_lock
 
 
-def open_run(output_dir: Path, goes_on: bool, arguments: dict, defines_the_run: tuple[str, ...]) -> dict:
-    """Make the folder this run's, and return its record, `run.json`.
+def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_the_run: tuple[str, ...]) -> dict:
+    """Make the folder this run's, and return its record with its id, as in `run.json`.
+
+    Args:
+        output_dir: The folder, locked.
+        goes_on: As `claim` gave it; else what the folder holds is overwritten.
+        step: Where the run goes on.
+        record: "arguments" and "unet", its config.
+        defines_the_run: The arguments that must be as they were.
 
     Raises:
         ValueError: If it holds a run of other arguments, whose differences the message lists.
@@ -72,7 +95,8 @@ def open_run(output_dir: Path, goes_on: bool, arguments: dict, defines_the_run: 
     with clear_write_errors(f"{RUN_FILE} cannot be written to {output_dir}"):
         if goes_on and (output_dir / RUN_FILE).is_file():
             run = json.loads((output_dir / RUN_FILE).read_text())
-            differences = list_differences(run["arguments"], {name: arguments[name] for name in defines_the_run})
+            arguments = {name: record["arguments"][name] for name in defines_the_run}
+            differences = list_differences(run["arguments"], arguments) + list_differences(run["unet"], record["unet"])
             if differences:
                 raise ValueError(
                     f"`--output_dir` {output_dir} holds another run ({'; '.join(differences)}): give the same"
@@ -81,12 +105,19 @@ def open_run(output_dir: Path, goes_on: bool, arguments: dict, defines_the_run: 
         else:
             run = {"id": uuid.uuid4().hex[:8]}
         remove_leftovers(output_dir)
-        if not goes_on:  # what is overwritten goes
-            for path in list_checkpoints(output_dir):
+        for path in list_checkpoints(output_dir):
+            if not goes_on:
                 remove_checkpoint(path)
-            for name in ("metrics.jsonl", "speed.jsonl"):
+            elif int(path.name[11:]) > step:  # "latest" has passed over it
+                damaged = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(damaged, ignore_errors=True)
+                path.rename(damaged)
+        if not goes_on:  # what is overwritten goes, so that none of it passes for this run's
+            for name in ("model_index.json", README, SAMPLES, "metrics.jsonl", "speed.jsonl"):
                 (output_dir / name).unlink(missing_ok=True)
-        run["arguments"] = arguments
+            for name in ("samples", "logs"):
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+        run |= record
         write_text(output_dir / RUN_FILE, json.dumps(run, indent=2) + "\n")
     return run
 
@@ -132,7 +163,14 @@ def save_pipeline(pipe, output_dir: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    flush(partial)
-    os.replace(partial, path)
+    write_file(path, lambda partial: partial.write_text(text))
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """What `write` writes to the path that it is given, whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")  # its ending tells PIL the format
+    with clear_write_errors(f"{path} cannot be written"):
+        path.parent.mkdir(exist_ok=True)
+        write(partial)
+        flush(partial)
+        os.replace(partial, path)

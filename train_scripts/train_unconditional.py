@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
 from arguments import DEFINES_THE_RUN, TrainingArguments, parse_arguments, settings_for_card, settings_of
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from interruption import StopRequest
 from launch import check_engine, check_processes
-from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_text
+from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_file, write_text
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
 from unets import make_unet
@@ -45,10 +46,17 @@ from ddpm_diffusers.worker_signals import LeaveSignalsToMain
 logger = get_logger(__name__, log_level="INFO")
 
 
+def seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
 def main(args: TrainingArguments) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=6))
+        ],  # the others wait for the first to decode
         log_with=None if args.logger == "none" else args.logger,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "logs")
@@ -58,7 +66,8 @@ def main(args: TrainingArguments) -> None:
     logging.basicConfig(format="%(message)s", level=level)
     check_processes(accelerator)
     output_dir, device = Path(args.output_dir), accelerator.device
-    resume_path, goes_on = claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    claimed = claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    resume_path, goes_on = claimed
 
     repo_id = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
@@ -187,7 +196,10 @@ def main(args: TrainingArguments) -> None:
     accelerator.wait_for_everyone()  # none writes before all have looked
     if accelerator.is_main_process:
         folder_lock = lock(output_dir)  # noqa: F841 (until the run ends, however it does)
-        record = open_run(output_dir, goes_on, run, DEFINES_THE_RUN)
+        if claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir) != claimed:
+            raise ValueError(f"`--output_dir` {output_dir} has changed while this run started: start it again.")
+        config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+        record = open_run(output_dir, goes_on, step, {"arguments": run, "unet": config}, DEFINES_THE_RUN)
         metrics_file = LogLines(output_dir / "metrics.jsonl", last_step=step)  # the same bits however often it resumes
         speed_file = LogLines(output_dir / "speed.jsonl", last_step=math.inf)
         if args.logger != "none":
@@ -211,14 +223,16 @@ def main(args: TrainingArguments) -> None:
         images = sample_images(pipe, args.eval_batch_size, args.ddpm_num_inference_steps)
         path = output_dir / "samples" / f"step-{step:07d}.png"
         if accelerator.is_main_process:
-            path.parent.mkdir(exist_ok=True)
             grid = image_grid(to_pil(images))
-            grid.save(path)
-            grid.save(output_dir / SAMPLES)  # the last one, for the card
+            write_file(path, grid.save)
+            write_file(output_dir / SAMPLES, grid.save)  # the last one, for the card
             log_image(accelerator.trackers, "samples", grid, step)
         return path
 
     # train
+    if args.validation_steps and step % args.validation_steps == 0 and 0 < step < max_train_steps:
+        write_samples()  # the stop may have come before them
+    first_step = step
     unet.train()
     progress_bar = tqdm(
         total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
@@ -233,8 +247,7 @@ def main(args: TrainingArguments) -> None:
             part = index % args.gradient_accumulation_steps
             if part == 0:
                 # for the whole global batch, a function of (seed, step)
-                seed = np.random.SeedSequence((args.seed, step)).generate_state(1, np.uint64)[0]
-                generator.manual_seed(int(seed))
+                generator.manual_seed(seed_of(args.seed, step))
                 draws = draw_noise_and_timesteps((global_batch_size, *image_shape), args.ddpm_num_steps, generator)
                 flips = torch.rand(global_batch_size, 1, 1, 1, generator=generator, device=device) < 0.5
             first = (part * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
@@ -246,6 +259,7 @@ def main(args: TrainingArguments) -> None:
             noisy = scheduler.add_noise(clean, noise, timesteps)
             target = training_target(scheduler, clean, noise, timesteps)
 
+            torch.manual_seed(seed_of(args.seed, step, first))  # of dropout, where the network has it
             prediction = unet(noisy, timesteps, return_dict=False)[0]  # (B, C, H, W)
             errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
             losses = errors * loss_weights(scheduler, timesteps, args.snr_gamma)
@@ -339,7 +353,8 @@ def main(args: TrainingArguments) -> None:
         save_pipeline(pipe, output_dir)
     logger.info(f"Pipeline: {output_dir}")
     logger.info(f"Samples: {write_samples()}")
-    if accelerator.is_main_process:
+    # a card that a finished run has may have got figures since
+    if accelerator.is_main_process and not (first_step == max_train_steps and (output_dir / README).exists()):
         dataset_name = args.dataset_name if args.train_data_dir is None else None
         card = model_card(pipe, repo_id, dataset_name=dataset_name, settings=settings_for_card(run), has_samples=True)
         write_text(output_dir / README, str(card))
