@@ -24,8 +24,8 @@ FLAGS = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "330", "-
          "--unet_config", json.dumps(UNET), "--train_batch_size", "16", "--gradient_accumulation_steps", "2",
          "--dataloader_num_workers", "1", "--max_train_steps", "300", "--learning_rate", "3e-3",
          "--logging_steps", "4", "--validation_steps", "10", "--checkpointing_steps", "3",
-         "--checkpoints_total_limit", "2", "--eval_batch_size", "4", "--ddpm_num_inference_steps", "2", "--logger", "none",
-         "--resume_from_checkpoint", "latest"]  # fmt: skip
+         "--checkpoints_total_limit", "2", "--eval_batch_size", "4", "--ddpm_num_inference_steps", "2",
+         "--logger", "none", "--resume_from_checkpoint", "latest"]  # fmt: skip
 
 
 def start(output_dir: Path, processes: int) -> subprocess.Popen:
