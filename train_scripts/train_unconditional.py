@@ -50,6 +50,10 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
+def samples_path(output_dir: Path, step: int) -> Path:
+    return output_dir / "samples" / f"step-{step:07d}.png"
+
+
 def main(args: TrainingArguments) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -193,6 +197,10 @@ def main(args: TrainingArguments) -> None:
             worker_init_fn=LeaveSignalsToMain(),
         )
 
+    # the stop may have come before the grid of its step
+    sample_first = args.validation_steps and step % args.validation_steps == 0 and 0 < step < max_train_steps
+    sample_first = sample_first and not (goes_on and samples_path(output_dir, step).exists())
+
     accelerator.wait_for_everyone()  # none writes before all have looked
     if accelerator.is_main_process:
         folder_lock = lock(output_dir)  # noqa: F841 (until the run ends, however it does)
@@ -221,7 +229,7 @@ def main(args: TrainingArguments) -> None:
         pipe = PixelDiffusionPipeline(averaged_unet(), make_scheduler("dpmsolver++", scheduler)).to(device)
         pipe.set_progress_bar_config(disable=True)
         images = sample_images(pipe, args.eval_batch_size, args.ddpm_num_inference_steps)
-        path = output_dir / "samples" / f"step-{step:07d}.png"
+        path = samples_path(output_dir, step)
         if accelerator.is_main_process:
             grid = image_grid(to_pil(images))
             write_file(path, grid.save)
@@ -230,8 +238,8 @@ def main(args: TrainingArguments) -> None:
         return path
 
     # train
-    if args.validation_steps and step % args.validation_steps == 0 and 0 < step < max_train_steps:
-        write_samples()  # the stop may have come before them
+    if sample_first:
+        write_samples()
     first_step = step
     unet.train()
     progress_bar = tqdm(
