@@ -56,7 +56,7 @@ def trackio_steps(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("logger", ["none", needs("tensorboard"), needs("trackio"), needs("wandb")])
+@pytest.mark.parametrize("logger", [needs("tensorboard"), needs("trackio"), needs("wandb")])
 def test_a_run_in_two_parts_logs_each_step_once_and_the_token_nowhere(logger, tmp_path):
     train(tmp_path, logger, 5)  # a checkpoint at 3, the last one at 5
     (tmp_path / "run" / "model_index.json").unlink()
