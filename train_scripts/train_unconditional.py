@@ -58,9 +58,7 @@ def main(args: TrainingArguments) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=6))
-        ],  # the others wait for the first to decode
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # all wait while one decodes
         log_with=None if args.logger == "none" else args.logger,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "logs")
