@@ -1,6 +1,7 @@
 """What the launcher was told must agree with the flags."""
 
 import os
+import time
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -14,6 +15,17 @@ def check_processes(accelerator: Accelerator) -> None:
             f"{launched} processes were launched, but accelerate connects {accelerator.num_processes}: there is no GPU"
             " for each. Set ACCELERATE_USE_CPU=true to stay on the CPU, or launch one."
         )
+
+
+def let_go(accelerator: Accelerator) -> None:
+    """Before `accelerator.end_training()`, and after `del` of what was prepared.
+
+    At the end of a process, torch's data-parallel reducer would take gloo's process group with it while it holds
+    Python's lock, for which gloo's thread may wait to drop its last tensors: neither would end.
+    """
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    time.sleep(0.2)
 
 
 def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int, max_grad_norm: float) -> None:

@@ -26,7 +26,7 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from interruption import StopRequest
-from launch import check_engine, check_processes
+from launch import check_engine, check_processes, let_go
 from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_file, write_text
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
@@ -347,7 +347,8 @@ def main(args: TrainingArguments) -> None:
     progress_bar.close()
     stop_request.restore()
     if stopped and step < max_train_steps:
-        accelerator.wait_for_everyone()
+        del unet
+        let_go(accelerator)
         accelerator.end_training()
         logger.info(f"{stopped.name}: stopped after step {step} of {max_train_steps}, and wrote {path}.")
         logger.info("To go on from there, run the same command with `--resume_from_checkpoint latest`.")
@@ -364,6 +365,8 @@ def main(args: TrainingArguments) -> None:
         dataset_name = args.dataset_name if args.train_data_dir is None else None
         card = model_card(pipe, repo_id, dataset_name=dataset_name, settings=settings_for_card(run), has_samples=True)
         write_text(output_dir / README, str(card))
+    del unet
+    let_go(accelerator)
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
         try:
