@@ -7,7 +7,7 @@ BIN = .venv/bin
 # installed once; again only when what is installed changes
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,eval,test,dev]"
 	touch $@
 
 quickstart: .venv/installed

@@ -169,12 +169,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        step_kwargs = self.prepare_step_kwargs(generator, eta)
 
         # sampled in float32 whatever the weights: the steps are small differences of large numbers
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma  # (B, C, H, W)
+        step_kwargs = self.prepare_step_kwargs(generator, eta)  # draws from the generators, too
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):

@@ -10,6 +10,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 
+class NotFiniteError(ValueError):
+    """Samples with NaN, or infinity, in them."""
+
+
 @torch.no_grad()
 def sample_images(
     pipe,
@@ -36,6 +40,7 @@ def sample_images(
 
     Raises:
         ValueError: If a number is below 1.
+        NotFiniteError: In every process, if an image holds NaN or infinity.
     """
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:
@@ -43,12 +48,18 @@ def sample_images(
     state = PartialState()
     batch_size = min(batch_size, num_images)
     rounds = math.ceil(num_images / (batch_size * state.num_processes))
-    batches = []  # as many in each process, the last ones beyond the images
+    batches, finite = [], []  # as many in each process, the last ones beyond the images
     for turn in tqdm(range(rounds), desc="Batches", disable=not (progress and state.is_main_process)):
         first = (turn * state.num_processes + state.process_index) * batch_size
         generators = [torch.Generator().manual_seed(seed + i) for i in range(first, first + batch_size)]
         images = pipe(batch_size, num_inference_steps, generators, output_type="pt").images
+        finite.append(images.isfinite().all())
         batches.append((images * 255).round().to(torch.uint8))  # (B, C, H, W)
+    if not gather(torch.stack(finite)).all():
+        raise NotFiniteError(
+            f"{type(pipe.scheduler).__name__} made images with NaN in {num_inference_steps} steps. Try other steps,"
+            " DDPM and float32; if they give NaN, too, the training has diverged: lower its learning rate."
+        )
     images = torch.stack(batches)  # (rounds, B, C, H, W)
     images = gather(images).unflatten(0, (state.num_processes, rounds)).transpose(0, 1)
     # gloo's thread lets go of the tensors while this one waits; at the process's end they would block each other

@@ -1,5 +1,6 @@
 """Other samplers for the same trained network: the noise schedule is carried over, never replaced by a default."""
 
+import copy
 import inspect
 
 import diffusers
@@ -91,3 +92,18 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     kept = {key: scheduler.config[key] for key in CARRIED_OVER if key in scheduler.config and key not in taken}
     made.register_to_config(**kept)
     return made
+
+
+def count_evaluations(scheduler: SchedulerMixin, num_inference_steps: int) -> int:
+    """How often the pipeline evaluates the network in so many steps: up to twice a step, and more for a warm-up.
+
+    Raises:
+        ValueError: If the scheduler cannot take that number of steps.
+    """
+    scheduler = copy.deepcopy(scheduler)  # the caller's keeps the timesteps it has
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except Exception as error:  # each class has its own limits, and its own way to say so
+        name = type(scheduler).__name__
+        raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
+    return len(scheduler.timesteps)

@@ -1,0 +1,255 @@
+"""Schedulers compared on one trained network, at equal numbers of its evaluations and from the same starting noise.
+
+    records = compare_schedulers(pipe, ["ddim", ("dpmsolver++", {"use_karras_sigmas": True})], reference)
+    yardstick = compare_schedulers(pipe, ["ddpm"], reference, evaluations=(1000,))[0]
+    few_steps = best_settings(records, yardstick)
+
+The number of evaluations is what sampling costs; a second-order scheduler makes two of them a step.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from tqdm.auto import tqdm
+
+from ..sampling import NotFiniteError
+from ..schedulers import SCHEDULERS, count_evaluations, make_scheduler
+from .protocol import Reference, check_run, evaluate_pipeline, image_shape
+
+logger = logging.getLogger(__name__)
+
+EVALUATIONS = (5, 10, 15, 20, 50, 100)
+REHEARSAL_STEPS = 20  # every scheduler can take as many
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A scheduler, its options and its steps: what is measured at a time."""
+
+    name: str
+    options: dict
+    num_inference_steps: int
+    evaluations: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return label(self.name, self.options), self.num_inference_steps
+
+
+def compare_schedulers(
+    pipe,
+    schedulers: Iterable[str | tuple[str, dict] | SchedulerMixin],
+    reference: Reference | None = None,
+    *,
+    evaluations: Sequence[int] = EVALUATIONS,
+    num_images: int = 2000,
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 500,
+    progress: bool = False,
+) -> list[dict]:
+    """Evaluate `pipe` with each scheduler at each number of network evaluations; every process must call it.
+
+    Args:
+        pipe: A `PixelDiffusionPipeline`; it has its scheduler back at the end.
+        schedulers: Keys of `SCHEDULERS`, such pairs as `("ddim", {"clip_sample": False})`, or schedulers. All follow
+            the noise schedule, spacing and clipping of the pipeline's, but for what the options say.
+        reference: The data set to judge by; without one there are samples and times alone.
+        evaluations: Each scheduler takes the most steps that need no more of them.
+        num_images, seeds, batch_size: As of `evaluate_pipeline`.
+        progress: Show a bar of the evaluations.
+
+    Returns:
+        In the main process the records of `evaluate_pipeline`, each with "name" and "options", by scheduler and
+        evaluations; in the others an empty list. What a scheduler cannot do is left out, and logged with the reason.
+
+    Raises:
+        ValueError: On a name, an option or a number that cannot serve, before any sampling.
+        ImportError: Where a scheduler needs a package that is not installed.
+    """
+    settings, left_out = plan(pipe.scheduler, schedulers, evaluations)
+    check_run(pipe, reference, num_images, seeds, batch_size)
+    warm_up(pipe, min(batch_size, num_images))
+    records = []
+    for setting in with_progress(settings, progress):
+        record = measure(pipe, setting, reference, num_images=num_images, seeds=seeds, batch_size=batch_size)
+        if record is not None:
+            (left_out if "left_out" in record else records).append(record)
+    for record in left_out if PartialState().is_main_process else []:
+        logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
+    return records
+
+
+def plan(
+    scheduler: SchedulerMixin,
+    schedulers: Iterable[str | tuple[str, dict] | SchedulerMixin],
+    evaluations: Sequence[int],
+) -> tuple[list[Setting], list[dict]]:
+    """What to measure, and as records with "left_out", the reason, what a scheduler cannot do.
+
+    Args:
+        scheduler: The one to follow, that of the pipeline.
+        schedulers, evaluations: As of `compare_schedulers`.
+
+    Raises:
+        ValueError, ImportError: As `compare_schedulers`.
+    """
+    if not evaluations or min(evaluations) < 1:
+        raise ValueError(f"`evaluations` is {list(evaluations)}; it must hold numbers from 1.")
+    settings, left_out = {}, []
+    for entry in schedulers:
+        name, options = name_and_options(entry, scheduler)
+        made = make_scheduler(name, scheduler, **options)
+        rehearse(made, label(name, options))
+        for budget in evaluations:
+            try:
+                steps = most_steps(made, budget)
+            except ValueError as error:
+                left_out.append({"name": name, "options": options, "evaluations": budget, "left_out": str(error)})
+                continue
+            setting = Setting(name, options, steps, count_evaluations(made, steps))
+            settings.setdefault(setting.key, setting)
+    if not settings:
+        reasons = "; ".join(f"{label_of(record)}: {record['left_out']}" for record in left_out)
+        raise ValueError(f"There is nothing to compare ({reasons or 'no schedulers'}): give others, or more steps.")
+    return list(settings.values()), left_out
+
+
+def name_and_options(entry: str | tuple[str, dict] | SchedulerMixin, scheduler: SchedulerMixin) -> tuple[str, dict]:
+    """Of a scheduler: its key in `SCHEDULERS`, and the arguments that are not as `make_scheduler` would make them."""
+    if isinstance(entry, str):
+        return entry, {}
+    if not isinstance(entry, SchedulerMixin):
+        name, options = entry
+        return name, dict(options)
+    names = [name for name, class_name in SCHEDULERS.items() if class_name == type(entry).__name__]
+    if not names:
+        raise ValueError(f"{type(entry).__name__} cannot be compared; use one of {', '.join(SCHEDULERS.values())}.")
+    followed = make_scheduler(names[0], scheduler).config
+    given = {key: value for key, value in entry.config.items() if not key.startswith("_") and key in followed}
+    return names[0], {key: value for key, value in given.items() if not np.array_equal(value, followed[key])}
+
+
+def rehearse(scheduler: SchedulerMixin, name: str) -> None:
+    """Raises ValueError if it cannot sample from a network that answers 0, as with an option's value that is wrong."""
+    sample = torch.zeros(1, 1, 8, 8)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            scheduler.set_timesteps(min(REHEARSAL_STEPS, scheduler.config.num_train_timesteps))
+            for t in scheduler.timesteps:
+                scheduler.scale_model_input(sample, t)
+                sample = scheduler.step(torch.zeros_like(sample), t, sample).prev_sample
+    except Exception as error:  # each class has its own way
+        raise ValueError(f"Scheduler {name!r} cannot sample ({error}): change its options.") from error
+
+
+def most_steps(scheduler: SchedulerMixin, evaluations: int) -> int:
+    """The largest `num_inference_steps` of no more evaluations.
+
+    Raises:
+        ValueError: If the scheduler takes no number of steps that has so few.
+    """
+    steps = min(evaluations, scheduler.config.num_train_timesteps)
+    while steps >= 1:
+        try:
+            excess = count_evaluations(scheduler, steps) - evaluations
+        except ValueError:  # too few steps for it
+            break
+        if excess <= 0:
+            return steps
+        steps -= -(-excess // 2)  # a step has at most two
+    raise ValueError(f"{type(scheduler).__name__} needs more than {evaluations} evaluations, however few its steps.")
+
+
+@torch.no_grad()
+def warm_up(pipe, batch_size: int) -> None:
+    """One evaluation, so that the first measurement's time is without the loading of kernels."""
+    pipe.unet(torch.zeros(batch_size, *image_shape(pipe), dtype=pipe.unet.dtype, device=pipe.device), 0)
+
+
+def with_progress(settings: Sequence[Setting], progress: bool = True) -> Iterable[Setting]:
+    """The settings one by one, under a bar of their evaluations in the main process."""
+    total = sum(setting.evaluations for setting in settings)
+    disable = not (progress and PartialState().is_main_process)
+    with tqdm(total=total, unit=" evaluations", disable=disable) as bar:
+        for setting in settings:
+            bar.set_postfix_str(f"{setting.key[0]}, {setting.evaluations}")
+            yield setting
+            bar.update(setting.evaluations)
+
+
+def measure(
+    pipe,
+    setting: Setting,
+    reference: Reference | None,
+    *,
+    num_images: int,
+    seeds: Sequence[int],
+    batch_size: int,
+) -> dict | None:
+    """The record of one setting, in the main process; every process must call it, after `check_run`.
+
+    If the samples are not finite, it holds "left_out", the reason, in place of figures.
+    """
+    own = pipe.scheduler
+    record = {"name": setting.name, "options": setting.options}
+    try:
+        pipe.scheduler = make_scheduler(setting.name, own, **setting.options)
+        measured = evaluate_pipeline(
+            pipe, reference, num_images, setting.num_inference_steps, seeds=seeds, batch_size=batch_size
+        )
+    except NotFiniteError as error:
+        measured = {"num_inference_steps": setting.num_inference_steps, "evaluations": setting.evaluations,
+                    "left_out": str(error)}  # fmt: skip
+    finally:
+        pipe.scheduler = own
+    return {**record, **measured} if PartialState().is_main_process else None
+
+
+def best_settings(
+    records: Sequence[dict], yardstick: dict | None = None, *, within: float = 0.1, at_most: int = 15
+) -> dict[str, dict | None]:
+    """The settings to sample with where there is little time.
+
+    Args:
+        records: As of `compare_schedulers` with a reference.
+        yardstick: A record of many evaluations.
+        within: How much larger than the yardstick's a distance may be, as a share of it.
+        at_most: Evaluations.
+
+    Returns:
+        "fewest", the record of the fewest evaluations whose distance is within that share of the yardstick's (the
+        nearest of several), and "best", the one of the smallest distance at `at_most` evaluations or fewer. None where
+        there is none.
+    """
+    near = [record for record in records if yardstick and distance(record) <= (1 + within) * distance(yardstick)]
+    cheap = [record for record in records if record["evaluations"] <= at_most]
+    return {
+        "fewest": min(near, key=lambda record: (record["evaluations"], distance(record)), default=None),
+        "best": min(cheap, key=distance, default=None),
+    }
+
+
+def distance(record: dict) -> float:
+    """Frechet distance to the train split."""
+    return record["figures"]["train"]["frechet_distance"]["mean"]
+
+
+def label(name: str, options: dict) -> str:
+    """Such as `dpmsolver++:use_karras_sigmas=true,timestep_spacing=linspace`."""
+    items = sorted(options.items())
+    texts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in items]
+    return f"{name}:{','.join(texts)}" if texts else name
+
+
+def label_of(record: dict) -> str:
+    return label(record["name"], record["options"])
+
+
+def name_of(record: dict) -> str:
+    return f"{label_of(record)}, {record['evaluations']} evaluations"

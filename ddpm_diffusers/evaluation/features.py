@@ -1,0 +1,253 @@
+"""Images to the features of a frozen network, in which generated images are compared with real ones.
+
+The network that comes with the package is a classifier of Fashion-MNIST, made by
+`train_scripts/train_feature_extractor.py`. Figures in different features cannot be compared: name the extractor and
+its digest beside each.
+"""
+
+import io
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from transformers import AutoModel
+from transformers.utils import logging
+
+from ..checkpointing import checksum
+
+FASHION_MNIST = "fashion-mnist-classifier"
+SHIPPED = {FASHION_MNIST: Path(__file__).parent / "fashion_mnist_classifier"}
+INCEPTION = "inception"
+CHOICES = (
+    f"{FASHION_MNIST!r}, which comes with the package; a local folder or a Hub id 'owner/name' of an image model of"
+    f" transformers with config.json and model.safetensors; or {INCEPTION!r} or 'inception:PATH', PATH being"
+    " torch-fidelity's weights"
+)
+
+
+class FeatureExtractor(torch.nn.Module):
+    """A frozen network, always in evaluation mode; what `load_feature_extractor` returns.
+
+    Attributes:
+        name: Of the extractor, or of its folder or repository, without what stands before it.
+        digest: The first 12 hexadecimal digits of the SHA-256 of its weights file.
+        num_channels: 1 (grey) or 3 (RGB), of the images that the network was made for.
+        num_features: Features an image.
+    """
+
+    def __init__(self, network: torch.nn.Module, name: str, weights_file: Path, num_channels: int):
+        super().__init__()
+        self.network, self.name, self.num_channels = network, name, num_channels
+        self.digest = checksum(weights_file)[:12]
+        self.requires_grad_(False).eval()
+        self.num_features = self(torch.zeros(1, num_channels, 32, 32, dtype=torch.uint8)).shape[1]
+
+    def train(self, mode: bool = True) -> "FeatureExtractor":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, C, H, W) of any H and W to float32 (B, num_features); grey images may go into an RGB network.
+
+        Raises:
+            TypeError: If the images are not uint8 tensors.
+            ValueError: If they are not (B, C, H, W), or RGB where the network is for grey ones.
+        """
+        if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
+            kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+            raise TypeError(f"The images are {kind}; they must be a torch.uint8 tensor of values from 0 to 255.")
+        if images.ndim != 4 or 0 in images.shape or images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"The images are of shape {tuple(images.shape)}; it must be (B, C, H, W), C being 1 or 3."
+            )
+        if images.shape[1] > self.num_channels:
+            raise ValueError(
+                f"The images are RGB, but {self.name!r} is for grey ones: make them grey (PIL's convert('L')), or"
+                " choose an extractor of 3 channels."
+            )
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network(images.expand(-1, self.num_channels, -1, -1)).float()
+
+
+class PooledFeatures(torch.nn.Module):
+    """The `pooler_output` of a model of transformers, for uint8 images."""
+
+    def __init__(self, model: torch.nn.Module, image_size, mean, std):
+        super().__init__()
+        self.model, self.image_size, self.mean, self.std = model, image_size, mean, std
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=to_input(images, self.image_size, self.mean, self.std)).pooler_output.flatten(1)
+
+
+def to_input(images: torch.Tensor, image_size, mean=0.5, std=0.5) -> torch.Tensor:
+    """uint8 (B, C, H, W) to float32 of `image_size`, one number or two, by antialiased bilinear interpolation.
+
+    Values are in [-1, 1] where mean and std, of all channels or of each, are as by default.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    mean, std = (torch.tensor(value, device=images.device).reshape(-1, 1, 1) for value in (mean, std))
+    images = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+    return (images / 255 - mean) / std
+
+
+def load_feature_extractor(name_or_path: str = FASHION_MNIST) -> FeatureExtractor:
+    """The extractor of a name, on the CPU.
+
+    Args:
+        name_or_path: `"fashion-mnist-classifier"`; a local folder or a Hub id of an image model of transformers, whose
+            `pooler_output` are the features; or `"inception"`, torchmetrics' Inception v3 with torch-fidelity's
+            weights, which are downloaded once, or `"inception:PATH"` where they are in a file.
+
+    Of a model of transformers, config.json and model.safetensors are read, never code. Images are resized to its
+    `config.image_size`, or to 224x224 where it has none, and scaled to [-1, 1], or by the mean and standard deviation
+    of its preprocessor_config.json where there is one.
+
+    Raises:
+        ValueError: On a name that is unknown, and on a model that cannot serve; the message says what can be given.
+        ImportError: On Inception, where torchmetrics or torch-fidelity is not installed.
+        ConnectionError: Where what must be downloaded cannot be.
+    """
+    if name_or_path.partition(":")[0] == INCEPTION:
+        return load_inception(name_or_path.partition(":")[2])
+    folder = SHIPPED.get(name_or_path) or find_folder(name_or_path)
+    weights_file = folder / "model.safetensors"
+    for file in (folder / "config.json", weights_file):
+        if not file.is_file():
+            raise ValueError(f"{name_or_path!r} has no {file.name}: give {CHOICES}.")
+    try:
+        with quiet():
+            model, info = AutoModel.from_pretrained(
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        preprocessor = folder / "preprocessor_config.json"
+        settings = json.loads(preprocessor.read_text("utf-8")) if preprocessor.is_file() else {}
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{name_or_path!r} cannot be loaded ({error}): give {CHOICES}.") from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"The weights of {name_or_path!r} lack {', '.join(sorted(info['missing_keys']))}, so that its features"
+            " would be random: give a model whose pooled output was trained, such as a ResNet."
+        )
+    size = getattr(model.config, "image_size", None) or 224
+    network = PooledFeatures(
+        model.to(memory_format=torch.channels_last),  # twice as fast on a CPU
+        size,
+        settings.get("image_mean", 0.5),
+        settings.get("image_std", 0.5),
+    )
+    name = name_or_path if name_or_path in SHIPPED else Path(name_or_path).resolve().name
+    try:
+        return FeatureExtractor(network, name, weights_file, getattr(model.config, "num_channels", 3))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name_or_path!r}, a {type(model).__name__}, gives no `pooler_output` for images ({error}):"
+            f" give {CHOICES}."
+        ) from error
+
+
+@contextmanager
+def quiet():
+    """Without the report of transformers that the classifier's last layer is not used."""
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress_bar:
+            logging.enable_progress_bar()
+
+
+def find_folder(name_or_path: str) -> Path:
+    """A local folder, or that of the files of a Hub id, which are downloaded where they are not in its cache."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    unknown = f"There is no feature extractor {name_or_path!r}: give {CHOICES}."
+    if name_or_path.count("/") != 1:
+        raise ValueError(unknown)
+    files = ["config.json", "model.safetensors", "preprocessor_config.json"]
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=files))
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise ValueError(unknown) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ConnectionError(
+            f"{name_or_path!r} is no local folder, and the Hub cannot be asked ({error}): give {CHOICES}."
+        ) from error
+
+
+def load_inception(path: str) -> FeatureExtractor:
+    """Inception v3 as Frechet distances mostly use it: 2048 features, and a resizing of its own to 299x299."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+        from torchmetrics.image.fid import NoTrainInceptionV3
+    except ImportError as error:
+        raise ImportError(
+            f"{INCEPTION!r} needs torchmetrics and torch-fidelity: pip install torchmetrics torch-fidelity."
+        ) from error
+    file = Path(path or Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2]))
+    if not path and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, file, hash_prefix=file.stem.rpartition("-")[2])
+        except (OSError, RuntimeError) as error:  # not there, or not of the hash in its name
+            raise ConnectionError(
+                f"{URL_INCEPTION_V3} cannot be downloaded ({error}): get it where you can, and give 'inception:PATH'."
+            ) from error
+    # torch-fidelity unpickles whatever it is given: it gets a copy that has tensors alone
+    plain = io.BytesIO()
+    try:
+        torch.save(torch.load(file, weights_only=True), plain)
+        plain.seek(0)
+        network = NoTrainInceptionV3(INCEPTION, ["2048"], feature_extractor_weights_path=plain)
+    except Exception as error:  # torch raises many kinds, and advises to unpickle
+        raise ValueError(
+            f"{file} cannot be read as torch-fidelity's Inception weights ({type(error).__name__}): give the file that"
+            f" is at {URL_INCEPTION_V3}."
+        ) from error
+    return FeatureExtractor(network, INCEPTION, file, num_channels=3)
+
+
+def extract_features(
+    extractor: FeatureExtractor, images: torch.Tensor, batch_size: int = 500, device: str | torch.device | None = None
+) -> torch.Tensor:
+    """The features of many images, in float32 whatever autocast says.
+
+    Args:
+        extractor: As `load_feature_extractor` returns it; it is moved to `device`.
+        images: uint8 (N, C, H, W), N at least 1, of any H and W.
+        batch_size: Images at a time; the features depend on it by no more than rounding.
+        device: Where to compute; where the extractor is by default.
+
+    Returns:
+        float32 (N, num_features), on the CPU.
+
+    Raises:
+        TypeError, ValueError: On images that the extractor refuses, and on a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+    if device is not None:
+        extractor.to(device)
+    device = next(extractor.parameters()).device
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) == 0:
+        extractor(images)  # raises
+    return torch.cat([extractor(batch.to(device)).cpu() for batch in images.split(batch_size)])

@@ -1,0 +1,124 @@
+"""Distances between two sets of features, (N, D) each: what of them is in torchmetrics is torchmetrics'."""
+
+import warnings
+
+import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+ROWS_AT_A_TIME = 1000  # of a matrix of distances
+
+
+class Features(torch.nn.Identity):
+    """Stands where torchmetrics has a network from images to features: it is given features."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+
+def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
+    """|mean - mean'|^2 + tr(C + C' - 2 (C C')^1/2) of the Gaussians of the same means and covariances, at least 0.
+
+    On Inception's features it is the FID (arXiv:1706.08500, eq. 6). With N images a set it is too large by about
+    1/N of the features' variance.
+
+    Args:
+        real, generated: (N, D), N of each larger than D, else the covariance is singular.
+
+    Raises:
+        ValueError: On fewer images than features, another D, or values that are not finite.
+    """
+    check_features(real, generated)
+    # these are all the features: other processes have none to add
+    metric = FrechetInceptionDistance(feature=Features(real.shape[1]), sync_on_compute=False)
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    return max(0.0, metric.compute().item())  # of equal sets, rounding can leave -1e-9
+
+
+def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
+    """Squared maximum mean discrepancy under the kernel (x y / D + 1)^3: KID (arXiv:1801.01401, section 4).
+
+    The mean over 100 pairs of random subsets of up to 1,000 images. Unbiased: of one distribution it is 0 on average
+    and may be below.
+
+    Args:
+        real, generated: (N, D).
+
+    Raises:
+        ValueError: As `frechet_distance`.
+    """
+    check_features(real, generated)
+    size = min(KID_SUBSET_SIZE, len(real), len(generated))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it keeps the features: they are here already
+        metric = KernelInceptionDistance(
+            feature=Features(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+        )
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # of the subsets
+        return metric.compute()[0].item()
+
+
+def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> tuple[float, float]:
+    """How much of each set lies within the other's neighbourhoods (arXiv:1904.06991, eq. 1 and 2).
+
+    A set's neighbourhoods are balls around its members, each as wide as the distance to its k-th nearest other member.
+    Both figures fall as a set gets more members, so compare only what was measured with the same numbers.
+
+    Args:
+        real, generated: (N, D), N of each larger than k.
+        k: At least 1.
+
+    Returns:
+        Precision, the share of `generated` within the neighbourhoods of `real`, and recall, the reverse.
+
+    Raises:
+        ValueError: On too few members, another D, or values that are not finite.
+    """
+    if min(len(real), len(generated)) <= k or k < 1:
+        raise ValueError(
+            f"`k` is {k} with {len(real)} real and {len(generated)} generated images; it must be at least 1, and less"
+            " than the images of each: sample more."
+        )
+    check_features(real, generated, least=k + 1)
+    real, generated = real.double(), generated.double()
+    real_radii, generated_radii = neighbourhood_radii(real, k), neighbourhood_radii(generated, k)
+    precise = torch.zeros(len(generated), dtype=torch.bool, device=real.device)
+    recalled = []
+    for first in range(0, len(real), ROWS_AT_A_TIME):
+        rows = slice(first, first + ROWS_AT_A_TIME)
+        distances = torch.cdist(real[rows], generated)  # (rows, generated)
+        precise |= (distances <= real_radii[rows, None]).any(0)
+        recalled.append((distances <= generated_radii).any(1))
+    return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
+
+
+def neighbourhood_radii(features: torch.Tensor, k: int) -> torch.Tensor:
+    """Distance of each row to its k-th nearest other, (N,)."""
+    radii = []
+    for first in range(0, len(features), ROWS_AT_A_TIME):
+        distances = torch.cdist(features[first : first + ROWS_AT_A_TIME], features)
+        radii.append(distances.topk(k + 1, largest=False).values[:, -1])  # the nearest is the row itself
+    return torch.cat(radii)
+
+
+def check_features(real: torch.Tensor, generated: torch.Tensor, least: int | None = None) -> None:
+    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
+        raise ValueError(
+            f"The features have shapes {tuple(real.shape)} and {tuple(generated.shape)}; both must be (images,"
+            " features), of one extractor."
+        )
+    least = least or real.shape[1] + 1
+    for name, features in (("real", real), ("generated", generated)):
+        if len(features) < least:
+            raise ValueError(
+                f"There are {len(features)} {name} images for {features.shape[1]} features; there must be at least"
+                f" {least}, more images than features: use more of them."
+            )
+        if not features.isfinite().all():
+            raise ValueError(f"The features of the {name} images hold NaN or infinity; they must be finite.")

@@ -1,0 +1,104 @@
+"""Pictures of the figures, as files: distances by number of evaluations, spectra, rows of images with their names."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
+
+from .comparison import distance, label_of, name_of
+
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
+LINES, MARKERS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "P", "X")
+REAL = "real"  # the curve to compare with
+DPI = 130
+
+
+def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | None = None) -> None:
+    """Frechet distance to the train split by network evaluations, one line a scheduler, both axes logarithmic.
+
+    Args:
+        records: As of `compare_schedulers` with a reference.
+        path: Of the file; its ending is the format.
+        yardstick: Such a record, drawn as a horizontal line.
+    """
+    lines = {}
+    for record in sorted(records, key=lambda record: record["evaluations"]):
+        lines.setdefault(label_of(record), []).append(record)
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    axes = figure.subplots()
+    if yardstick is not None:
+        axes.axhline(distance(yardstick), color="0.4", linewidth=1.2, zorder=1, label=name_of(yardstick))
+    names = list(dict.fromkeys(label_of(record) for record in records))
+    for i, name in enumerate(names):
+        line = lines[name]
+        sd = [record["figures"]["train"]["frechet_distance"].get("sd", 0) for record in line]
+        axes.errorbar(
+            [record["evaluations"] for record in line],
+            [distance(record) for record in line],
+            yerr=sd if any(sd) else None,
+            label=name,
+            color=COLOURS[i % len(COLOURS)],
+            linestyle=LINES[i // len(COLOURS) % len(LINES)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=5,
+            linewidth=1.4,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel="Frechet distance of features")
+    axes.set_xticks(spaced([record["evaluations"] for record in records]))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, linewidth=0.6)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_spectra(curves: Mapping[str, Sequence[float]], path: str | Path, xlabel: str) -> None:
+    """Mean power by frequency, logarithmic; that of real images is the black one.
+
+    Args:
+        curves: By name, "radial" or "rings" of a record's "spectrum", from frequency 0, which is not drawn: it is 0,
+            as the mean of each image is subtracted. The curve named "real" is black.
+        path: Of the file; its ending is the format.
+        xlabel: What the frequencies are, such as "radius (cycles an image)".
+    """
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, values) in enumerate(sorted(curves.items(), key=lambda item: item[0] == REAL)):  # on top
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
+        if name == REAL:
+            style = {"color": "black", "linewidth": 2}
+        axes.plot(range(1, len(values)), values[1:], marker=".", label=name, **style)
+    axes.set(yscale="log", xlabel=xlabel, ylabel="mean power")
+    axes.grid(alpha=0.3, linewidth=0.6)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_rows(rows: Mapping[str, Image.Image], path: str | Path, min_height: int = 56) -> None:
+    """Strips of images under each other, all of one size, each with its name before it, pixel by pixel."""
+    width, height = next(iter(rows.values())).size
+    factor = max(1, -(-min_height // height))
+    width, height, gap = width * factor, height * factor, 4
+    margin = 30 + 8 * max(len(name) for name in rows)  # of the names, in pixels
+    total = (height + gap) * len(rows)
+    figure = Figure(figsize=((margin + width) / 100, total / 100), dpi=100)
+    for i, (name, strip) in enumerate(rows.items()):
+        bottom = total - (height + gap) * (i + 1)
+        pixels = strip.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        figure.figimage(pixels, margin, bottom, origin="upper")
+        figure.text((margin - 10) / (margin + width), (bottom + height / 2) / total, name, ha="right", va="center",
+                    fontsize=10)  # fmt: skip
+    figure.savefig(path, dpi=100)
+
+
+def spaced(values: Sequence[int], least: float = 1.12) -> list[int]:
+    """Of the values those that stand clear of the one before on a logarithmic axis: places for ticks."""
+    kept = []
+    for value in sorted(set(values), reverse=True):
+        if not kept or kept[-1] / value >= least:
+            kept.append(value)
+    return kept[::-1]

@@ -1,0 +1,322 @@
+"""The protocol: images against the train and the test split of a data set, beside what its test split itself gives.
+
+extractor = load_feature_extractor()
+reference = Reference.of_dataset("zalando-datasets/fashion_mnist", extractor, resolution=28)
+figures = evaluate_images(images, reference)  # uint8 (N, C, H, W)
+record = evaluate_pipeline(pipe, reference, num_images=10_000, num_inference_steps=20, seeds=(0, 1, 2))
+"""
+
+import hashlib
+import math
+import statistics
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import config as datasets_config
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..data import ImageArrays, load_images
+from ..sampling import sample_images
+from ..schedulers import count_evaluations
+from .features import FeatureExtractor, extract_features
+from .metrics import frechet_distance, kernel_distance, precision_recall
+from .spectrum import checkerboard, power_spectrum, radial_spectrum, ring_spectrum, sharpness
+
+IMAGES_AT_A_TIME = 10_000  # read from a data set
+IMAGES_KEPT = 64  # in a record, for a grid
+RATIOS = ("frechet_distance", "kernel_distance", "precision", "recall")
+
+
+@dataclass(eq=False)
+class Statistics:
+    """What is kept of a set of images: features (N, D), and the mean power spectrum (H, H)."""
+
+    features: torch.Tensor
+    power: torch.Tensor
+
+    @classmethod
+    def of_images(cls, images: ImageArrays | torch.Tensor, extractor: FeatureExtractor) -> "Statistics":
+        """Of uint8 images (N, C, H, H), a part at a time."""
+        features, powers = [], []
+        for part in parts(images):
+            powers.append(power_spectrum(part) * len(part))
+            features.append(extract_features(extractor, part))
+        return cls(torch.cat(features), sum(powers) / len(images))
+
+    @classmethod
+    def cached(cls, images: ImageArrays, extractor: FeatureExtractor, cache_dir: str | None = None) -> "Statistics":
+        """As `of_images`, computed once for these bytes, this extractor and this code."""
+        code = [Path(__file__).with_name(name).read_bytes() for name in ("features.py", "spectrum.py")]
+        digest = hashlib.sha256(b"".join([extractor.digest.encode(), *code, str(images.shape).encode()]))
+        for part in parts(images):
+            digest.update(part.numpy())
+        folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / "ddpm-diffusers"
+        path = folder / f"statistics-{digest.hexdigest()[:32]}.safetensors"
+        try:
+            return cls(**load_file(path))
+        except (FileNotFoundError, SafetensorError):  # not there yet, or cut off by a full disk
+            made = cls.of_images(images, extractor)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{uuid.uuid4().hex}")
+        save_file({"features": made.features, "power": made.power}, partial)
+        partial.replace(path)
+        return made
+
+    def spread(self, count: int) -> torch.Tensor:
+        """The features of `count` images, spread evenly: a data set may be sorted."""
+        return self.features[np.linspace(0, len(self.features) - 1, count).round().astype(int)]
+
+
+class Reference:
+    """A data set to judge by: the statistics of its splits, of images of one shape.
+
+    Args:
+        train, test: uint8 images (N, C, H, H); H even and at least 6, more images in each than features.
+        extractor: Of the features.
+        cache_dir: Where the statistics of an `ImageArrays` are kept; the cache of datasets by default.
+
+    Raises:
+        ValueError: On images that cannot serve.
+    """
+
+    def __init__(self, train, test, extractor: FeatureExtractor, cache_dir: str | None = None):
+        shapes = [images.shape[-3:] for images in (train, test)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"The train images are {tuple(shapes[0])} and the test images {tuple(shapes[1])}; both"
+                             " must be of one size and number of channels.")  # fmt: skip
+        for name, images in (("train", train), ("test", test)):
+            if len(images) <= extractor.num_features:
+                raise ValueError(
+                    f"The {name} split has {len(images)} images, and the extractor {extractor.num_features} features;"
+                    " there must be more images than features: use a larger split."
+                )
+        self.extractor, self.image_shape = extractor, tuple(shapes[0])
+        self.train, self.test = (
+            Statistics.of_images(images, extractor)
+            if torch.is_tensor(images)
+            else Statistics.cached(images, extractor, cache_dir)
+            for images in (train, test)
+        )
+        self.floors = {}  # by number of images
+
+    @classmethod
+    def of_dataset(
+        cls,
+        dataset_name: str,
+        extractor: FeatureExtractor,
+        *,
+        resolution: int,
+        channels: int = 1,
+        train_split: str = "train",
+        test_split: str = "test",
+        cache_dir: str | None = None,
+        **load_images_kwargs,
+    ) -> "Reference":
+        """Of a data set of the Hub or a local folder, read as `load_images` does (whose other arguments it takes)."""
+        train, test = (
+            ImageArrays(
+                load_images(dataset_name, resolution=resolution, channels=channels, split=split, cache_dir=cache_dir,
+                            **load_images_kwargs),
+                (channels, resolution, resolution),
+            )
+            for split in (train_split, test_split)
+        )  # fmt: skip
+        return cls(train, test, extractor, cache_dir)
+
+    def floor(self, num_images: int) -> dict[str, float]:
+        """What test images in place of samples give against the train split: as many of them, or all there are."""
+        count = min(num_images, len(self.test.features))
+        if count not in self.floors:
+            self.floors[count] = figures_against(self.train, Statistics(self.test.spread(count), self.test.power))
+        return self.floors[count]
+
+
+def evaluate_images(images: torch.Tensor, reference: Reference) -> dict[str, dict[str, float | None]]:
+    """All figures of generated images.
+
+    Args:
+        images: uint8 (N, C, H, H), of the reference's shape, N larger than the number of features.
+        reference: The data set to judge by.
+
+    Returns:
+        "train" and "test", the figures against those splits: `frechet_distance` (on the extractor's features, which is
+        not the FID of Inception's), `kernel_distance`, `precision` and `recall` in [0, 1], and in dB `cb2_db`,
+        `cb4_db` (checkerboards of period 2 and 4; the latter only where H is a multiple of 4) and `hf_db`
+        (sharpness), 0 where the images are as the real ones, None where they have no energy there at all. "floor",
+        what as many images of the test split give against the train split. "to_floor", the ratio of "train" to
+        "floor", None where that is not above 0.
+
+    Raises:
+        TypeError, ValueError: On images that cannot be compared, before any work.
+    """
+    check_images(images, reference)
+    return figures_of(Statistics.of_images(images, reference.extractor), reference)
+
+
+def figures_of(samples: Statistics, reference: Reference) -> dict[str, dict[str, float | None]]:
+    train, test = (figures_against(split, samples) for split in (reference.train, reference.test))
+    floor = reference.floor(len(samples.features))
+    to_floor = {name: train[name] / floor[name] if floor[name] > 0 else None for name in RATIOS}
+    return {"train": train, "test": test, "floor": floor, "to_floor": to_floor}
+
+
+def figures_against(real: Statistics, samples: Statistics) -> dict[str, float | None]:
+    count = min(len(real.features), len(samples.features))  # precision and recall depend on it
+    precision, recall = precision_recall(real.spread(count), samples.spread(count))
+    side = len(real.power)
+    decibels = {
+        "cb2_db": checkerboard(samples.power, real.power, 2),
+        "cb4_db": checkerboard(samples.power, real.power, 4) if side % 4 == 0 and side >= 12 else math.nan,
+        "hf_db": sharpness(samples.power, real.power),
+    }
+    return {
+        "frechet_distance": frechet_distance(real.features, samples.features),
+        "kernel_distance": kernel_distance(real.features, samples.features),
+        "precision": precision,
+        "recall": recall,
+        **{name: figure if math.isfinite(figure) else None for name, figure in decibels.items()},
+    }
+
+
+def evaluate_pipeline(
+    pipe,
+    reference: Reference | None,
+    num_images: int,
+    num_inference_steps: int,
+    *,
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 500,
+    progress: bool = False,
+) -> dict | None:
+    """Sample `pipe` and evaluate the images, once a seed; every process must call it.
+
+    Args:
+        pipe: A `PixelDiffusionPipeline` with the scheduler to be measured.
+        reference: The data set to judge by; None to sample alone.
+        num_images: A seed; more than features. 10,000 for a figure to quote, 2,000 while developing.
+        num_inference_steps: Steps of the scheduler.
+        seeds: Different ones; image i of seed s starts from `torch.Generator().manual_seed(s * num_images + i)`.
+        batch_size: Images sampled at a time.
+        progress: Show a bar of the batches.
+
+    Returns:
+        In the main process a record, in the others None: "figures" as of `evaluate_images`, each
+        `{"mean": ..., "sd": ...}` over the seeds (without "sd" of a single one), "per_seed" the same seed by seed,
+        what was measured ("scheduler", "scheduler_config", "num_inference_steps", "evaluations", "num_images",
+        "seeds", "batch_size", "feature_extractor"), "seconds_per_image" of sampling, "spectrum" (radial and by rings,
+        of samples and real images), and "images", the first 64, uint8 (64, C, H, H), for a grid.
+
+    Raises:
+        ValueError: On what cannot be measured, before any work, and on samples that are not finite.
+    """
+    check_run(pipe, reference, num_images, seeds, batch_size)
+    evaluations = count_evaluations(pipe.scheduler, num_inference_steps)
+    collected, seconds, kept = [], 0.0, None
+    for seed in seeds:
+        start = time.perf_counter()
+        images = sample_images(
+            pipe, num_images, num_inference_steps, batch_size=batch_size, seed=seed * num_images, progress=progress
+        )
+        seconds += time.perf_counter() - start
+        kept = images[:IMAGES_KEPT].clone() if kept is None else kept
+        if reference is not None and PartialState().is_main_process:
+            collected.append(Statistics.of_images(images, reference.extractor))
+    if not PartialState().is_main_process:
+        return None
+    return {
+        **(record_of(collected, reference) if reference is not None else {}),
+        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler_config": as_json(pipe.scheduler.config),
+        "num_inference_steps": num_inference_steps,
+        "evaluations": evaluations,
+        "num_images": num_images,
+        "seeds": list(seeds),
+        "batch_size": batch_size,
+        "seconds_per_image": seconds / (num_images * len(seeds)),
+        "images": kept,
+    }
+
+
+def check_run(pipe, reference: Reference | None, num_images: int, seeds: Sequence[int], batch_size: int) -> None:
+    """Raises ValueError on what `evaluate_pipeline` cannot measure with any scheduler."""
+    if len(set(seeds)) != len(seeds) or not len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
+        raise ValueError(f"`seeds` is {list(seeds)}; it must hold different whole numbers from 0.")
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
+    shape = image_shape(pipe)
+    if reference is not None:
+        check_images(torch.empty(num_images, *shape, dtype=torch.uint8, device="meta"), reference)
+
+
+def image_shape(pipe) -> tuple[int, int, int]:
+    """(C, H, W) of what the pipeline makes."""
+    side = pipe.unet.config.sample_size
+    if side is None:
+        raise ValueError("The U-Net's `sample_size` is None, so what size it makes is unknown: set it in its config.")
+    return pipe.unet.config.out_channels, *(side if isinstance(side, (tuple, list)) else (side, side))
+
+
+def as_json(config: dict) -> dict:
+    """A scheduler's config in what JSON has, which is no infinity."""
+    items = ((key, value) for key, value in config.items() if not key.startswith("_"))
+    return {key: str(value) if isinstance(value, float) and math.isinf(value) else value for key, value in items}
+
+
+def record_of(collected: Sequence[Statistics], reference: Reference) -> dict:
+    """Figures of several sets of images, of as many images each, and what they were measured with."""
+    per_seed = [figures_of(samples, reference) for samples in collected]
+    power = sum(samples.power for samples in collected) / len(collected)
+    return {
+        "figures": mean_and_sd(per_seed),
+        "per_seed": per_seed,
+        "num_images": len(collected[0].features),
+        "feature_extractor": {"name": reference.extractor.name, "digest": reference.extractor.digest},
+        "spectrum": {
+            name: {"radial": radial_spectrum(power).tolist(), "rings": ring_spectrum(power).tolist()}
+            for name, power in (("samples", power), ("real", reference.train.power))
+        },
+    }
+
+
+def mean_and_sd(per_seed: Sequence[dict]) -> dict:
+    """The records' figures, each as `{"mean": ..., "sd": ...}` (sample standard deviation); None stays None."""
+    first = per_seed[0]
+    if isinstance(first, dict):
+        return {name: mean_and_sd([figures[name] for figures in per_seed]) for name in first}
+    if None in per_seed:
+        return None
+    spread = {"sd": statistics.stdev(per_seed)} if len(per_seed) > 1 else {}
+    return {"mean": statistics.fmean(per_seed), **spread}
+
+
+def check_images(images: torch.Tensor, reference: Reference) -> None:
+    if not torch.is_tensor(images) or images.dtype != torch.uint8:
+        given = images.dtype if torch.is_tensor(images) else type(images).__name__
+        raise TypeError(f"`images` are {given}; they must be a uint8 tensor: round images in [0, 1] times 255.")
+    if images.ndim != 4 or images.shape[1:] != reference.image_shape:
+        raise ValueError(
+            f"The images to evaluate are {tuple(images.shape[1:])} and those of the data set {reference.image_shape},"
+            " (channels, height, width); they must be the same: read the data set at the size of the images."
+        )
+    if len(images) <= reference.extractor.num_features:
+        raise ValueError(
+            f"There are {len(images)} images to evaluate; there must be more than the"
+            f" {reference.extractor.num_features} features of {reference.extractor.name}, and 2,000 or more give"
+            " steady figures: sample more."
+        )
+
+
+def parts(images: ImageArrays | torch.Tensor) -> Iterator[torch.Tensor]:
+    for first in range(0, len(images), IMAGES_AT_A_TIME):
+        if torch.is_tensor(images):
+            yield images[first : first + IMAGES_AT_A_TIME]
+        else:
+            yield images.__getitems__(range(first, min(first + IMAGES_AT_A_TIME, len(images))))

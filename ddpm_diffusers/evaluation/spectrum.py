@@ -1,0 +1,105 @@
+"""Checkerboards and sharpness, from the mean power spectrum of images; in dB against that of real images.
+
+An upsampling that treats even and odd pixels differently leaves energy at period 2, on the outermost ring of the
+spectrum, and one level further in at period 4. Blur takes energy from all high frequencies, so a checkerboard's figure
+is only to be read beside the sharpness.
+"""
+
+import torch
+
+IMAGES_AT_A_TIME = 1000
+
+
+def power_spectrum(images: torch.Tensor) -> torch.Tensor:
+    """Mean over images and channels of |X|^2, X the orthonormal Fourier transform of x = u / 127.5 - 1 less its mean.
+
+    Args:
+        images: uint8 (N, C, H, H), H even and at least 6: real and generated images are rounded alike.
+
+    Returns:
+        float64 (H, H); entry (u, v) is the energy at u and v cycles an image, in the order of torch.fft.fftfreq.
+
+    Raises:
+        TypeError: On images that are not uint8.
+        ValueError: On another shape, or no image.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"`images` are of {images.dtype}; they must be uint8, so that all are rounded alike.")
+    if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[2] % 2 or images.shape[2] < 6:
+        raise ValueError(
+            f"`images` have shape {tuple(images.shape)}; they must be (N, C, H, H), H even and at least 6."
+        )
+    if len(images) == 0:
+        raise ValueError("There are no images; give at least one.")
+    power = torch.zeros(images.shape[-2:], dtype=torch.float64, device=images.device)
+    for part in images.split(IMAGES_AT_A_TIME):
+        x = part.float() / 127.5 - 1  # (B, C, H, H)
+        x = x - x.mean(dim=(2, 3), keepdim=True)
+        power += torch.fft.fft2(x, norm="ortho").abs().square().double().mean(1).sum(0)
+    return power / len(images)
+
+
+def ring_spectrum(power: torch.Tensor) -> torch.Tensor:
+    """Mean of `power` over the square rings max(|u|, |v|) = 0, 1, ..., H/2: (H/2 + 1,)."""
+    return mean_by(ring_index(power), power)
+
+
+def radial_spectrum(power: torch.Tensor) -> torch.Tensor:
+    """Mean of `power` over the circles of radius 0, 1, ..., H/2, (u, v) counted to the nearest: (H/2 + 1,)."""
+    return mean_by(radii(power).round().long(), power)[: len(power) // 2 + 1]
+
+
+def checkerboard(power: torch.Tensor, real_power: torch.Tensor, period: int = 2) -> float:
+    """Excess energy of `period` pixels, in dB: CB2 and CB4. 0 is as in real images, above it is a checkerboard.
+
+    The ring of that period, m = H / period, is taken relative to the two rings inside of it, which blur moves, too.
+
+    Args:
+        power, real_power: Of `power_spectrum`.
+        period: 2, or 4 with H divisible by 4 and at least 12.
+
+    Raises:
+        ValueError: On another period, or if H is not divisible by it or has no two rings inside of that one.
+    """
+    side = len(power)
+    if period not in (2, 4) or side % period or side // period < 3:
+        raise ValueError(
+            f"`period` is {period}; it must be 2 or 4, and divide the side of the images, {side}, three times or more."
+        )
+    ring, m = side // period, ring_index(power)
+
+    def contrast(power: torch.Tensor) -> torch.Tensor:
+        return 10 * torch.log10(power[m == ring].mean() / power[(m == ring - 1) | (m == ring - 2)].mean())
+
+    return (contrast(power) - contrast(real_power)).item()
+
+
+def sharpness(power: torch.Tensor, real_power: torch.Tensor) -> float:
+    """Energy at radius H/4 and beyond relative to real images', in dB: HF. Below 0 is blur, above it noise.
+
+    Args:
+        power, real_power: Of `power_spectrum`.
+    """
+    high = radii(power) >= len(power) / 4
+    return (10 * torch.log10(power[high].sum() / real_power[high].sum())).item()
+
+
+def frequencies(power: torch.Tensor) -> torch.Tensor:
+    """|u| = min(u, H - u), cycles an image, (H,)."""
+    u = torch.arange(len(power), device=power.device)
+    return torch.minimum(u, len(power) - u)
+
+
+def ring_index(power: torch.Tensor) -> torch.Tensor:
+    u = frequencies(power)
+    return torch.maximum(u[:, None], u[None, :])  # (H, H)
+
+
+def radii(power: torch.Tensor) -> torch.Tensor:
+    u = frequencies(power).double()
+    return torch.hypot(u[:, None], u[None, :])  # (H, H)
+
+
+def mean_by(index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    sums = torch.bincount(index.flatten(), values.flatten())
+    return sums / torch.bincount(index.flatten())

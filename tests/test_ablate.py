@@ -1,0 +1,123 @@
+"""The ladder: its rows, and the script that trains and judges them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, DatasetDict
+from PIL import Image
+
+from ddpm_diffusers import OptimizedUNet2DModel
+from ddpm_diffusers.sampling import to_pil
+from ddpm_diffusers.synthetic_fashion import draw_garments
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_scripts" / "ablate.py"
+CONFIGS = ROOT / "train_scripts" / "configs"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module."""
+    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run
+    spec = importlib.util.spec_from_file_location("ablate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ablate"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def config_of(arguments: dict) -> dict:
+    config = OptimizedUNet2DModel(**{key: value for key, value in arguments.items() if key[0] != "_"}).config
+    return {key: value for key, value in config.items() if key[0] != "_"}
+
+
+def test_the_ladder_leads_from_the_guides_baseline_to_its_network_to_the_default(script):
+    ladder = script.read_ladder(CONFIGS / "ladder.yaml")
+    assert config_of(ladder["guide"]) == config_of(json.loads((CONFIGS / "guide.json").read_text()))
+    assert config_of(ladder["default"]) == config_of({})
+    # each rung and each row of the default less one is another network
+    networks = [tuple(config_of(row).items()) for name, row in ladder.items() if name != "stock"]
+    assert len(set(networks)) == len(networks)
+    for name, row in ladder.items():
+        if name.startswith("no_"):
+            changed = {key for key, value in config_of(row).items() if value != config_of({})[key]}
+            assert changed and len(changed - {"time_embedding_dim"}) == 1, name
+
+
+def test_a_ladder_that_cannot_be_climbed_is_refused(script, tmp_path):
+    path = tmp_path / "ladder.yaml"
+    path.write_text("a: {from: b}\nb: {from: a}\n")
+    with pytest.raises(ValueError, match="a from b from a goes round in a circle"):
+        script.read_ladder(path)
+    path.write_text("a: {from: c}\n")
+    with pytest.raises(ValueError, match="row 'a' is from 'c', which is no row and no .json file"):
+        script.read_ladder(path)
+    path.write_text("a: {widths: 3}\n")
+    for flags, message in (
+        ([], "'widths'.*no arguments of OptimizedUNet2DModel"),
+        (["--rows", "b"], "has 'b'; .*has a"),
+    ):
+        argv = ["--ladder", str(path), "--output_dir", str(tmp_path / "runs"), *flags]
+        with pytest.raises(ValueError, match=message):
+            script.main(script.parse_arguments(script.AblateArguments, argv, script.__doc__))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(tmp_path):
+    splits = {}
+    for split, numbers in (("train", range(300)), ("test", range(300, 500))):
+        images = to_pil(torch.from_numpy(draw_garments(numbers, resolution=16, channels=1)[0]))
+        splits[split] = Dataset.from_dict({"image": images})
+    DatasetDict(splits).save_to_disk(tmp_path / "garments")
+    tiny = {"block_out_channels": [8, 16], "norm_num_groups": 4, "block_norm_num_groups": 4}
+    ladder = {"default": tiny, "stock": {"from": "default", "global_skip": False}, "other": {"from": "stock"}}
+    (tmp_path / "ladder.yaml").write_text(yaml.safe_dump(ladder))
+
+    def ablate(*flags: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(SCRIPT), "--ladder", str(tmp_path / "ladder.yaml"),
+                   "--rows", "default", "stock", "--dataset_name", str(tmp_path / "garments"),
+                   "--dataset_id", "user/garments", "--jobs", "2",
+                   "--max_train_steps", "3", "--num_images", "150", "--num_inference_steps", "2",
+                   "--output_dir", str(tmp_path / "runs"), "--results_dir", str(tmp_path / "results"),
+                   *flags]  # fmt: skip
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+
+    first = ablate()
+    assert first.returncode == 0, first.stderr
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    rows = {name: json.loads((tmp_path / "results" / f"{name}.json").read_text()) for name in ("default", "stock")}
+    for name, row in rows.items():
+        assert row["figures"]["train"]["frechet_distance"]["mean"] > 0 and row["seeds"]["0"]["steps"] == 3
+        assert row["seeds"]["0"]["dataset"] == "user/garments" and str(tmp_path) not in json.dumps(row)
+        assert f"| {name} | 1 |" in first.stdout
+    assert rows["default"]["num_parameters"] > rows["stock"]["num_parameters"]
+    for picture in ("grids.png", "radial.png", "rings.png"):
+        with Image.open(tmp_path / "results" / picture) as image:
+            assert min(image.size) > 100
+
+    # what was cut off is judged again, with the same outcome; nothing is trained again; a seed is added
+    (tmp_path / "runs" / "stock" / "seed-0" / "evaluation" / "evaluation.json").unlink()
+    second = ablate("--train_seeds", "0", "1")
+    assert second.returncode == 0, second.stderr
+    assert all(path.stat().st_mtime_ns == written for path, written in files.items())
+    for name, row in rows.items():
+        again = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+        assert again["seeds"]["0"]["figures"] == row["seeds"]["0"]["figures"]
+        assert again["figures"]["train"]["hf_db"]["sd"] > 0 and set(again["seeds"]) == {"0", "1"}
+
+    for flags, message in (
+        (("--learning_rate", "1e-3"), "learning_rate differ"),
+        (("--num_images", "200"), "`num_images` 150"),
+    ):
+        refused = ablate(*flags)
+        assert refused.returncode != 0 and message in refused.stderr

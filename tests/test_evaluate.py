@@ -1,0 +1,196 @@
+"""The evaluating script: a pipeline's samples, a folder of images, the data set's own images, damaged or not."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import randomize
+from datasets import Dataset, DatasetDict
+from diffusers import DDPMScheduler
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
+from ddpm_diffusers.evaluation import Reference, evaluate_images, evaluate_pipeline, load_feature_extractor
+from ddpm_diffusers.hub import model_card
+from ddpm_diffusers.sampling import to_pil
+from ddpm_diffusers.synthetic_fashion import draw_garments
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_scripts" / "evaluate.py"
+NUM_IMAGES = 150  # more than features
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module."""
+    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run
+    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evaluate_script"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """A data set with a train and a test split, of garments of other numbers."""
+    splits = {}
+    for split, numbers in (("train", range(300)), ("test", range(300, 500))):
+        images = to_pil(torch.from_numpy(draw_garments(numbers, resolution=16, channels=1)[0]))
+        splits[split] = Dataset.from_dict({"image": images})
+    folder = tmp_path_factory.mktemp("data") / "garments"
+    DatasetDict(splits).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A saved pipeline with a card; what it samples is noise."""
+    torch.manual_seed(0)
+    widths = {"block_out_channels": (8, 16), "norm_num_groups": 4, "block_norm_num_groups": 4}
+    unet = randomize(OptimizedUNet2DModel(sample_size=16, **widths))
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    pipe = PixelDiffusionPipeline(unet, DDPMScheduler(timestep_spacing="trailing"))
+    pipe.save_pretrained(folder)
+    model_card(pipe, "user/tiny").save(folder / "README.md")
+    return folder
+
+
+@pytest.fixture
+def evaluate(script, data, tmp_path):
+    """Run the script here; returns its record."""
+
+    def run(*flags: str) -> dict:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        output_dir = tmp_path / "evaluation"
+        argv = ["--dataset_name", data, "--num_images", str(NUM_IMAGES), "--output_dir", str(output_dir), *flags]
+        script.main(script.parse_arguments(script.EvaluateArguments, argv, script.__doc__))
+        return json.loads((output_dir / "evaluation.json").read_text())
+
+    return run
+
+
+def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluate, model, data, tmp_path, capsys):
+    sampler = ("--scheduler", "dpmsolver++", "--scheduler_config", '{"solver_order": 1}', "--num_inference_steps", "3")
+    record = evaluate("--model", str(model), *sampler, "--seeds", "0", "1", "--batch_size", "50",
+                      "--dataset_id", "user/garments", "--write_card")  # fmt: skip
+
+    pipe = PixelDiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler, solver_order=1)
+    reference = Reference.of_dataset(data, load_feature_extractor(), resolution=16)
+    expected = evaluate_pipeline(pipe, reference, NUM_IMAGES, 3, seeds=(0, 1), batch_size=50)
+    assert record["figures"] == expected["figures"] and record["per_seed"] == expected["per_seed"]
+    assert record["evaluations"] == 3 and record["scheduler_config"]["solver_order"] == 1
+    assert record["feature_extractor"]["digest"] == load_feature_extractor().digest
+    assert str(tmp_path) not in json.dumps(record) and str(Path(data).parent) not in json.dumps(record)
+
+    distance = record["figures"]["train"]["frechet_distance"]
+    row = (tmp_path / "evaluation" / "row.md").read_text()
+    assert f"{distance['mean']:.3f} ± {distance['sd']:.3f}" in row and row in capsys.readouterr().out
+    with Image.open(tmp_path / "evaluation" / "grid.png") as grid:
+        assert grid.size == (8 * 64, 8 * 64)
+    with Image.open(tmp_path / "evaluation" / "spectrum.png") as plot:
+        assert min(plot.size) > 300
+
+    results = ModelCard.load(model / "README.md").data.eval_results
+    values = {result.metric_type: result.metric_value for result in results}
+    assert values["hf_db"] == round(record["figures"]["train"]["hf_db"]["mean"], 5)
+    assert {result.dataset_type for result in results} == {"user/garments"}
+
+
+def test_test_images_give_the_floor_and_damage_moves_the_right_figure(evaluate):
+    def figures(*flags: str) -> dict:
+        everything = ("--num_images", "200", "--resolution", "16", "--overwrite")
+        found = evaluate("--images", "test", *everything, *flags)["figures"]
+        return {group: {name: figure and figure["mean"] for name, figure in found[group].items()} for group in found}
+
+    whole = figures()
+    assert whole["train"] == whole["floor"] and whole["to_floor"]["frechet_distance"] == 1
+    assert abs(whole["test"]["frechet_distance"]) < 1e-6 and whole["test"]["precision"] == 1
+    change = {}
+    for damage, amount in (("blur", "0.5"), ("checker", "0.1"), ("noise", "0.1")):
+        damaged = figures("--damage", damage, "--damage_amount", amount)
+        assert damaged["to_floor"]["frechet_distance"] > 1.5
+        change[damage] = {name: damaged["train"][name] - whole["train"][name] for name in ("cb2_db", "hf_db")}
+    assert change["blur"]["hf_db"] < -0.5 and change["noise"]["hf_db"] > 0.5
+    assert change["checker"]["cb2_db"] > 3 and change["checker"]["cb2_db"] > 3 * abs(change["noise"]["cb2_db"])
+
+
+def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, data, tmp_path):
+    images = torch.from_numpy(draw_garments(range(900, 1060), resolution=16, channels=1)[0])
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, image in enumerate(to_pil(images)):
+        image.save(folder / f"{i:06d}.png")
+    Image.new("L", (99, 99)).save(folder / "grid.png")  # as generate.py leaves one
+    reference = Reference.of_dataset(data, load_feature_extractor(), resolution=16)
+    expected = evaluate_images(images, reference)
+    record = evaluate("--images", str(folder), "--num_images", "1000")
+    assert record["num_images"] == 160
+    assert record["per_seed"] == [expected]
+
+    Image.new("L", (20, 16)).save(folder / "000500.png")
+    with pytest.raises(ValueError, match=r"000500.png is 20x16 and .*000000.png 16x16; all images must be square"):
+        evaluate("--images", str(folder), "--num_images", "1000", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "Give either `--model`, a pipeline, or `--images`"),
+        (["--model", "MODEL", "--images", "test"], "Give either"),
+        (["--model", "MODEL", "--damage", "blur"], "`--damage` is 'blur'; it must be one of .* with `--images`"),
+        (["--images", "test", "--write_card"], "`--write_card` needs a local `--model` with a card"),
+        (["--images", "nowhere"], "nowhere is no folder with images .*nor one of the splits train and test"),
+        (["--model", "MODEL", "--num_images", "20"], "20 images to evaluate; there must be more than the"),
+        (["--model", "MODEL", "--seeds", "1", "1"], r"`seeds` is \[1, 1\]; it must hold different"),
+        (["--model", "MODEL", "--scheduler", "eular"], "'eular' is unknown"),
+        (["--model", "MODEL", "--scheduler_config", "{"], "is no JSON"),
+        (["--model", "MODEL", "--scheduler_config", '{"speed": 1}'], "`speed` is no argument of DDPMScheduler"),
+        (["--model", "MODEL", "--num_inference_steps", "5000"], "cannot take 5000 `num_inference_steps`"),
+        (["--model", "MODEL", "--test_split", "validation"], "no split 'validation'"),
+        (["--model", "MODEL", "--feature_extractor", "resnet"], "There is no feature extractor 'resnet'"),
+        (["--model", "MODEL", "--mixed_precision", "int8"], "must be no, fp16 or bf16"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(evaluate, model, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(*[str(model) if flag == "MODEL" else flag for flag in flags])
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_nothing_is_overwritten_and_nan_is_not_judged(evaluate, model, tmp_path):
+    pipe = PixelDiffusionPipeline.from_pretrained(model)
+    with torch.no_grad():
+        next(pipe.unet.parameters()).fill_(float("nan"))
+    pipe.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match="made images with NaN"):
+        evaluate("--model", str(tmp_path / "broken"), "--num_inference_steps", "2")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="is not empty: choose another, or pass `--overwrite`"):
+        evaluate("--model", str(model))
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(model, data, tmp_path):
+    records = []
+    for processes in ("1", "2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes,
+                   str(SCRIPT), "--model", str(model), "--dataset_name", data, "--num_images", str(NUM_IMAGES),
+                   "--num_inference_steps", "2", "--batch_size", "40",
+                   "--output_dir", str(tmp_path / processes)]  # fmt: skip
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        records.append(json.loads((tmp_path / processes / "evaluation.json").read_text()))
+    assert records[0]["per_seed"] == records[1]["per_seed"] and records[1]["num_processes"] == 2

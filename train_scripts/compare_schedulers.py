@@ -1,0 +1,254 @@
+"""Compare samplers of one trained network at equal numbers of its evaluations: a table, a plot, rows of samples.
+
+    python train_scripts/compare_schedulers.py --model runs/first --evaluations 5 10 20 \\
+      --schedulers ddim unipc dpmsolver++ dpmsolver++:use_karras_sigmas=true,timestep_spacing=linspace
+
+All samplers start from the same noise, and DDPM with many steps is the yardstick. comparison.json grows record by
+record: the same command goes on where it was stopped, and one with more schedulers or evaluations adds them. Started
+by `accelerate launch`, the processes share the sampling.
+"""
+
+import json
+import logging
+import re
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from arguments import arg, parse_arguments
+from evaluation_arguments import EvaluationArguments, load_pipeline, open_reference, provenance
+from launch import check_processes
+from PIL import Image
+from run_folder import lock, write_file, write_text
+from tables import figures_table, show
+
+from ddpm_diffusers import SCHEDULERS, make_scheduler
+from ddpm_diffusers.checkpointing import list_differences
+from ddpm_diffusers.evaluation import comparison
+from ddpm_diffusers.evaluation.comparison import best_settings, distance, label_of, name_of
+from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows
+from ddpm_diffusers.evaluation.protocol import as_json
+from ddpm_diffusers.sampling import to_pil
+
+logger = logging.getLogger(__name__)
+
+RESULT = "comparison.json"
+GRID_IMAGES = 8
+
+
+@dataclass
+class ComparisonArguments(EvaluationArguments):
+    # what is compared
+    model: str = field(kw_only=True, metadata={"help": "folder or Hub id of a pipeline"})
+    schedulers: list[str] = field(
+        default_factory=lambda: list(SCHEDULERS),
+        metadata={"help": "names, with options if any as in ddim:clip_sample=false,timestep_spacing=leading; all by"
+                  f" default: {', '.join(SCHEDULERS)}"},
+    )  # fmt: skip
+    evaluations: list[int] = field(
+        default_factory=lambda: list(comparison.EVALUATIONS),
+        metadata={"help": "of the network: each scheduler takes the most steps that need no more"},
+    )
+    ddpm_steps: int = arg(1000, "steps of DDPM, the yardstick; 0 for none")
+    grid_evaluations: int = arg(10, "of the samples in grid.png, or the next fewer")
+    # other defaults
+    num_images: int = arg(2_000, "samples a seed")
+    output_dir: str = arg("comparison", "folder of what is written; a comparison that it holds is gone on with")
+    overwrite: bool = arg(False, "start again in a folder that is not empty")
+
+    def __post_init__(self):
+        overwrite = self.overwrite
+        self.overwrite = overwrite or Path(self.output_dir, RESULT).is_file()
+        super().__post_init__()
+        self.overwrite = overwrite
+        if self.ddpm_steps < 0:
+            raise ValueError(f"`--ddpm_steps` is {self.ddpm_steps}; it must be at least 1, or 0 for none.")
+
+
+def main(args: ComparisonArguments) -> None:
+    entries = [parse_scheduler(text) for text in args.schedulers]
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if accelerator.is_main_process else logging.ERROR)
+    diffusers.logging.set_verbosity_error()  # what schedulers say of their own defaults, each time they are made
+    warnings.filterwarnings("ignore", module="torchsde")  # of rounding in its time interval
+    check_processes(accelerator)
+    pipe = load_pipeline(args.model, args.variant, accelerator)
+    left_out = []
+    if args.schedulers == list(SCHEDULERS):
+        entries, left_out = usable(entries, pipe.scheduler)
+    yardstick = comparison.plan(pipe.scheduler, ["ddpm"], [args.ddpm_steps])[0] if args.ddpm_steps else []
+    settings, too_few = comparison.plan(pipe.scheduler, entries, args.evaluations)
+    settings = list({setting.key: setting for setting in (*yardstick, *settings)}.values())
+    for record in (left_out := left_out + too_few):
+        logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
+    reference = open_reference(args, accelerator, pipe.unet.config.sample_size, pipe.unet.config.out_channels)
+    how = {"num_images": args.num_images, "seeds": args.seeds, "batch_size": args.batch_size}
+    comparison.check_run(pipe, reference, **how)
+
+    results, output_dir = None, Path(args.output_dir)
+    defines = defining_settings(args, accelerator, pipe, reference)
+    if accelerator.is_main_process:
+        folder_lock = lock(output_dir)
+        results = open_results(output_dir, args, defines, left_out)
+        done = [key_of(record) for record in results["records"] + results["left_out"]]
+        settings = [setting for setting in settings if setting.key not in done]
+    [settings] = broadcast_object_list([settings])
+
+    if settings:
+        comparison.warm_up(pipe, min(args.batch_size, args.num_images))
+    for setting in comparison.with_progress(settings):
+        record = comparison.measure(pipe, setting, reference, **how)
+        if accelerator.is_main_process:
+            add(record, results, output_dir)
+    if accelerator.is_main_process:
+        write_report(results, output_dir, args, [setting.key for setting in yardstick])
+        folder_lock.release()
+
+
+def parse_scheduler(text: str) -> tuple[str, dict]:
+    """`name`, or `name:option=value,option=value` with values as in YAML."""
+    name, _, listed = text.partition(":")
+    options = {}
+    for option in listed.split(",") if listed else []:
+        key, equals, value = option.partition("=")
+        if not (key and equals and value):
+            raise ValueError(f"`--schedulers` holds {text!r}; it must be NAME or NAME:OPTION=VALUE,OPTION=VALUE.")
+        options[key] = yaml.safe_load(value)
+    return name, options
+
+
+def usable(entries: list[tuple[str, dict]], scheduler) -> tuple[list[tuple[str, dict]], list[dict]]:
+    """Those that can follow the network's noise schedule here, and the others with the reason."""
+    kept, left_out = [], []
+    for name, options in entries:
+        try:
+            make_scheduler(name, scheduler)
+            kept.append((name, options))
+        except (ImportError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            left_out.append({"name": name, "options": options, "evaluations": "any", "left_out": reason})
+    return kept, left_out
+
+
+def defining_settings(args: ComparisonArguments, accelerator: Accelerator, pipe, reference) -> dict:
+    """What all records of one comparison have in common, figures and times alike."""
+    splits = ((args.train_split, reference.train), (args.test_split, reference.test))
+    return {
+        **provenance(args, accelerator, pipe),
+        "real_images": {name: [len(split.features), round(split.power.sum().item(), 4)] for name, split in splits},
+        "feature_extractor": {"name": reference.extractor.name, "digest": reference.extractor.digest},
+        "scheduler_config": as_json(pipe.scheduler.config),
+        "num_images": args.num_images,
+        "seeds": args.seeds,
+        "batch_size": args.batch_size,
+    }
+
+
+def open_results(output_dir: Path, args: ComparisonArguments, defines: dict, left_out: list[dict]) -> dict:
+    """What the folder holds of this comparison, or the start of one.
+
+    Raises:
+        ValueError: If it holds one of other settings, whose differences the message lists.
+    """
+    path = output_dir / RESULT
+    results = {"settings": defines, "records": [], "left_out": left_out}
+    if path.is_file() and not args.overwrite:
+        saved = json.loads(path.read_text())
+        if differences := list_differences(saved["settings"], defines):
+            raise ValueError(
+                f"`--output_dir` {output_dir} holds another comparison ({'; '.join(differences)}): give the same"
+                " settings, choose another folder, or pass `--overwrite` to start again."
+            )
+        results["records"] = saved["records"]
+        results["left_out"] = left_out + [record for record in saved["left_out"] if "num_inference_steps" in record]
+    else:
+        shutil.rmtree(output_dir / "samples", ignore_errors=True)
+    write_text(path, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def key_of(record: dict) -> tuple[str, int | None]:
+    return label_of(record), record.get("num_inference_steps")
+
+
+def add(record: dict, results: dict, output_dir: Path) -> None:
+    """Into comparison.json, its first samples before it: a record that is there is complete."""
+    if "left_out" in record:
+        logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
+        results["left_out"].append(record)
+    else:
+        images = record.pop("images")[:GRID_IMAGES]
+        [strip] = to_pil(torch.cat(images.unbind(), dim=-1)[None])  # side by side
+        file = f"samples/{re.sub(r'[^A-Za-z0-9_.+=-]+', '-', label_of(record))}-{record['evaluations']}.png"
+        write_file(output_dir / file, strip.save)
+        results["records"].append(record | {"samples": file})
+    write_text(output_dir / RESULT, json.dumps(results, indent=2) + "\n")
+
+
+def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yardstick_keys: list) -> None:
+    """comparison.md, distances.png and grid.png, of all records."""
+    records = [record for record in results["records"] if key_of(record) not in yardstick_keys]
+    yardstick = next((record for record in results["records"] if key_of(record) in yardstick_keys), None)
+    if not results["records"]:
+        raise ValueError(f"No scheduler could be measured: {results['left_out'][-1]['left_out']}")
+    settings, extractor = results["settings"], results["settings"]["feature_extractor"]
+    shown = ([yardstick] if yardstick else []) + sorted(
+        records, key=lambda record: ([label_of(r) for r in records].index(label_of(record)), record["evaluations"])
+    )
+    model = Path(args.model).resolve().name if Path(args.model).exists() else args.model
+    findings = describe_best(records, yardstick)
+    report = [
+        f"# Schedulers for {model}",
+        f"{settings['num_images']} samples of each (seeds: {', '.join(map(str, settings['seeds']))}). Distance:"
+        f" Frechet distance to {args.train_split} of {settings['dataset']}, features of {extractor['name']}"
+        f" {extractor['digest']}.",
+        "\n".join(f"- {line}" for line in findings),
+        figures_table([(leading_cells(record, yardstick), record["figures"]) for record in shown]),
+    ]
+    if results["left_out"]:
+        report.append("Left out:")
+        report.append("\n".join(f"- {name_of(record)}: {record['left_out']}" for record in results["left_out"]))
+    write_text(output_dir / "comparison.md", "\n\n".join(report) + "\n")
+    write_file(output_dir / "distances.png", lambda path: plot_distances(records, path, yardstick))
+    few = {label_of(r): r for r in shown if r["evaluations"] <= args.grid_evaluations}  # the last of each stays
+    rows = {f"{label_of(r)} ({r['evaluations']})": Image.open(output_dir / r["samples"])
+            for r in ([yardstick] if yardstick else []) + list(few.values())}  # fmt: skip
+    if rows:
+        write_file(output_dir / "grid.png", lambda path: plot_rows(rows, path))
+    print("\n".join([*findings, f"Table: {output_dir / 'comparison.md'}"]))
+
+
+def leading_cells(record: dict, yardstick: dict | None) -> dict:
+    cells = {
+        "scheduler": record["name"],
+        "options": label_of(record).partition(":")[2],
+        "evaluations": record["evaluations"],
+        "steps": record["num_inference_steps"],
+        "ms an image": format(1000 * record["seconds_per_image"], ".3g"),
+    }
+    return cells | ({"to yardstick": format(distance(record) / distance(yardstick), ".2f")} if yardstick else {})
+
+
+def describe_best(records: list[dict], yardstick: dict | None) -> list[str]:
+    best, lines = best_settings(records, yardstick), []
+    if yardstick:
+        few = f"{name_of(best['fewest'])}: {written(best['fewest'])}" if best["fewest"] else "none"
+        lines.append(f"Fewest evaluations within 10 % of {name_of(yardstick)} ({written(yardstick)}): {few}")
+    if best["best"]:
+        lines.append(f"Best at 15 evaluations or fewer: {name_of(best['best'])}: {written(best['best'])}")
+    return lines
+
+
+def written(record: dict) -> str:
+    return f"distance {show(record['figures']['train']['frechet_distance'], '.3f')}"
+
+
+if __name__ == "__main__":
+    main(parse_arguments(ComparisonArguments, sys.argv[1:], __doc__))

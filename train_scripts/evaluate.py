@@ -1,0 +1,190 @@
+"""Judge a saved pipeline, or any folder of images, by a data set: distances, precision and recall, spectra.
+
+    python train_scripts/evaluate.py --model runs/first --scheduler dpmsolver++ --num_inference_steps 20
+
+`--images` judges images in place of a pipeline's samples: a folder, or `test`, the data set's own, with or without
+`--damage`, which shows what the figures are worth. Started by `accelerate launch`, the processes share the sampling.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from arguments import arg, parse_arguments
+from evaluation_arguments import (
+    EvaluationArguments,
+    load_pipeline,
+    open_reference,
+    provenance,
+    swap_scheduler,
+)
+from launch import check_processes
+from run_folder import write_file, write_text
+from tables import figures_table
+
+from ddpm_diffusers import SCHEDULERS
+from ddpm_diffusers.data import ImageArrays, decode_image, load_images
+from ddpm_diffusers.evaluation import evaluate_pipeline
+from ddpm_diffusers.evaluation.damage import DAMAGE
+from ddpm_diffusers.evaluation.plots import plot_spectra
+from ddpm_diffusers.evaluation.protocol import IMAGES_KEPT, Statistics, check_images, record_of
+from ddpm_diffusers.grid import image_grid
+from ddpm_diffusers.hub import add_figures
+from ddpm_diffusers.pipeline_pixel_diffusion import README
+from ddpm_diffusers.sampling import to_pil
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+CARD_FIGURES = {
+    "Frechet distance of classifier features": ("train", "frechet_distance"),
+    "Frechet distance, ratio to that of the test split": ("to_floor", "frechet_distance"),
+    "KID of classifier features": ("train", "kernel_distance"),
+    "precision (k=3)": ("train", "precision"),
+    "recall (k=3)": ("train", "recall"),
+    "checkerboard CB2, dB": ("train", "cb2_db"),
+    "sharpness HF, dB": ("train", "hf_db"),
+}
+
+
+@dataclass
+class EvaluateArguments(EvaluationArguments):
+    # what is judged
+    model: str | None = arg(None, "folder or Hub id of a pipeline")
+    scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}; the pipeline's own by default")
+    scheduler_config: str | None = arg(None, 'JSON of its arguments, such as {"use_karras_sigmas": true}')
+    num_inference_steps: int = arg(100, "steps of the scheduler")
+    images: str | None = arg(None, "in place of --model: a folder of images, or train or test of the data set")
+    resolution: int = arg(28, "with --images train or test: the size to which the data set is read")
+    damage: str | None = arg(None, f"with --images: {', '.join(DAMAGE)}")
+    damage_amount: float = arg(0.1, "how much of it: a share of the way (blur), or of the range of values")
+    # output
+    name: str | None = arg(None, "of the row in the table; the last part of --model or --images by default")
+    write_card: bool = arg(False, "put the figures into the card of the --model folder")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.model is None) == (self.images is None):
+            raise ValueError("Give either `--model`, a pipeline, or `--images`, images in place of its samples.")
+        if self.damage is not None and (self.images is None or self.damage not in DAMAGE):
+            raise ValueError(f"`--damage` is {self.damage!r}; it must be one of {', '.join(DAMAGE)}, with `--images`.")
+        if self.write_card and (self.model is None or not Path(self.model, README).is_file()):
+            raise ValueError(f"`--write_card` needs a local `--model` with a card; {self.model} has no {README}.")
+
+
+def main(args: EvaluateArguments) -> None:
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    check_processes(accelerator)
+    if args.model is not None:
+        pipe = load_pipeline(args.model, args.variant, accelerator)
+        swap_scheduler(pipe, args.scheduler, args.scheduler_config)
+        reference = open_reference(args, accelerator, pipe.unet.config.sample_size, pipe.unet.config.out_channels)
+        record = evaluate_pipeline(
+            pipe,
+            reference,
+            args.num_images,
+            args.num_inference_steps,
+            seeds=args.seeds,
+            batch_size=args.batch_size,
+            progress=True,
+        )
+    else:
+        images = given_images(args)  # (N, C, H, W)
+        if args.damage is not None:
+            images = DAMAGE[args.damage](images, args.damage_amount)
+        reference = open_reference(args, accelerator, images.shape[-1], images.shape[1])
+        check_images(images, reference)
+        record = record_of([Statistics.of_images(images, reference.extractor)], reference)
+        record["images"], pipe = images[:IMAGES_KEPT], None
+    if not accelerator.is_main_process:
+        return
+
+    name = args.name or Path(args.model or args.images).resolve().name
+    kept = record.pop("images")
+    record = {"name": name, **provenance(args, accelerator, pipe), **record}
+    row = figures_table([(leading_cells(record), record["figures"])])
+    grid = image_grid(to_pil(kept))
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_text(output_dir / "row.md", row + "\n")
+    write_file(output_dir / "grid.png", grid.save)
+    curves = {"real": record["spectrum"]["real"]["radial"], name: record["spectrum"]["samples"]["radial"]}
+    write_file(output_dir / "spectrum.png", lambda path: plot_spectra(curves, path, "radius (cycles an image)"))
+    write_text(output_dir / "evaluation.json", json.dumps(record, indent=2) + "\n")  # the last: then all is there
+    if args.write_card:
+        add_figures(Path(args.model, README), card_figures(record, args))
+    print(row)
+
+
+def given_images(args: EvaluateArguments) -> torch.Tensor:
+    """Up to `--num_images` of the data set's split or the folder, uint8 (N, C, H, W)."""
+    if args.images in (args.train_split, args.test_split):
+        dataset = load_images(
+            args.dataset_name,
+            resolution=args.resolution,
+            dataset_config_name=args.dataset_config_name,
+            split=args.images,
+            image_column=args.image_column,
+            center_crop=args.center_crop,
+            cache_dir=args.cache_dir,
+        )
+        images = ImageArrays(dataset, (1, args.resolution, args.resolution))
+        count = min(args.num_images, len(images))
+        return images.__getitems__(np.linspace(0, len(images) - 1, count).round().astype(int))
+
+    folder = Path(args.images)
+    files = sorted(path for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = [path for path in files if path.name != "grid.png"][: args.num_images]  # generate.py's
+    if not files:
+        raise ValueError(
+            f"`--images` {args.images} is no folder with images ({', '.join(IMAGE_SUFFIXES)}), nor one of the splits"
+            f" {args.train_split} and {args.test_split}."
+        )
+    images = [decode_image({"bytes": None, "path": str(path)}, i) for i, path in enumerate(files)]
+    mode = "L" if images[0].mode == "L" else "RGB"
+    for path, image in zip(files, images, strict=True):
+        if image.size != images[0].size or image.width != image.height:
+            raise ValueError(
+                f"{path} is {image.width}x{image.height} and {files[0]} {images[0].width}x{images[0].height}; all"
+                " images must be square and of one size."
+            )
+    pixels = np.stack([np.asarray(image.convert(mode)) for image in images])
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
+
+
+def leading_cells(record: dict) -> dict:
+    cells = {"": record["name"], "images": record["num_images"]}
+    if "scheduler" in record:
+        cells |= {"scheduler": record["scheduler"], "evaluations": record["evaluations"]}
+    return cells
+
+
+def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
+    """For `model-index`: the figures of the table, and how they were measured."""
+    extractor = record["feature_extractor"]
+    measured_with = {
+        "samples": record["num_images"],
+        "seeds": len(record["seeds"]),
+        "scheduler": record["scheduler"],
+        "evaluations": record["evaluations"],
+        "features": f"{extractor['name']} {extractor['digest']}",
+    }
+    return [
+        {
+            "dataset_type": record["dataset"],
+            "dataset_name": record["dataset"].rpartition("/")[2],
+            "dataset_split": args.train_split,
+            "metric_type": name,
+            "metric_name": heading,
+            "metric_value": round(record["figures"][group][name]["mean"], 5),
+            "metric_args": measured_with,
+        }
+        for heading, (group, name) in CARD_FIGURES.items()
+        if record["figures"][group][name] is not None
+    ]
+
+
+if __name__ == "__main__":
+    main(parse_arguments(EvaluateArguments, sys.argv[1:], __doc__))

@@ -1,0 +1,111 @@
+"""The flags that the evaluating scripts share, and what they make of them."""
+
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from arguments import arg
+
+from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
+from ddpm_diffusers.evaluation import FASHION_MNIST, Reference, load_feature_extractor
+
+
+@dataclass
+class EvaluationArguments:
+    # the real images
+    dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub name or local folder of the real images")
+    dataset_config_name: str | None = arg(None, "configuration of a data set that has several")
+    dataset_id: str | None = arg(None, "what a local data set is called on the Hub, for records and cards")
+    image_column: str = arg("image", "column that holds the images")
+    center_crop: bool = arg(False, "cut each image to its central square first")
+    train_split: str = arg("train", "split that the network was trained on")
+    test_split: str = arg("test", "split that it has not seen")
+    cache_dir: str | None = arg(None, "cache of datasets, and of the real images' statistics")
+    feature_extractor: str = arg(FASHION_MNIST, "name, folder or Hub id of the classifier whose features are compared")
+    # the samples
+    num_images: int = arg(10_000, "samples a seed: 10,000 for a figure to quote, 2,000 while developing")
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of the samples' noise, one or more"})
+    batch_size: int = arg(500, "images sampled at a time")
+    mixed_precision: str | None = arg(None, "no, fp16 or bf16, of the network; accelerate's setting by default")
+    variant: str | None = arg(None, "variant of the weights, such as fp16")
+    # output
+    output_dir: str = arg("evaluation", "folder of what is written")
+    overwrite: bool = arg(False, "write into a folder that is not empty")
+
+    def __post_init__(self):
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least 1.")
+        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
+            raise ValueError(f"`--mixed_precision` is {self.mixed_precision!r}; it must be no, fp16 or bf16.")
+        folder = Path(self.output_dir)
+        if folder.is_dir() and any(folder.iterdir()) and not self.overwrite:
+            raise ValueError(f"`--output_dir` {folder} is not empty: choose another, or pass `--overwrite`.")
+
+
+def open_reference(args: EvaluationArguments, accelerator: Accelerator, resolution: int, channels: int) -> Reference:
+    extractor = load_feature_extractor(args.feature_extractor).to(accelerator.device)
+    with accelerator.main_process_first():  # it fills the caches
+        return Reference.of_dataset(
+            args.dataset_name,
+            extractor,
+            resolution=resolution,
+            channels=channels,
+            train_split=args.train_split,
+            test_split=args.test_split,
+            dataset_config_name=args.dataset_config_name,
+            image_column=args.image_column,
+            center_crop=args.center_crop,
+            cache_dir=args.cache_dir,
+        )
+
+
+def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> PixelDiffusionPipeline:
+    pipe = PixelDiffusionPipeline.from_pretrained(model, variant=variant, dtype=torch.float32).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    # the network alone in lower precision: autocast would reach into the arithmetic of a scheduler, too
+    pipe.unet = accelerator.prepare_model(pipe.unet, evaluation_mode=True)
+    side = pipe.unet.config.sample_size
+    if not isinstance(side, int):
+        raise ValueError(
+            f"{model} makes images of `sample_size` {side}; only square images of one size are evaluated."
+        )
+    return pipe
+
+
+def swap_scheduler(pipe: PixelDiffusionPipeline, name: str | None, scheduler_config: str | None) -> None:
+    """The scheduler called `name`, or the pipeline's own, with the arguments in the JSON text."""
+    try:
+        overrides = json.loads(scheduler_config or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`--scheduler_config` {scheduler_config!r} is no JSON ({error}).") from error
+    if not isinstance(overrides, dict):
+        raise ValueError(f"`--scheduler_config` holds {overrides!r}; it must be a JSON object of arguments.")
+    if name is None and overrides:
+        own = [key for key, class_name in SCHEDULERS.items() if class_name == type(pipe.scheduler).__name__]
+        if not own:
+            raise ValueError("`--scheduler_config` needs `--scheduler`, the name of the class that takes it.")
+        name = own[0]
+    if name is not None:
+        pipe.scheduler = make_scheduler(name, pipe.scheduler, **overrides)
+
+
+def provenance(args: EvaluationArguments, accelerator: Accelerator, pipe: PixelDiffusionPipeline | None) -> dict:
+    """What a figure depends on besides its record: data, weights, precision, versions. No paths of this machine."""
+    local = Path(args.dataset_name)
+    record = {
+        "dataset": args.dataset_id or (local.name if local.exists() else args.dataset_name),
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "torchmetrics")},
+    }
+    if pipe is not None:
+        weights = {name: tensor.cpu().contiguous() for name, tensor in pipe.unet.state_dict().items()}
+        record["weights"] = hashlib.sha256(safetensors.torch.save(weights)).hexdigest()[:12]
+    return record

@@ -1,0 +1,32 @@
+"""Figures as Markdown."""
+
+from ddpm_diffusers.hub import table
+
+# heading, where in a record's figures, how it is written, its unit
+COLUMNS = (
+    ("distance", ("train", "frechet_distance"), ".3f", 1),
+    ("to floor", ("to_floor", "frechet_distance"), ".1f", 1),
+    ("KID x 1000", ("train", "kernel_distance"), ".2f", 1e-3),
+    ("precision", ("train", "precision"), ".3f", 1),
+    ("recall", ("train", "recall"), ".3f", 1),
+    ("CB2 dB", ("train", "cb2_db"), "+.2f", 1),
+    ("CB4 dB", ("train", "cb4_db"), "+.2f", 1),
+    ("HF dB", ("train", "hf_db"), "+.2f", 1),
+)
+
+
+def figures_table(rows: list[tuple[dict, dict]]) -> str:
+    """One row for each (leading cells by heading, "figures" of a record)."""
+    lines = [
+        (*leading.values(), *(show(figures[group][name], form, unit) for _, (group, name), form, unit in COLUMNS))
+        for leading, figures in rows
+    ]
+    return table((*rows[0][0], *(column[0] for column in COLUMNS)), lines)
+
+
+def show(figure: dict | None, form: str, unit: float = 1) -> str:
+    """ "mean" or "mean ± sd", and nothing for what could not be measured."""
+    if figure is None:
+        return ""
+    sd = [format(figure["sd"] / unit, form.strip("+"))] if "sd" in figure else []
+    return " ± ".join([format(figure["mean"] / unit, form), *sd])

@@ -1,0 +1,234 @@
+"""Train a small classifier of images, in whose features generated images are compared with real ones.
+
+    python train_scripts/train_feature_extractor.py --output_dir runs/classifier
+
+It learns from the data set's train split, at many resolutions, so that its features serve generators of each. The test
+split gives the accuracies of its card and nothing else. The same command gives the same weights to the bit, with the
+same versions, kind of processor and number of threads.
+"""
+
+import math
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from arguments import arg, parse_arguments
+from datasets import ClassLabel
+from diffusers.optimization import get_scheduler
+from huggingface_hub import ModelCard, ModelCardData
+from tqdm.auto import tqdm
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from ddpm_diffusers.checkpointing import checksum, flush, versions
+from ddpm_diffusers.data import ImageArrays, ShuffledBatches, load_images
+from ddpm_diffusers.evaluation.features import to_input
+from ddpm_diffusers.hub import is_hub_id
+
+CARD = """
+# {name}
+
+A small ResNet of transformers that classifies images of {data}. It is there for its features: the {num_features}
+numbers of `pooler_output`, in which ddpm-diffusers compares generated images with real ones (Frechet distance, kernel
+distance, precision and recall). Figures in these features are no Inception FIDs, and cannot be compared with figures
+in other features: give the digest below with each.
+
+```python
+from ddpm_diffusers.evaluation.features import extract_features, load_feature_extractor
+
+extractor = load_feature_extractor("{name}")
+features = extract_features(extractor, images)  # uint8 (N, {channels}, H, W) to (N, {num_features})
+```
+
+Images of any resolution are resized to {image_size}x{image_size} (bilinear, antialiased) and scaled to [-1, 1].
+
+| | |
+|---|---|
+{table}
+
+Made by
+
+```bash
+{command}
+```
+
+from the train split alone. Two of three batches were first reduced to a random resolution from {lowest_resolution} to
+{resolution} pixels; images were not mirrored, shifted or otherwise changed. The test split gave the accuracies alone.
+"""
+
+
+@dataclass
+class FeatureExtractorArguments:
+    dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub name or local folder, with train, test and `label`")
+    image_column: str = arg("image", "column that holds the images")
+    channels: int = arg(1, "1 for grey images, 3 for RGB")
+    resolution: int = arg(28, "height and width that images are resized to, and the highest that is trained on")
+    lowest_resolution: int = arg(12, "the lowest that is trained on")
+    image_size: int = arg(48, "height and width of what the network sees, whatever the resolution")
+    output_dir: str = arg("feature-extractor", "folder of the model and its card")
+    seed: int = arg(0, "of the weights, the data order and the resolutions")
+    train_batch_size: int = arg(128, "images a step")
+    num_epochs: int = arg(12, "passes over the data")
+    learning_rate: float = arg(2e-3, "peak learning rate of AdamW; cosine, a tenth of the steps to warm up")
+    adam_weight_decay: float = arg(0.5, "AdamW")
+    mixed_precision: str | None = arg(None, "no, fp16 or bf16; accelerate's setting by default")
+
+    def __post_init__(self):
+        def check(condition: bool, name: str, rule: str) -> None:
+            if not condition:
+                raise ValueError(f"`--{name}` is {getattr(self, name)!r}; it must {rule}.")
+
+        for name in ("resolution", "lowest_resolution", "train_batch_size", "num_epochs"):
+            check(getattr(self, name) >= 1, name, "be at least 1")
+        check(self.lowest_resolution <= self.resolution, "lowest_resolution", f"not exceed {self.resolution}")
+        check(self.image_size >= 16, "image_size", "be at least 16")
+        check(self.channels in (1, 3), "channels", "be 1 or 3")
+        check(0 <= self.seed < 2**32, "seed", "be in [0, 2^32)")
+        check(0 < self.learning_rate < math.inf, "learning_rate", "be a positive number")
+        check(0 <= self.adam_weight_decay < math.inf, "adam_weight_decay", "be a number of at least 0")
+        check(self.mixed_precision in (None, "no", "fp16", "bf16"), "mixed_precision", "be no, fp16 or bf16")
+
+
+def load_split(
+    args: FeatureExtractorArguments, split: str, resolution: int
+) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """Images, uint8 (N, C, H, W), labels, int64 (N,), and the classes' names."""
+    dataset = load_images(
+        args.dataset_name,
+        resolution=resolution,
+        channels=args.channels,
+        split=split,
+        image_column=args.image_column,
+    )
+    if not isinstance(dataset.features.get("label"), ClassLabel):
+        raise ValueError(
+            f"Split {split!r} has no column `label` of classes (datasets' ClassLabel): a classifier needs one."
+        )
+    labels = torch.tensor([-1 if label is None else label for label in dataset["label"]])
+    if labels.min() < 0:
+        raise ValueError(f"Image {int(labels.argmin())} of split {split!r} has no label: remove it.")
+    images = ImageArrays(dataset, (args.channels, resolution, resolution))
+    return images.__getitems__(range(len(images))), labels, dataset.features["label"].names
+
+
+@torch.no_grad()
+def accuracy(model, images: torch.Tensor, labels: torch.Tensor) -> float:
+    batches = [to_input(batch.to(model.device), model.config.image_size) for batch in images.split(500)]
+    predicted = torch.cat([model(batch).logits.argmax(1).cpu() for batch in batches])
+    return (predicted == labels).double().mean().item()
+
+
+def main(args: FeatureExtractorArguments) -> None:
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise ValueError(f"{accelerator.num_processes} processes were launched; this script runs in one.")
+    output_dir = Path(args.output_dir).resolve()
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise ValueError(f"`--output_dir` {args.output_dir} exists and is not an empty folder: choose another.")
+
+    images, labels, names = load_split(args, "train", args.resolution)
+    tests = {size: load_split(args, "test", size) for size in sorted({args.resolution, min(args.resolution, 16)})}
+    if any(test[2] != names for test in tests.values()):
+        raise ValueError("The splits train and test have different classes: their `label` columns must agree.")
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)  # now: that it cannot be written should not show after the training
+
+    set_seed(args.seed)
+    config = ResNetConfig(
+        num_channels=args.channels,
+        embedding_size=32,
+        hidden_sizes=[32, 64, 96],
+        depths=[1, 1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        image_size=args.image_size,
+    )
+    model = ResNetForImageClassification(config).to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    classifier, optimizer = accelerator.prepare(model, optimizer)
+    steps = math.ceil(args.num_epochs * len(images) / args.train_batch_size)
+    lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
+
+    classifier.train()
+    order = ShuffledBatches(len(images), args.train_batch_size, args.seed, range(steps))
+    resolutions = np.random.default_rng(args.seed).integers(args.lowest_resolution, args.resolution + 1, steps)
+    progress_bar = tqdm(order, desc="Steps")
+    for step, indices in enumerate(progress_bar):
+        batch, targets = images[indices].to(accelerator.device), labels[indices].to(accelerator.device)
+        if step % 3:  # as an image of fewer pixels would be, rounding and all
+            size = (int(resolutions[step]),) * 2
+            batch = F.interpolate(batch.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+            batch = batch.round().to(torch.uint8)
+        logits = classifier(to_input(batch, args.image_size)).logits
+        loss = F.cross_entropy(logits.float(), targets)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        if step % 50 == 0:
+            progress_bar.set_postfix(loss=f"{loss.item():.4f}")
+    if not math.isfinite(loss.item()):
+        shutil.rmtree(partial)
+        raise SystemExit(f"The loss is {loss.item()} at the end: lower `--learning_rate`. Nothing was saved.")
+
+    model = accelerator.unwrap_model(classifier, keep_fp32_wrapper=False).eval()
+    accuracies = {size: accuracy(model, *test[:2]) for size, test in tests.items()}
+    model.save_pretrained(partial)
+    digest = checksum(partial / "model.safetensors")
+    card = model_card(args, model.config, digest, accuracies)
+    card.save(partial / "README.md")
+    for path in partial.iterdir():
+        flush(path)
+    os.replace(partial, output_dir)  # whole or not at all
+    for size, value in accuracies.items():
+        print(f"Test accuracy at {size}x{size}: {value:.4f}")
+    print(f"Feature extractor: {args.output_dir}, digest {digest[:12]}")
+
+
+def model_card(
+    args: FeatureExtractorArguments, config: ResNetConfig, digest: str, accuracies: dict[int, float]
+) -> ModelCard:
+    public = is_hub_id(args.dataset_name)
+    command = [f"OMP_NUM_THREADS={torch.get_num_threads()}", "python", "train_scripts/train_feature_extractor.py"]
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name == "output_dir":
+            command += ["--output_dir", Path(value).resolve().name]
+        elif public if field.name == "dataset_name" else value != field.default:
+            command += [f"--{field.name}", str(value)]
+    rows = {f"test accuracy at {size}x{size}": f"{value:.4f}" for size, value in accuracies.items()}
+    rows |= {"features": config.hidden_sizes[-1], "seed": args.seed, "SHA-256 of model.safetensors": f"`{digest}`"}
+    rows |= {"made with": ", ".join(f"{name} {value}" for name, value in versions().items())}
+    data = ModelCardData(
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        datasets=[args.dataset_name] if public else None,
+    )
+    text = CARD.format(
+        name=Path(args.output_dir).resolve().name,
+        data=f"[{args.dataset_name}](https://huggingface.co/datasets/{args.dataset_name})"
+        if public
+        else "a local set",
+        num_features=config.hidden_sizes[-1],
+        image_size=args.image_size,
+        channels=args.channels,
+        table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        command=shlex.join(command),
+        lowest_resolution=args.lowest_resolution,
+        resolution=args.resolution,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+if __name__ == "__main__":
+    main(parse_arguments(FeatureExtractorArguments, sys.argv[1:], __doc__))
