@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,19 +106,26 @@ def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(tmp_pat
         with Image.open(tmp_path / "results" / picture) as image:
             assert min(image.size) > 100
 
-    # what was cut off is judged again, with the same outcome; nothing is trained again; a seed is added
-    (tmp_path / "runs" / "stock" / "seed-0" / "evaluation" / "evaluation.json").unlink()
+    # what was cut off is judged again, with the same outcome; nothing is trained again, and what is kept is not even
+    # judged again, wherever its training is; a seed is added
+    (tmp_path / "results" / "stock.json").unlink()
+    shutil.rmtree(tmp_path / "runs" / "default")
     second = ablate("--train_seeds", "0", "1")
     assert second.returncode == 0, second.stderr
-    assert all(path.stat().st_mtime_ns == written for path, written in files.items())
+    assert all(path.stat().st_mtime_ns == written for path, written in files.items() if "stock" in str(path))
+    assert not (tmp_path / "runs" / "default" / "seed-0").exists()
     for name, row in rows.items():
         again = json.loads((tmp_path / "results" / f"{name}.json").read_text())
         assert again["seeds"]["0"]["figures"] == row["seeds"]["0"]["figures"]
         assert again["figures"]["train"]["hf_db"]["sd"] > 0 and set(again["seeds"]) == {"0", "1"}
 
     for flags, message in (
-        (("--learning_rate", "1e-3"), "learning_rate differ"),
-        (("--num_images", "200"), "`num_images` 150"),
+        (("--learning_rate", "1e-3"), "made with `learning_rate` 0.002, and `learning_rate` 0.001 is asked for"),
+        (("--num_images", "200"), "made with `num_images` 150, and `num_images` 200 is asked for"),
+        (
+            ("--learning_rate", "1e-3", "--results_dir", str(tmp_path / "new"), "--train_seeds", "1"),
+            "learning_rate differ",
+        ),
     ):
         refused = ablate(*flags)
         assert refused.returncode != 0 and message in refused.stderr

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python train_scripts/ablate.py --jobs 4 --mixed_precision bf16 --output_dir runs/ladder-16
 
 Each row of `--ladder` is a U-Net, trained by `train_unconditional.py` and judged by `evaluate.py`, on the same images
-in the same order, with the same noise. Run the same command again to go on: what is finished is not run again. Several
+in the same order, with the same noise. Run the same command again to go on: what `--results_dir` has is not run again,
+on whatever machine it was made, so that a row or a seed can be added to results that came with a clone. Several
 `--train_seeds` give means and standard deviations.
 """
 
@@ -53,7 +54,7 @@ class AblateArguments:
     # output
     output_dir: str = arg("ablation", "folder of the trainings")
     results_dir: str | None = arg(
-        None, "folder of what is kept: a JSON a row, table and pictures; in --output_dir by default"
+        None, "folder of what is kept: JSON and samples of each row, table and pictures; in --output_dir by default"
     )
     pictured: list[str] = field(
         default_factory=lambda: ["baseline", "guide", "default", "stock"], metadata={"help": "rows in the spectra"}
@@ -68,33 +69,31 @@ def main(args: AblateArguments) -> None:
     for name in names:
         if name not in unet_configs:
             raise ValueError(f"`--rows` has {name!r}; {args.ladder} has {', '.join(unet_configs)}.")
-    parameters = {name: make_unet(unet_configs[name], args.resolution, 1000).num_parameters() for name in names}
-    trainings = [(name, seed) for seed in args.train_seeds for name in names]
-    for name, seed in trainings:
-        check_finished(args, name, seed, unet_configs[name])
+    unets = {name: make_unet(unet_configs[name], args.resolution, 1000) for name in names}
+    rows = {name: open_row(args, name, unet_configs[name], unets[name].num_parameters()) for name in names}
+    todo = [(name, seed) for seed in args.train_seeds for name in names if str(seed) not in rows[name]["seeds"]]
+    for name, seed in todo:
+        check_training(args, name, seed, unets[name].config)
 
+    results_dir = results_folder(args)
+    results_dir.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         waiting = {
-            pool.submit(train_and_evaluate, args, name, seed, unet_configs[name]): name for name, seed in trainings
+            pool.submit(train_and_evaluate, args, name, seed, unet_configs[name]): (name, seed) for name, seed in todo
         }
         try:
             for done in tqdm(as_completed(waiting), total=len(waiting), desc="Trainings"):
                 done.result()
+                name, seed = waiting[done]
+                keep(results_dir, rows[name], seed, run_folder(args, name, seed))
         except BaseException:
             pool.shutdown(cancel_futures=True)  # those that run are let to their end
             raise
 
-    results_dir = Path(args.results_dir or args.output_dir)
-    results_dir.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in names:
-        row = collect(args, name, unet_configs[name], parameters[name])
-        write_text(results_dir / f"{name}.json", json.dumps(row, indent=2) + "\n")
-        rows.append(row)
+    kept = [results_dir / f"{name}.json" for name in unet_configs]
+    rows = [json.loads(path.read_text()) for path in kept if path.is_file()]
     write_text(results_dir / "table.md", markdown(rows) + "\n")
-    strips = {
-        name: first_row(run_folder(args, name, args.train_seeds[0]) / "evaluation" / "grid.png") for name in names
-    }
+    strips = {row["name"]: Image.open(results_dir / f"{row['name']}.png") for row in rows}
     write_file(results_dir / "grids.png", lambda path: plot_rows(strips, path))
     write_spectra(results_dir, [row for row in rows if row["name"] in args.pictured])
     print((results_dir / "table.md").read_text())
@@ -118,6 +117,10 @@ def read_ladder(path: Path) -> dict[str, dict]:
     return {name: resolve(name) for name in rows}
 
 
+def results_folder(args: AblateArguments) -> Path:
+    return Path(args.results_dir or args.output_dir)
+
+
 def run_folder(args: AblateArguments, name: str, seed: int) -> Path:
     return Path(args.output_dir, name, f"seed-{seed}")
 
@@ -135,30 +138,44 @@ def training_arguments(args: AblateArguments, name: str, seed: int) -> dict:
     }
 
 
-def check_finished(args: AblateArguments, name: str, seed: int, unet_config: dict) -> None:
-    """ValueError where a training that is there is another than was asked for."""
+def open_row(args: AblateArguments, name: str, unet_config: dict, num_parameters: int) -> dict:
+    """What is kept of a row, or a new one; ValueError where what is kept was made otherwise."""
+    training = training_arguments(args, name, args.train_seeds[0])
+    del training["seed"], training["dataset_name"]
+    sampling = {key: getattr(args, key) for key in ("num_images", "scheduler", "num_inference_steps")}
+    settings = {"unet_config": unet_config, "training": training, "sampling": sampling}
+    path = results_folder(args) / f"{name}.json"
+    if not path.is_file():
+        return {"name": name, "num_parameters": num_parameters, **settings, "seeds": {}}
+    row = json.loads(path.read_text())
+    for key, values in json.loads(json.dumps(settings)).items():
+        differ = [k for k in values | row[key] if values.get(k) != row[key].get(k)]
+        if differ:
+            raise ValueError(
+                f"{path} was made with {show_some(row[key], differ)}, and {show_some(values, differ)} is asked for:"
+                " choose another `--results_dir`."
+            )
+    return row
+
+
+def show_some(values: dict, keys: list[str]) -> str:
+    return ", ".join(f"`{key}` {values.get(key, 'not given')}" for key in keys)
+
+
+def check_training(args: AblateArguments, name: str, seed: int, unet: dict) -> None:
+    """ValueError where a training that is there, finished or not, is another than was asked for."""
     path = run_folder(args, name, seed) / "run.json"
     if not path.is_file():
         return
     run = json.loads(path.read_text())
     asked = {key: value for key, value in training_arguments(args, name, seed).items() if key != "dataset_name"}
-    made = make_unet(unet_config, args.resolution, 1000).config
-    unet = {key: value for key, value in json.loads(json.dumps(made)).items() if not key.startswith("_")}
+    unet = {key: value for key, value in json.loads(json.dumps(unet)).items() if not key.startswith("_")}
     differences = [key for key, value in asked.items() if run["arguments"][key] != value]
     differences += [key for key, value in unet.items() if run["unet"].get(key) != value]
     if differences:
         raise ValueError(
             f"{path.parent} is of another training: {', '.join(differences)} differ. Choose another `--output_dir`."
         )
-    path = run_folder(args, name, seed) / "evaluation" / "evaluation.json"
-    if path.is_file():
-        record = json.loads(path.read_text())
-        for key in ("num_images", "num_inference_steps", "mixed_precision"):
-            if record[key] != getattr(args, key):
-                raise ValueError(
-                    f"{path} was measured with `{key}` {record[key]}, not {getattr(args, key)}: remove it to measure"
-                    " again."
-                )
 
 
 def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config: dict) -> None:
@@ -169,21 +186,20 @@ def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config:
         flags |= {"unet_config": json.dumps(unet_config), "logger": "none", "output_dir": folder}
         flags |= {"checkpointing_steps": 1000, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
         run("train_unconditional.py", flags, args.accelerate_config, folder.with_suffix(".train.log"))
-    if not (folder / "evaluation" / "evaluation.json").is_file():
-        flags = {
-            "model": folder,
-            "name": name,
-            "dataset_name": args.dataset_name,
-            **({"dataset_id": args.dataset_id} if args.dataset_id else {}),
-            "num_images": args.num_images,
-            "scheduler": args.scheduler,
-            "num_inference_steps": args.num_inference_steps,
-            "mixed_precision": args.mixed_precision,
-            "feature_extractor": args.feature_extractor,
-            "output_dir": folder / "evaluation",
-            "overwrite": True,  # what was killed before its end
-        }
-        run("evaluate.py", flags, args.accelerate_config, folder.with_suffix(".evaluate.log"))
+    flags = {
+        "model": folder,
+        "name": name,
+        "dataset_name": args.dataset_name,
+        **({"dataset_id": args.dataset_id} if args.dataset_id else {}),
+        "num_images": args.num_images,
+        "scheduler": args.scheduler,
+        "num_inference_steps": args.num_inference_steps,
+        "mixed_precision": args.mixed_precision,
+        "feature_extractor": args.feature_extractor,
+        "output_dir": folder / "evaluation",
+        "overwrite": True,  # what was killed before its end
+    }
+    run("evaluate.py", flags, args.accelerate_config, folder.with_suffix(".evaluate.log"))
 
 
 def run(script: str, flags: dict, accelerate_config: str, log: Path) -> None:
@@ -206,35 +222,25 @@ def run(script: str, flags: dict, accelerate_config: str, log: Path) -> None:
         )
 
 
-def collect(args: AblateArguments, name: str, unet_config: dict, num_parameters: int) -> dict:
-    """A row's trainings and evaluations, of all seeds that there are, with the means of their figures."""
-    folders = sorted(Path(args.output_dir, name).glob("seed-*/evaluation"))
-    seeds = {}
-    for folder in folders:
-        log = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
-        speeds = [
-            json.loads(line)["images_per_second"] for line in (folder.parent / "speed.jsonl").read_text().splitlines()
-        ]
-        record = json.loads((folder / "evaluation.json").read_text())
-        seeds[folder.parent.name.removeprefix("seed-")] = {
-            "steps": log[-1]["step"],
-            "loss": statistics.fmean(line["loss"] for line in log[-20:]),
-            "images_per_second": statistics.median(speeds),
-            **{key: value for key, value in record.items() if key not in ("per_seed", "name")},
-        }
-    figures = [take_means(seed["figures"]) for seed in seeds.values()]
-    training = training_arguments(args, name, args.train_seeds[0])
-    del training["seed"], training["dataset_name"]
-    return {
-        "name": name,
-        "unet_config": unet_config,
-        "num_parameters": num_parameters,
-        "training": training,
-        "figures": mean_and_sd(figures),
-        "loss": mean_and_sd([seed["loss"] for seed in seeds.values()]),
-        "images_per_second": mean_and_sd([seed["images_per_second"] for seed in seeds.values()]),
-        "seeds": seeds,
+def keep(results_dir: Path, row: dict, seed: int, folder: Path) -> None:
+    """Add a training and its evaluation to the row, with the means over its seeds, and write it."""
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    speeds = [json.loads(line)["images_per_second"] for line in (folder / "speed.jsonl").read_text().splitlines()]
+    record = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    row["seeds"][str(seed)] = {
+        "steps": log[-1]["step"],
+        "loss": statistics.fmean(line["loss"] for line in log[-20:]),
+        "images_per_second": statistics.median(speeds),
+        **{key: value for key, value in record.items() if key not in ("per_seed", "name")},
     }
+    row["seeds"] = seeds = dict(sorted(row["seeds"].items(), key=lambda item: int(item[0])))
+    row["figures"] = mean_and_sd([take_means(entry["figures"]) for entry in seeds.values()])
+    for key in ("loss", "images_per_second"):
+        row[key] = mean_and_sd([entry[key] for entry in seeds.values()])
+    if next(iter(seeds)) == str(seed):
+        strip = first_row(folder / "evaluation" / "grid.png")
+        write_file(results_dir / f"{row['name']}.png", lambda path: strip.save(path, optimize=True))
+    write_text(results_dir / f"{row['name']}.json", json.dumps(row, indent=2) + "\n")
 
 
 def take_means(figures: dict | None):
