@@ -259,7 +259,6 @@ def markdown(rows: list[dict]) -> str:
                 "": row["name"],
                 "seeds": len(row["seeds"]),
                 "parameters": f"{row['num_parameters'] / 1e6:.2f} M",
-                "images/s": f"{row['images_per_second']['mean']:.0f}",
                 "loss": f"{row['loss']['mean']:.4f}",
             },
             row["figures"],
