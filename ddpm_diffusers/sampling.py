@@ -52,13 +52,13 @@ def sample_images(
     for turn in tqdm(range(rounds), desc="Batches", disable=not (progress and state.is_main_process)):
         first = (turn * state.num_processes + state.process_index) * batch_size
         generators = [torch.Generator().manual_seed(seed + i) for i in range(first, first + batch_size)]
-        images = pipe(batch_size, num_inference_steps, generators, output_type="pt").images
-        finite.append(images.isfinite().all())
-        batches.append((images * 255).round().to(torch.uint8))  # (B, C, H, W)
+        latents = pipe(batch_size, num_inference_steps, generators, output_type="latent").images  # (B, C, H, W)
+        finite.append(latents.isfinite().all())  # clamping would hide infinity
+        batches.append(((latents / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
     if not gather(torch.stack(finite)).all():
         raise NotFiniteError(
-            f"{type(pipe.scheduler).__name__} made images with NaN in {num_inference_steps} steps. Try other steps,"
-            " DDPM and float32; if they give NaN, too, the training has diverged: lower its learning rate."
+            f"{type(pipe.scheduler).__name__} made images with NaN or infinity in {num_inference_steps} steps. Try"
+            " other steps, DDPM and float32; if they do, too, the training has diverged: lower its learning rate."
         )
     images = torch.stack(batches)  # (rounds, B, C, H, W)
     images = gather(images).unflatten(0, (state.num_processes, rounds)).transpose(0, 1)

@@ -47,10 +47,17 @@ def test_the_ladder_leads_from_the_guides_baseline_to_its_network_to_the_default
     # each rung and each row of the default less one is another network
     networks = [tuple(config_of(row).items()) for name, row in ladder.items() if name != "stock"]
     assert len(set(networks)) == len(networks)
+    without = set()
     for name, row in ladder.items():
         if name.startswith("no_"):
             changed = {key for key, value in config_of(row).items() if value != config_of({})[key]}
             assert changed and len(changed - {"time_embedding_dim"}) == 1, name
+            without |= changed
+    # the resnet blocks came last: without them and their own numbers of layers the default is the rung before
+    last = {key for key, value in config_of(ladder["time_every_block"]).items() if value != config_of({})[key]}
+    assert last == {"block_type", "down_layers_per_block", "up_layers_per_block"}
+    switches = set(config_of({})) - {"sample_size", "in_channels", "out_channels", "block_out_channels"}
+    assert switches - {"norm_num_groups", "num_train_timesteps"} == without | last
 
 
 def test_a_ladder_that_cannot_be_climbed_is_refused(script, tmp_path):
@@ -64,7 +71,8 @@ def test_a_ladder_that_cannot_be_climbed_is_refused(script, tmp_path):
     path.write_text("a: {widths: 3}\n")
     for flags, message in (
         ([], "'widths'.*no arguments of OptimizedUNet2DModel"),
-        (["--rows", "b"], "has 'b'; .*has a"),
+        (["--rows", "b"], "no row 'b'; .*has a"),
+        (["--rows", "a", "a"], r"`--rows` is \['a', 'a'\]; it must hold different ones"),
     ):
         argv = ["--ladder", str(path), "--output_dir", str(tmp_path / "runs"), *flags]
         with pytest.raises(ValueError, match=message):
@@ -119,7 +127,15 @@ def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(tmp_pat
         assert again["seeds"]["0"]["figures"] == row["seeds"]["0"]["figures"]
         assert again["figures"]["train"]["hf_db"]["sd"] > 0 and set(again["seeds"]) == {"0", "1"}
 
+    # a row that cannot be trained does not keep the others from their end
+    (tmp_path / "runs" / "other" / "seed-0" / "unet").mkdir(parents=True)
+    failed = ablate("--rows", "other", "default", "--train_seeds", "0", "2")
+    assert failed.returncode != 0 and "train_unconditional.py ended with status 1, its log" in failed.stderr
+    assert "is not empty" in failed.stderr and "| default | 3 |" in failed.stdout
+
     for flags, message in (
+        (("--num_inference_steps", "0"), "num_inference_steps"),
+        (("--num_images", "96"), "more than the 96 features"),
         (("--learning_rate", "1e-3"), "made with `learning_rate` 0.002, and `learning_rate` 0.001 is asked for"),
         (("--num_images", "200"), "made with `num_images` 150, and `num_images` 200 is asked for"),
         (

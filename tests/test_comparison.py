@@ -112,7 +112,7 @@ def test_samples_that_are_not_finite_are_left_out_and_the_others_measured(tiny_p
     records = compare_schedulers(tiny_pipe, [overflows, "ddim"], evaluations=(3,), num_images=2)
     assert [record["name"] for record in records] == ["ddim"]
     left_out = "Left out: kdpm2_ancestral:timestep_spacing=linspace, 3 evaluations: "
-    assert f"{left_out}KDPM2AncestralDiscreteScheduler made images with NaN in 2 steps" in caplog.text
+    assert f"{left_out}KDPM2AncestralDiscreteScheduler made images with NaN or infinity in 2 steps" in caplog.text
 
 
 def test_the_pipeline_has_its_scheduler_back_after_an_error(tiny_pipe, calls):
@@ -189,9 +189,9 @@ def test_each_of_many_schedulers_has_a_line_of_its_own(tmp_path):
 
 def test_spectra_are_drawn_without_frequency_0(tmp_path):
     curves = {"real": [0.0, 5.0, 1.0], "ddim": [0.0, 4.0, 2.0]}
-    plot_spectra(curves, tmp_path / "a.png", "radius")
-    plot_spectra({name: [7.0, *values[1:]] for name, values in curves.items()}, tmp_path / "b.png", "radius")
-    plot_spectra({**curves, "ddim": [0.0, 4.0, 3.0]}, tmp_path / "c.png", "radius")
+    plot_spectra(curves, tmp_path / "a.png", "radial")
+    plot_spectra({name: [7.0, *values[1:]] for name, values in curves.items()}, tmp_path / "b.png", "radial")
+    plot_spectra({**curves, "ddim": [0.0, 4.0, 3.0]}, tmp_path / "c.png", "radial")
     a, b, c = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in "abc")
     assert np.array_equal(a, b) and not np.array_equal(a, c) and min(a.shape[:2]) > 400
 
@@ -300,6 +300,11 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
     with pytest.raises(ValueError, match=r"holds another comparison \(weights: .*; seeds: \[0\] there, \[1\] here\)"):
         run("--seeds", "1")
     assert json.loads((out / "comparison.json").read_text())["records"][0]["seeds"] == [0]
+
+    (out / "samples" / "mine.png").write_bytes(b"")
+    run("--seeds", "1", "--schedulers", "ddim", "--evaluations", "3", "--ddpm_steps", "0", "--overwrite")
+    assert [record["seeds"] for record in json.loads((out / "comparison.json").read_text())["records"]] == [[1]]
+    assert {path.name for path in (out / "samples").iterdir()} == {"mine.png", "ddim-3.png"}
 
 
 def test_schedulers_are_given_with_options_of_any_type(script):

@@ -81,8 +81,11 @@ def test_statistics_are_computed_once_for_an_images_content_and_an_extractor(ext
     other = FourNumbers(seed=1)
     by_other = Statistics.cached(garments(40), other.extractor(tmp_path), tmp_path)
     assert other.images == 40 and not torch.equal(by_other.features, made.features)
+    other.extra_repr = lambda: "image_size=32"  # the same weights, and images that go in otherwise
+    Statistics.cached(garments(40), other.extractor(tmp_path), tmp_path)
+    assert other.images == 40
     cached = [file.name for file in (tmp_path / "ddpm-diffusers").iterdir()]
-    assert len(cached) == 3 and all(name.endswith(".safetensors") for name in cached)
+    assert len(cached) == 4 and all(name.endswith(".safetensors") for name in cached)
 
 
 @pytest.mark.parametrize("kept", [0, 100, -1])
@@ -127,6 +130,17 @@ def test_fewer_images_have_a_floor_of_their_own_and_precision_of_as_many_real_on
     assert figures["floor"] == floor
     found = figures["test"]["precision"], figures["test"]["recall"]
     assert found == precision_recall(sixty, extract_features(extractor, samples))
+
+
+def test_more_samples_than_test_images_are_compared_with_the_floor_by_as_many(extractor):
+    reference = Reference(garment_images(400), garment_images(40, seed=1), extractor)
+    samples = garment_images(400, seed=2)
+    figures = evaluate_images(samples, reference)
+    as_many = samples[[round(i * 399 / 39) for i in range(40)]]
+    fewer = evaluate_images(as_many, reference)
+    assert figures["to_floor"]["frechet_distance"] == pytest.approx(fewer["to_floor"]["frechet_distance"])
+    ratio = figures["train"]["frechet_distance"] / figures["floor"]["frechet_distance"]
+    assert ratio < figures["to_floor"]["frechet_distance"] / 1.5  # what it would be of unequal numbers
 
 
 def test_statistics_do_not_depend_on_how_many_images_are_read_at_a_time(extractor, monkeypatch):

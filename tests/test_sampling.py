@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_diffusers.sampling import sample_images, to_pil
+from ddpm_diffusers.sampling import NotFiniteError, sample_images, to_pil
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +34,15 @@ def test_colour_keeps_its_channels():
     images = to_pil(pixels)
     assert [image.mode for image in images] == ["RGB", "RGB"]
     assert images[1].getpixel((2, 1)) == tuple(pixels[1, :, 1, 2].tolist())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_an_error(tiny_pipe, value):
+    tiny_pipe.scheduler.config.clip_sample = False
+    with torch.no_grad():
+        tiny_pipe.unet.out_block.layers[-1].bias.fill_(value)
+    with pytest.raises(NotFiniteError, match="DDPMScheduler made images with NaN or infinity in 1 steps"):
+        sample_images(tiny_pipe, 2, 1)
 
 
 @pytest.mark.parametrize("name", ["num_images", "batch_size"])

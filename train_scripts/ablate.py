@@ -9,6 +9,7 @@ on whatever machine it was made, so that a row or a seed can be added to results
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -18,17 +19,21 @@ from pathlib import Path
 
 import yaml
 from arguments import arg, parse_arguments
+from diffusers import DDPMScheduler, ModelMixin
 from PIL import Image
-from run_folder import write_file, write_text
-from tables import figures_table
+from run_folder import lock, write_file, write_text
+from tables import caption, figures_table
 from tqdm.auto import tqdm
 from unets import make_unet
 
-from ddpm_diffusers.evaluation import FASHION_MNIST
-from ddpm_diffusers.evaluation.plots import plot_rows, plot_spectra
-from ddpm_diffusers.evaluation.protocol import mean_and_sd
+from ddpm_diffusers import make_scheduler
+from ddpm_diffusers.evaluation import FASHION_MNIST, load_feature_extractor
+from ddpm_diffusers.evaluation.plots import FREQUENCIES, plot_rows, plot_spectra
+from ddpm_diffusers.evaluation.protocol import check_count, mean_and_sd
+from ddpm_diffusers.schedulers import count_evaluations
 
 SCRIPTS = Path(__file__).parent
+PICTURED = ("baseline", "guide", "default", "stock")
 
 
 @dataclass
@@ -56,47 +61,65 @@ class AblateArguments:
     results_dir: str | None = arg(
         None, "folder of what is kept: JSON and samples of each row, table and pictures; in --output_dir by default"
     )
-    pictured: list[str] = field(
-        default_factory=lambda: ["baseline", "guide", "default", "stock"], metadata={"help": "rows in the spectra"}
+    pictured: list[str] | None = field(
+        default=None,
+        metadata={"help": f"rows in the spectra; by default, of those that there are, {', '.join(PICTURED)}"},
     )
     jobs: int = arg(1, "trainings at a time")
     accelerate_config: str = arg(str(SCRIPTS / "accelerate" / "cpu.yaml"), "of each training")
+
+    def __post_init__(self):
+        for name in ("rows", "train_seeds"):
+            values = getattr(self, name)
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise ValueError(f"`--{name}` is {values}; it must hold different ones.")
+        if self.jobs < 1:
+            raise ValueError(f"`--jobs` is {self.jobs}; it must be at least 1.")
 
 
 def main(args: AblateArguments) -> None:
     unet_configs = read_ladder(Path(args.ladder))
     names = args.rows or list(unet_configs)
-    for name in names:
+    pictured = args.pictured or [name for name in PICTURED if name in unet_configs]
+    for name in (*names, *pictured):
         if name not in unet_configs:
-            raise ValueError(f"`--rows` has {name!r}; {args.ladder} has {', '.join(unet_configs)}.")
-    unets = {name: make_unet(unet_configs[name], args.resolution, 1000) for name in names}
-    rows = {name: open_row(args, name, unet_configs[name], unets[name].num_parameters()) for name in names}
+            raise ValueError(f"There is no row {name!r}; {args.ladder} has {', '.join(unet_configs)}.")
+    unets = {name: make_unet(config, args.resolution, 1000) for name, config in unet_configs.items()}
+    extractor = load_feature_extractor(args.feature_extractor)
+    check_count(args.num_images, extractor)
+    count_evaluations(make_scheduler(args.scheduler, DDPMScheduler()), args.num_inference_steps)  # refuses bad ones
+    settings = {**settings_of(args), "feature_extractor": {"name": extractor.name, "digest": extractor.digest}}
+    results_dir = Path(args.results_dir or args.output_dir)
+    folder_lock = lock(results_dir)
+    rows = {name: open_row(results_dir, name, unets[name], settings) for name in unet_configs}
     todo = [(name, seed) for seed in args.train_seeds for name in names if str(seed) not in rows[name]["seeds"]]
     for name, seed in todo:
-        check_training(args, name, seed, unets[name].config)
+        check_training(args, name, seed, rows[name])
 
-    results_dir = results_folder(args)
-    results_dir.mkdir(parents=True, exist_ok=True)
+    failures = []
     with ThreadPoolExecutor(args.jobs) as pool:
         waiting = {
             pool.submit(train_and_evaluate, args, name, seed, unet_configs[name]): (name, seed) for name, seed in todo
         }
         try:
             for done in tqdm(as_completed(waiting), total=len(waiting), desc="Trainings"):
-                done.result()
                 name, seed = waiting[done]
-                keep(results_dir, rows[name], seed, run_folder(args, name, seed))
+                try:
+                    done.result()
+                    keep(results_dir, rows[name], seed, run_folder(args, name, seed))
+                except RuntimeError as error:  # the other rows do not wait for this one
+                    failures.append(str(error))
+                    tqdm.write(failures[-1])
         except BaseException:
             pool.shutdown(cancel_futures=True)  # those that run are let to their end
             raise
 
-    kept = [results_dir / f"{name}.json" for name in unet_configs]
-    rows = [json.loads(path.read_text()) for path in kept if path.is_file()]
-    write_text(results_dir / "table.md", markdown(rows) + "\n")
-    strips = {row["name"]: Image.open(results_dir / f"{row['name']}.png") for row in rows}
-    write_file(results_dir / "grids.png", lambda path: plot_rows(strips, path))
-    write_spectra(results_dir, [row for row in rows if row["name"] in args.pictured])
-    print((results_dir / "table.md").read_text())
+    if kept := [row for row in rows.values() if row["seeds"]]:
+        write_report(results_dir, kept, pictured)
+        print((results_dir / "table.md").read_text())
+    folder_lock.release()
+    if failures:
+        raise SystemExit("\n".join([*failures, "Run the command again to go on."]))
 
 
 def read_ladder(path: Path) -> dict[str, dict]:
@@ -117,15 +140,11 @@ def read_ladder(path: Path) -> dict[str, dict]:
     return {name: resolve(name) for name in rows}
 
 
-def results_folder(args: AblateArguments) -> Path:
-    return Path(args.results_dir or args.output_dir)
-
-
 def run_folder(args: AblateArguments, name: str, seed: int) -> Path:
     return Path(args.output_dir, name, f"seed-{seed}")
 
 
-def training_arguments(args: AblateArguments, name: str, seed: int) -> dict:
+def training_arguments(args: AblateArguments, seed: int) -> dict:
     length = {"max_train_steps": args.max_train_steps} if args.max_train_steps else {"num_epochs": args.num_epochs}
     return {
         "dataset_name": args.dataset_name,
@@ -138,40 +157,57 @@ def training_arguments(args: AblateArguments, name: str, seed: int) -> dict:
     }
 
 
-def open_row(args: AblateArguments, name: str, unet_config: dict, num_parameters: int) -> dict:
+def settings_of(args: AblateArguments) -> dict:
+    """What all rows have in common."""
+    training = training_arguments(args, seed=0)
+    del training["seed"]
+    training["dataset_name"] = args.dataset_id or args.dataset_name
+    training["num_processes"] = num_processes(args)
+    judging = {key: getattr(args, key) for key in ("num_images", "scheduler", "num_inference_steps")}
+    return {"training": training, "judging": judging}
+
+
+def num_processes(args: AblateArguments) -> int:
+    return yaml.safe_load(Path(args.accelerate_config).read_text()).get("num_processes", 1)
+
+
+def open_row(results_dir: Path, name: str, unet: ModelMixin, settings: dict) -> dict:
     """What is kept of a row, or a new one; ValueError where what is kept was made otherwise."""
-    training = training_arguments(args, name, args.train_seeds[0])
-    del training["seed"], training["dataset_name"]
-    sampling = {key: getattr(args, key) for key in ("num_images", "scheduler", "num_inference_steps")}
-    settings = {"unet_config": unet_config, "training": training, "sampling": sampling}
-    path = results_folder(args) / f"{name}.json"
+    settings = {"unet": json.loads(json.dumps(config_of(unet))), **settings}
+    path = results_dir / f"{name}.json"
     if not path.is_file():
-        return {"name": name, "num_parameters": num_parameters, **settings, "seeds": {}}
+        return {"name": name, "num_parameters": unet.num_parameters(), **settings, "seeds": {}}
     row = json.loads(path.read_text())
-    for key, values in json.loads(json.dumps(settings)).items():
-        differ = [k for k in values | row[key] if values.get(k) != row[key].get(k)]
-        if differ:
+    for part, asked in settings.items():
+        if differ := [key for key in asked | row[part] if asked.get(key) != row[part].get(key)]:
             raise ValueError(
-                f"{path} was made with {show_some(row[key], differ)}, and {show_some(values, differ)} is asked for:"
+                f"{path} was made with {show_some(row[part], differ)}, and {show_some(asked, differ)} is asked for:"
                 " choose another `--results_dir`."
             )
     return row
+
+
+def config_of(unet: ModelMixin) -> dict:
+    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
 
 def show_some(values: dict, keys: list[str]) -> str:
     return ", ".join(f"`{key}` {values.get(key, 'not given')}" for key in keys)
 
 
-def check_training(args: AblateArguments, name: str, seed: int, unet: dict) -> None:
+def check_training(args: AblateArguments, name: str, seed: int, row: dict) -> None:
     """ValueError where a training that is there, finished or not, is another than was asked for."""
     path = run_folder(args, name, seed) / "run.json"
     if not path.is_file():
         return
     run = json.loads(path.read_text())
-    asked = {key: value for key, value in training_arguments(args, name, seed).items() if key != "dataset_name"}
-    unet = {key: value for key, value in json.loads(json.dumps(unet)).items() if not key.startswith("_")}
+    asked = training_arguments(args, seed)
+    asked["global_batch_size"] = args.train_batch_size * num_processes(args)
+    if epochs := asked.pop("num_epochs", None):
+        images = int(run["arguments"]["data"].partition(" ")[0])
+        asked["max_train_steps"] = math.ceil(epochs * images / asked["global_batch_size"])
     differences = [key for key, value in asked.items() if run["arguments"][key] != value]
-    differences += [key for key, value in unet.items() if run["unet"].get(key) != value]
+    differences += [key for key, value in row["unet"].items() if run["unet"].get(key) != value]
     if differences:
         raise ValueError(
             f"{path.parent} is of another training: {', '.join(differences)} differ. Choose another `--output_dir`."
@@ -182,7 +218,7 @@ def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config:
     folder = run_folder(args, name, seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "model_index.json").is_file():
-        flags = training_arguments(args, name, seed)
+        flags = training_arguments(args, seed)
         flags |= {"unet_config": json.dumps(unet_config), "logger": "none", "output_dir": folder}
         flags |= {"checkpointing_steps": 1000, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
         run("train_unconditional.py", flags, args.accelerate_config, folder.with_suffix(".train.log"))
@@ -207,6 +243,7 @@ def run(script: str, flags: dict, accelerate_config: str, log: Path) -> None:
         sys.executable,
         "-m",
         "accelerate.commands.launch",
+        "--quiet",  # the script's own error is the last line of its log
         "--config_file",
         accelerate_config,
         SCRIPTS / script,
@@ -216,10 +253,8 @@ def run(script: str, flags: dict, accelerate_config: str, log: Path) -> None:
     with open(log, "ab") as output:
         status = subprocess.run([str(part) for part in command], stdout=output, stderr=subprocess.STDOUT).returncode
     if status:
-        tail = log.read_text(errors="replace").strip().splitlines()[-1]
-        raise SystemExit(
-            f"{script} ended with status {status}: {tail} (all of it: {log}). Run the command again to go on."
-        )
+        tail = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise RuntimeError(f"{script} ended with status {status}, its log {log} with: {' '.join(tail)}")
 
 
 def keep(results_dir: Path, row: dict, seed: int, folder: Path) -> None:
@@ -249,10 +284,19 @@ def take_means(figures: dict | None):
     return {name: take_means(figure) for name, figure in figures.items()}
 
 
+def write_report(results_dir: Path, rows: list[dict], pictured: list[str]) -> None:
+    """table.md, grids.png, radial.png and rings.png, of the rows that are kept."""
+    write_text(results_dir / "table.md", markdown(rows) + "\n")
+    strips = {row["name"]: Image.open(results_dir / f"{row['name']}.png") for row in rows}
+    write_file(results_dir / "grids.png", lambda path: plot_rows(strips, path))
+    firsts = {row["name"]: next(iter(row["seeds"].values()))["spectrum"] for row in rows}
+    for kind in FREQUENCIES:  # of the first seed
+        curves = {"real": next(iter(firsts.values()))["real"][kind]}
+        curves |= {name: spectrum["samples"][kind] for name, spectrum in firsts.items() if name in pictured}
+        write_file(results_dir / f"{kind}.png", lambda path, c=curves, k=kind: plot_spectra(c, path, k))
+
+
 def markdown(rows: list[dict]) -> str:
-    extractors = {json.dumps(seed["feature_extractor"]) for row in rows for seed in row["seeds"].values()}
-    if len(extractors) > 1:
-        raise ValueError(f"The rows were judged by different extractors, {extractors}: remove the older evaluations.")
     cells = [
         (
             {
@@ -265,22 +309,13 @@ def markdown(rows: list[dict]) -> str:
         )
         for row in rows
     ]
-    return figures_table(cells)
+    return figures_table(cells) + "\n\n" + caption(next(iter(rows[0]["seeds"].values())))
 
 
 def first_row(grid: Path) -> Image.Image:
     """The first 8 of the 64 images."""
     with Image.open(grid) as image:
         return image.crop((0, 0, image.width, image.height // 8))
-
-
-def write_spectra(results_dir: Path, rows: list[dict]) -> None:
-    """The first seed's, against the real images': around circles, and on the square rings whose last is Nyquist's."""
-    for kind, xlabel in (("radial", "radius (cycles an image)"), ("rings", "larger of |u| and |v| (cycles an image)")):
-        firsts = {row["name"]: next(iter(row["seeds"].values()))["spectrum"] for row in rows}
-        curves = {"real": next(iter(firsts.values()))["real"][kind]} if firsts else {}
-        curves |= {name: spectrum["samples"][kind] for name, spectrum in firsts.items()}
-        write_file(results_dir / f"{kind}.png", lambda path, c=curves, x=xlabel: plot_spectra(c, path, x))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ by `accelerate launch`, the processes share the sampling.
 import json
 import logging
 import re
-import shutil
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -23,11 +22,17 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from arguments import arg, parse_arguments
-from evaluation_arguments import EvaluationArguments, load_pipeline, open_reference, provenance
-from launch import check_processes
+from evaluation_arguments import (
+    EvaluationArguments,
+    load_pipeline,
+    make_accelerator,
+    open_extractor,
+    open_reference,
+    provenance,
+)
 from PIL import Image
 from run_folder import lock, write_file, write_text
-from tables import figures_table, show
+from tables import caption, figures_table, show
 
 from ddpm_diffusers import SCHEDULERS, make_scheduler
 from ddpm_diffusers.checkpointing import list_differences
@@ -74,11 +79,10 @@ class ComparisonArguments(EvaluationArguments):
 
 def main(args: ComparisonArguments) -> None:
     entries = [parse_scheduler(text) for text in args.schedulers]
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator, output_dir = make_accelerator(args), Path(args.output_dir)
     logging.basicConfig(format="%(message)s", level=logging.WARNING if accelerator.is_main_process else logging.ERROR)
     diffusers.logging.set_verbosity_error()  # what schedulers say of their own defaults, each time they are made
     warnings.filterwarnings("ignore", module="torchsde")  # of rounding in its time interval
-    check_processes(accelerator)
     pipe = load_pipeline(args.model, args.variant, accelerator)
     left_out = []
     if args.schedulers == list(SCHEDULERS):
@@ -88,14 +92,16 @@ def main(args: ComparisonArguments) -> None:
     settings = list({setting.key: setting for setting in (*yardstick, *settings)}.values())
     for record in (left_out := left_out + too_few):
         logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
-    reference = open_reference(args, accelerator, pipe.unet.config.sample_size, pipe.unet.config.out_channels)
     how = {"num_images": args.num_images, "seeds": args.seeds, "batch_size": args.batch_size}
-    comparison.check_run(pipe, reference, **how)
+    comparison.check_run(pipe, None, **how)
+    extractor = open_extractor(args, accelerator, args.num_images)
+    folder_lock = lock(output_dir) if accelerator.is_main_process else None
+    side, channels = pipe.unet.config.sample_size, pipe.unet.config.out_channels
+    reference = open_reference(args, accelerator, extractor, side, channels)
 
-    results, output_dir = None, Path(args.output_dir)
+    results = None
     defines = defining_settings(args, accelerator, pipe, reference)
     if accelerator.is_main_process:
-        folder_lock = lock(output_dir)
         results = open_results(output_dir, args, defines, left_out)
         done = [key_of(record) for record in results["records"] + results["left_out"]]
         settings = [setting for setting in settings if setting.key not in done]
@@ -159,8 +165,8 @@ def open_results(output_dir: Path, args: ComparisonArguments, defines: dict, lef
     """
     path = output_dir / RESULT
     results = {"settings": defines, "records": [], "left_out": left_out}
+    saved = json.loads(path.read_text()) if path.is_file() else {"records": []}
     if path.is_file() and not args.overwrite:
-        saved = json.loads(path.read_text())
         if differences := list_differences(saved["settings"], defines):
             raise ValueError(
                 f"`--output_dir` {output_dir} holds another comparison ({'; '.join(differences)}): give the same"
@@ -168,9 +174,9 @@ def open_results(output_dir: Path, args: ComparisonArguments, defines: dict, lef
             )
         results["records"] = saved["records"]
         results["left_out"] = left_out + [record for record in saved["left_out"] if "num_inference_steps" in record]
-    else:
-        shutil.rmtree(output_dir / "samples", ignore_errors=True)
     write_text(path, json.dumps(results, indent=2) + "\n")
+    for record in saved["records"] if args.overwrite else []:
+        (output_dir / record["samples"]).unlink(missing_ok=True)
     return results
 
 
@@ -198,7 +204,7 @@ def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yar
     yardstick = next((record for record in results["records"] if key_of(record) in yardstick_keys), None)
     if not results["records"]:
         raise ValueError(f"No scheduler could be measured: {results['left_out'][-1]['left_out']}")
-    settings, extractor = results["settings"], results["settings"]["feature_extractor"]
+    settings = results["settings"]
     shown = ([yardstick] if yardstick else []) + sorted(
         records, key=lambda record: ([label_of(r) for r in records].index(label_of(record)), record["evaluations"])
     )
@@ -206,9 +212,7 @@ def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yar
     findings = describe_best(records, yardstick)
     report = [
         f"# Schedulers for {model}",
-        f"{settings['num_images']} samples of each (seeds: {', '.join(map(str, settings['seeds']))}). Distance:"
-        f" Frechet distance to {args.train_split} of {settings['dataset']}, features of {extractor['name']}"
-        f" {extractor['digest']}.",
+        caption({**settings, "figures": shown[0]["figures"]}),
         "\n".join(f"- {line}" for line in findings),
         figures_table([(leading_cells(record, yardstick), record["figures"]) for record in shown]),
     ]

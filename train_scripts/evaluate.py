@@ -13,39 +13,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from arguments import arg, parse_arguments
 from evaluation_arguments import (
     EvaluationArguments,
     load_pipeline,
+    make_accelerator,
+    open_extractor,
     open_reference,
     provenance,
     swap_scheduler,
 )
-from launch import check_processes
-from run_folder import write_file, write_text
-from tables import figures_table
+from run_folder import lock, write_file, write_text
+from tables import caption, figures_table
 
 from ddpm_diffusers import SCHEDULERS
 from ddpm_diffusers.data import ImageArrays, decode_image, load_images
 from ddpm_diffusers.evaluation import evaluate_pipeline
 from ddpm_diffusers.evaluation.damage import DAMAGE
 from ddpm_diffusers.evaluation.plots import plot_spectra
-from ddpm_diffusers.evaluation.protocol import IMAGES_KEPT, Statistics, check_images, record_of
+from ddpm_diffusers.evaluation.protocol import IMAGES_KEPT, Statistics, check_images, check_run, record_of
 from ddpm_diffusers.grid import image_grid
-from ddpm_diffusers.hub import add_figures
+from ddpm_diffusers.hub import add_figures, is_hub_id
 from ddpm_diffusers.pipeline_pixel_diffusion import README
 from ddpm_diffusers.sampling import to_pil
+from ddpm_diffusers.schedulers import count_evaluations
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 CARD_FIGURES = {
-    "Frechet distance of classifier features": ("train", "frechet_distance"),
-    "Frechet distance, ratio to that of the test split": ("to_floor", "frechet_distance"),
-    "KID of classifier features": ("train", "kernel_distance"),
-    "precision (k=3)": ("train", "precision"),
-    "recall (k=3)": ("train", "recall"),
-    "checkerboard CB2, dB": ("train", "cb2_db"),
-    "sharpness HF, dB": ("train", "hf_db"),
+    "frechet_distance": ("Frechet distance of classifier features", "train", "frechet_distance"),
+    "frechet_distance_to_floor": ("Frechet distance, ratio to that of the test split", "to_floor", "frechet_distance"),
+    "kernel_distance": ("KID of classifier features", "train", "kernel_distance"),
+    "precision": ("precision (k=3)", "train", "precision"),
+    "recall": ("recall (k=3)", "train", "recall"),
+    "cb2_db": ("checkerboard CB2, dB", "train", "cb2_db"),
+    "hf_db": ("sharpness HF, dB", "train", "hf_db"),
 }
 
 
@@ -70,17 +71,35 @@ class EvaluateArguments(EvaluationArguments):
             raise ValueError("Give either `--model`, a pipeline, or `--images`, images in place of its samples.")
         if self.damage is not None and (self.images is None or self.damage not in DAMAGE):
             raise ValueError(f"`--damage` is {self.damage!r}; it must be one of {', '.join(DAMAGE)}, with `--images`.")
+        if not 0 <= self.damage_amount <= 1:
+            raise ValueError(f"`--damage_amount` is {self.damage_amount}; it must be in [0, 1].")
+        if self.write_card and not is_hub_id(self.dataset_id or self.dataset_name):
+            raise ValueError(
+                f"`--write_card` needs the data set's id on the Hub, which {self.dataset_id or self.dataset_name} is"
+                " not: give `--dataset_id owner/name`."
+            )
         if self.write_card and (self.model is None or not Path(self.model, README).is_file()):
             raise ValueError(f"`--write_card` needs a local `--model` with a card; {self.model} has no {README}.")
 
 
 def main(args: EvaluateArguments) -> None:
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    check_processes(accelerator)
+    accelerator, output_dir, pipe = make_accelerator(args), Path(args.output_dir), None
     if args.model is not None:
         pipe = load_pipeline(args.model, args.variant, accelerator)
         swap_scheduler(pipe, args.scheduler, args.scheduler_config)
-        reference = open_reference(args, accelerator, pipe.unet.config.sample_size, pipe.unet.config.out_channels)
+        check_run(pipe, None, args.num_images, args.seeds, args.batch_size)
+        count_evaluations(pipe.scheduler, args.num_inference_steps)  # refuses steps that it cannot take
+        count, side, channels = args.num_images, pipe.unet.config.sample_size, pipe.unet.config.out_channels
+    else:
+        images = given_images(args)  # (N, C, H, W)
+        if args.damage is not None:
+            images = DAMAGE[args.damage](images, args.damage_amount)
+        count, side, channels = len(images), images.shape[-1], images.shape[1]
+    extractor = open_extractor(args, accelerator, count)
+    folder_lock = lock(output_dir) if accelerator.is_main_process else None
+    reference = open_reference(args, accelerator, extractor, side, channels)
+
+    if pipe is not None:
         record = evaluate_pipeline(
             pipe,
             reference,
@@ -91,30 +110,26 @@ def main(args: EvaluateArguments) -> None:
             progress=True,
         )
     else:
-        images = given_images(args)  # (N, C, H, W)
-        if args.damage is not None:
-            images = DAMAGE[args.damage](images, args.damage_amount)
-        reference = open_reference(args, accelerator, images.shape[-1], images.shape[1])
         check_images(images, reference)
         record = record_of([Statistics.of_images(images, reference.extractor)], reference)
-        record["images"], pipe = images[:IMAGES_KEPT], None
+        record["images"] = images[:IMAGES_KEPT]
     if not accelerator.is_main_process:
         return
 
     name = args.name or Path(args.model or args.images).resolve().name
     kept = record.pop("images")
     record = {"name": name, **provenance(args, accelerator, pipe), **record}
-    row = figures_table([(leading_cells(record), record["figures"])])
-    grid = image_grid(to_pil(kept))
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    row = figures_table([(leading_cells(record), record["figures"])]) + "\n\n" + caption(record)
     write_text(output_dir / "row.md", row + "\n")
-    write_file(output_dir / "grid.png", grid.save)
-    curves = {"real": record["spectrum"]["real"]["radial"], name: record["spectrum"]["samples"]["radial"]}
-    write_file(output_dir / "spectrum.png", lambda path: plot_spectra(curves, path, "radius (cycles an image)"))
+    write_file(output_dir / "grid.png", image_grid(to_pil(kept)).save)
+    for kind, file in (("radial", "spectrum.png"), ("rings", "rings.png")):
+        curves = {"real": record["spectrum"]["real"][kind], name: record["spectrum"]["samples"][kind]}
+        write_file(output_dir / file, lambda path, c=curves, k=kind: plot_spectra(c, path, k))
     write_text(output_dir / "evaluation.json", json.dumps(record, indent=2) + "\n")  # the last: then all is there
     if args.write_card:
-        add_figures(Path(args.model, README), card_figures(record, args))
+        card = Path(args.model, README)
+        write_text(card, add_figures(card.read_text("utf-8"), card_figures(record, args)))
+    folder_lock.release()
     print(row)
 
 
@@ -157,7 +172,7 @@ def given_images(args: EvaluateArguments) -> torch.Tensor:
 def leading_cells(record: dict) -> dict:
     cells = {"": record["name"], "images": record["num_images"]}
     if "scheduler" in record:
-        cells |= {"scheduler": record["scheduler"], "evaluations": record["evaluations"]}
+        cells |= {"scheduler": record["scheduler"].removesuffix("Scheduler"), "evaluations": record["evaluations"]}
     return cells
 
 
@@ -176,12 +191,12 @@ def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
             "dataset_type": record["dataset"],
             "dataset_name": record["dataset"].rpartition("/")[2],
             "dataset_split": args.train_split,
-            "metric_type": name,
+            "metric_type": metric,
             "metric_name": heading,
             "metric_value": round(record["figures"][group][name]["mean"], 5),
             "metric_args": measured_with,
         }
-        for heading, (group, name) in CARD_FIGURES.items()
+        for metric, (heading, group, name) in CARD_FIGURES.items()
         if record["figures"][group][name] is not None
     ]
 

@@ -4,15 +4,19 @@ import hashlib
 import importlib.metadata
 import json
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from arguments import arg
+from launch import check_processes
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
-from ddpm_diffusers.evaluation import FASHION_MNIST, Reference, load_feature_extractor
+from ddpm_diffusers.evaluation import FASHION_MNIST, FeatureExtractor, Reference, load_feature_extractor
+from ddpm_diffusers.evaluation.protocol import check_count
 
 
 @dataclass
@@ -43,13 +47,29 @@ class EvaluationArguments:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least 1.")
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise ValueError(f"`--mixed_precision` is {self.mixed_precision!r}; it must be no, fp16 or bf16.")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"`--seeds` is {self.seeds}; it must hold different whole numbers from 0.")
         folder = Path(self.output_dir)
-        if folder.is_dir() and any(folder.iterdir()) and not self.overwrite:
+        if folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir()) and not self.overwrite:
             raise ValueError(f"`--output_dir` {folder} is not empty: choose another, or pass `--overwrite`.")
 
 
-def open_reference(args: EvaluationArguments, accelerator: Accelerator, resolution: int, channels: int) -> Reference:
+def make_accelerator(args: EvaluationArguments) -> Accelerator:
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # for one that decodes and extracts
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[waiting])
+    check_processes(accelerator)
+    return accelerator
+
+
+def open_extractor(args: EvaluationArguments, accelerator: Accelerator, num_images: int) -> FeatureExtractor:
     extractor = load_feature_extractor(args.feature_extractor).to(accelerator.device)
+    check_count(num_images, extractor)
+    return extractor
+
+
+def open_reference(
+    args: EvaluationArguments, accelerator: Accelerator, extractor: FeatureExtractor, resolution: int, channels: int
+) -> Reference:
     with accelerator.main_process_first():  # it fills the caches
         return Reference.of_dataset(
             args.dataset_name,

@@ -24,6 +24,24 @@ def figures_table(rows: list[tuple[dict, dict]]) -> str:
     return table((*rows[0][0], *(column[0] for column in COLUMNS)), lines)
 
 
+def caption(record: dict) -> str:
+    """What a record's figures were measured with."""
+    floor, extractor = record["figures"]["floor"], record["feature_extractor"]
+    a_seed = " a seed" if len(record.get("seeds", [])) > 1 else ""
+    lines = [
+        f"{record['num_images']:,} images{a_seed} against the train split of {record['dataset']}, by the features of"
+        f" {extractor['name']} {extractor['digest']}. As many test images, or all there are, have a distance of"
+        f" {show(floor['frechet_distance'], '.4f')} (the floor), precision {show(floor['precision'], '.3f')} and"
+        f" recall {show(floor['recall'], '.3f')}."
+    ]
+    if "scheduler" in record:
+        lines.append(
+            f"Sampled by {record['scheduler']} in {record['num_inference_steps']} steps, {record['evaluations']}"
+            f" evaluations of the network, mixed precision {record['mixed_precision']}."
+        )
+    return " ".join(lines)
+
+
 def show(figure: dict | None, form: str, unit: float = 1) -> str:
     """ "mean" or "mean ± sd", and nothing for what could not be measured."""
     if figure is None:

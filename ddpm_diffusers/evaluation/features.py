@@ -87,6 +87,9 @@ class PooledFeatures(torch.nn.Module):
         super().__init__()
         self.model, self.image_size, self.mean, self.std = model, image_size, mean, std
 
+    def extra_repr(self) -> str:  # by which cached features tell how the images went in
+        return f"image_size={self.image_size}, mean={self.mean}, std={self.std}"
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model(pixel_values=to_input(images, self.image_size, self.mean, self.std)).pooler_output.flatten(1)
 

@@ -21,8 +21,8 @@ class Features(torch.nn.Identity):
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     """|mean - mean'|^2 + tr(C + C' - 2 (C C')^1/2) of the Gaussians of the same means and covariances, at least 0.
 
-    On Inception's features it is the FID (arXiv:1706.08500, eq. 6). With N images a set it is too large by about
-    1/N of the features' variance.
+    On Inception's features it is the FID (arXiv:1706.08500, eq. 6). Of few images it is too large, the more so the
+    more features there are; the excess falls as 1/N. Compare only what was measured with the same numbers of images.
 
     Args:
         real, generated: (N, D), N of each larger than D, else the covariance is singular.
@@ -68,7 +68,7 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
     """How much of each set lies within the other's neighbourhoods (arXiv:1904.06991, eq. 1 and 2).
 
     A set's neighbourhoods are balls around its members, each as wide as the distance to its k-th nearest other member.
-    Both figures fall as a set gets more members, so compare only what was measured with the same numbers.
+    Both figures depend on the numbers of members: compare only what was measured with the same.
 
     Args:
         real, generated: (N, D), N of each larger than k.

@@ -12,6 +12,7 @@ from .comparison import distance, label_of, name_of
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
 LINES, MARKERS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "P", "X")
 REAL = "real"  # the curve to compare with
+FREQUENCIES = {"radial": "radius (cycles an image)", "rings": "larger of |u| and |v| (cycles an image)"}
 DPI = 130
 
 
@@ -56,14 +57,14 @@ def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | 
     figure.savefig(path, dpi=DPI)
 
 
-def plot_spectra(curves: Mapping[str, Sequence[float]], path: str | Path, xlabel: str) -> None:
+def plot_spectra(curves: Mapping[str, Sequence[float]], path: str | Path, kind: str) -> None:
     """Mean power by frequency, logarithmic; that of real images is the black one.
 
     Args:
-        curves: By name, "radial" or "rings" of a record's "spectrum", from frequency 0, which is not drawn: it is 0,
-            as the mean of each image is subtracted. The curve named "real" is black.
+        curves: By name, of a record's "spectrum", from frequency 0, which is not drawn: it is 0, as the mean of each
+            image is subtracted. The curve named "real" is black.
         path: Of the file; its ending is the format.
-        xlabel: What the frequencies are, such as "radius (cycles an image)".
+        kind: "radial" or "rings", whose last is where a checkerboard of period 2 shows.
     """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -72,7 +73,7 @@ def plot_spectra(curves: Mapping[str, Sequence[float]], path: str | Path, xlabel
         if name == REAL:
             style = {"color": "black", "linewidth": 2}
         axes.plot(range(1, len(values)), values[1:], marker=".", label=name, **style)
-    axes.set(yscale="log", xlabel=xlabel, ylabel="mean power")
+    axes.set(yscale="log", xlabel=FREQUENCIES[kind], ylabel="mean power")
     axes.grid(alpha=0.3, linewidth=0.6)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3)
     figure.savefig(path, dpi=DPI)

@@ -48,13 +48,13 @@ class Statistics:
         for part in parts(images):
             powers.append(power_spectrum(part) * len(part))
             features.append(extract_features(extractor, part))
-        return cls(torch.cat(features), sum(powers) / len(images))
+        return cls(torch.cat(features).cpu(), (sum(powers) / len(images)).cpu())
 
     @classmethod
     def cached(cls, images: ImageArrays, extractor: FeatureExtractor, cache_dir: str | None = None) -> "Statistics":
         """As `of_images`, computed once for these bytes, this extractor and this code."""
         code = [Path(__file__).with_name(name).read_bytes() for name in ("features.py", "spectrum.py")]
-        digest = hashlib.sha256(b"".join([extractor.digest.encode(), *code, str(images.shape).encode()]))
+        digest = hashlib.sha256(b"".join([*code, f"{extractor.digest} {extractor} {images.shape}".encode()]))
         for part in parts(images):
             digest.update(part.numpy())
         folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / "ddpm-diffusers"
@@ -131,7 +131,10 @@ class Reference:
         return cls(train, test, extractor, cache_dir)
 
     def floor(self, num_images: int) -> dict[str, float]:
-        """What test images in place of samples give against the train split: as many of them, or all there are."""
+        """What test images in place of samples give against the train split: as many of them, or all there are.
+
+        The spectrum is always that of all of them.
+        """
         count = min(num_images, len(self.test.features))
         if count not in self.floors:
             self.floors[count] = figures_against(self.train, Statistics(self.test.spread(count), self.test.power))
@@ -150,8 +153,8 @@ def evaluate_images(images: torch.Tensor, reference: Reference) -> dict[str, dic
         not the FID of Inception's), `kernel_distance`, `precision` and `recall` in [0, 1], and in dB `cb2_db`,
         `cb4_db` (checkerboards of period 2 and 4; the latter only where H is a multiple of 4) and `hf_db`
         (sharpness), 0 where the images are as the real ones, None where they have no energy there at all. "floor",
-        what as many images of the test split give against the train split. "to_floor", the ratio of "train" to
-        "floor", None where that is not above 0.
+        what as many images of the test split give against the train split, or all that it has. "to_floor", the ratio
+        of the samples' figures to it, of as many samples; None where the floor is not above 0.
 
     Raises:
         TypeError, ValueError: On images that cannot be compared, before any work.
@@ -162,8 +165,10 @@ def evaluate_images(images: torch.Tensor, reference: Reference) -> dict[str, dic
 
 def figures_of(samples: Statistics, reference: Reference) -> dict[str, dict[str, float | None]]:
     train, test = (figures_against(split, samples) for split in (reference.train, reference.test))
-    floor = reference.floor(len(samples.features))
-    to_floor = {name: train[name] / floor[name] if floor[name] > 0 else None for name in RATIOS}
+    floor, compared, most = reference.floor(len(samples.features)), train, len(reference.test.features)
+    if len(samples.features) > most:  # a distance falls with the number of images: compare equal ones
+        compared = figures_against(reference.train, Statistics(samples.spread(most), samples.power))
+    to_floor = {name: compared[name] / floor[name] if floor[name] > 0 else None for name in RATIOS}
     return {"train": train, "test": test, "floor": floor, "to_floor": to_floor}
 
 
@@ -306,11 +311,14 @@ def check_images(images: torch.Tensor, reference: Reference) -> None:
             f"The images to evaluate are {tuple(images.shape[1:])} and those of the data set {reference.image_shape},"
             " (channels, height, width); they must be the same: read the data set at the size of the images."
         )
-    if len(images) <= reference.extractor.num_features:
+    check_count(len(images), reference.extractor)
+
+
+def check_count(num_images: int, extractor: FeatureExtractor) -> None:
+    if num_images <= extractor.num_features:
         raise ValueError(
-            f"There are {len(images)} images to evaluate; there must be more than the"
-            f" {reference.extractor.num_features} features of {reference.extractor.name}, and 2,000 or more give"
-            " steady figures: sample more."
+            f"There are {num_images} images to evaluate; there must be more than the {extractor.num_features} features"
+            f" of {extractor.name}, and 2,000 or more give steady figures: sample more."
         )
 
 
