@@ -235,6 +235,7 @@ def script(monkeypatch):
     diffusers.logging.set_verbosity(verbosity)
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_settings(
     tiny_pipe, reference, extractor_folder, dataset_folder, tmp_path, script, capsys
 ):

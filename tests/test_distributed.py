@@ -81,9 +81,10 @@ def test_two_processes_follow_one(one, two):
 
 @pytest.mark.parametrize("processes, batch_size, accumulation", [
     (1, 16, 4),
-    pytest.param(2, 16, 2, marks=pytest.mark.slow),
-    pytest.param(4, 16, 1, marks=pytest.mark.slow),
+    (2, 16, 2),
+    (4, 16, 1),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_any_split_of_the_global_batch_follows(one, processes, batch_size, accumulation, tmp_path):
     flags = ["--train_batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation)]
     assert_follows(one, trained(tmp_path / "run", torchrun(processes), *HUNDRED, *flags, ACCELERATE_USE_CPU="true"))
@@ -125,10 +126,11 @@ def sharded(output_dir: Path, kind: str, *flags: str) -> Path:
     return trained(output_dir, launcher, *flags, DS_ACCELERATOR="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, flags", [
     ("fsdp", ["--mixed_precision", "no"]),
-    pytest.param("fsdp", ["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"], marks=pytest.mark.slow),
-    pytest.param("deepspeed", [], marks=[pytest.mark.slow, pytest.mark.skipif(
+    ("fsdp", ["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"]),
+    pytest.param("deepspeed", [], marks=[pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")]),
 ])  # fmt: skip
 def test_sharded_training_resumes_exactly(kind, flags, tmp_path):

@@ -212,6 +212,7 @@ def script(monkeypatch):
     return importlib.import_module("train_feature_extractor")
 
 
+@pytest.mark.slow
 def test_the_script_trains_one_that_loads_and_classifies_and_again_to_the_bit(drawn_data, tmp_path, script):
     flags = ["--dataset_name", str(drawn_data), "--resolution", "16", "--image_size", "32", "--train_batch_size", "32"]
     flags += ["--num_epochs", "4"]

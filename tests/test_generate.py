@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,7 @@ def generate(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_batch_size_and_nothing_is_overwritten(tiny_pipe, tmp_path):
     tiny_pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "generate.yaml").write_text(f"model: {tmp_path / 'model'}\nscheduler: ddim\n")

@@ -349,6 +349,7 @@ def test_what_cannot_be_a_token_is_refused_unseen(hub, client, saved, token):
     assert "hf_" not in str(error.value) and len(hub.requests) == asked
 
 
+@pytest.mark.slow
 def test_the_token_is_nowhere_but_in_its_header_and_nothing_is_a_pickle(saved, tmp_path):
     with HubServer() as hub:
         echo = HubError(403, f"Token {hub.token} may not do this")

@@ -45,6 +45,7 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_exactly(number, alo
     assert results(folder) == alone
 
 
+@pytest.mark.slow
 def test_all_processes_stop_together_when_one_is_told(tmp_path):
     folder = tmp_path / "run"
     launcher = start(folder, processes=2)
@@ -71,6 +72,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
         first.kill()
 
 
+@pytest.mark.slow
 def test_kills_change_no_bit(tmp_path):
     assert kill_and_compare(tmp_path, kills=2, processes=1, seed=0) == []
 

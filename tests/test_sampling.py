@@ -51,6 +51,7 @@ def test_numbers_below_one_are_refused(tiny_pipe, name):
         sample_images(tiny_pipe, **{"num_images": 2, "num_inference_steps": 2, "batch_size": 2, name: 0})
 
 
+@pytest.mark.slow
 def test_processes_share_the_batches_and_give_the_same_bits(tiny_pipe, tmp_path):
     tiny_pipe.save_pretrained(tmp_path / "pipe")
     expected = [np.asarray(image) for image in to_pil(sample_images(tiny_pipe, 21, 5, batch_size=4))]

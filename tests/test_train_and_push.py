@@ -67,6 +67,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_push_and_a_fresh_process_samples_the_same_bits(hub, tmp_path):
     output_dir = tmp_path / "run"
     flags = ["--output_dir", output_dir, "--train_batch_size", "16", "--hub_model_id", "user/garments",
@@ -116,6 +117,7 @@ def test_what_cannot_be_pushed_is_refused_before_any_work(flags, message, hub, t
     assert not (tmp_path / "run").exists() and "user/refused" not in hub.repos
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_loses_nothing_and_its_own_command_tries_again(hub, tmp_path):
     output_dir, env = tmp_path / "run", environment(hub, tmp_path / "home", token=True)
     hub.fault = lambda method, path: 403 if "/commit/" in path else None  # the right was taken away meanwhile
@@ -133,6 +135,7 @@ def test_a_push_that_fails_loses_nothing_and_its_own_command_tries_again(hub, tm
     assert "unet/diffusion_pytorch_model.safetensors" in hub.repos["user/late"].files
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_in_the_middle_is_tried_again(hub, tmp_path):
     broken = []
 
