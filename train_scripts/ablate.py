@@ -33,7 +33,7 @@ from ddpm_diffusers.evaluation.protocol import check_count, mean_and_sd
 from ddpm_diffusers.schedulers import count_evaluations
 
 SCRIPTS = Path(__file__).parent
-PICTURED = ("baseline", "guide", "default", "stock")
+PICTURED = ("baseline", "residual_blocks", "guide", "default", "stock")
 
 
 @dataclass

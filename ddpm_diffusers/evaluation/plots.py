@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
@@ -11,7 +12,7 @@ from .comparison import distance, label_of, name_of
 
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
 LINES, MARKERS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "P", "X")
-REAL = "real"  # the curve to compare with
+REAL = "real"  # the curve that the others are compared with
 FREQUENCIES = {"radial": "radius (cycles an image)", "rings": "larger of |u| and |v| (cycles an image)"}
 DPI = 130
 
@@ -58,22 +59,25 @@ def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | 
 
 
 def plot_spectra(curves: Mapping[str, Sequence[float]], path: str | Path, kind: str) -> None:
-    """Mean power by frequency, logarithmic; that of real images is the black one.
+    """Mean power by frequency in dB relative to that of real images, which is the line at 0.
 
     Args:
         curves: By name, of a record's "spectrum", from frequency 0, which is not drawn: it is 0, as the mean of each
-            image is subtracted. The curve named "real" is black.
+            image is subtracted. The one named "real" is what the others are compared with.
         path: Of the file; its ending is the format.
-        kind: "radial" or "rings", whose last is where a checkerboard of period 2 shows.
+        kind: "radial", whose outer half is the sharpness, or "rings", whose last is where a checkerboard of period 2
+            shows.
     """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for i, (name, values) in enumerate(sorted(curves.items(), key=lambda item: item[0] == REAL)):  # on top
+    real = np.asarray(curves[REAL])[1:]
+    axes.axhline(0, color="black", linewidth=2, label=REAL)
+    for i, (name, values) in enumerate((name, values) for name, values in curves.items() if name != REAL):
+        with np.errstate(divide="ignore"):  # no energy at all is not drawn
+            decibels = 10 * np.log10(np.asarray(values)[1:] / real)
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
-        if name == REAL:
-            style = {"color": "black", "linewidth": 2}
-        axes.plot(range(1, len(values)), values[1:], marker=".", label=name, **style)
-    axes.set(yscale="log", xlabel=FREQUENCIES[kind], ylabel="mean power")
+        axes.plot(range(1, len(values)), decibels, marker=".", label=name, **style)
+    axes.set(xlabel=FREQUENCIES[kind], ylabel="mean power relative to real images (dB)")
     axes.grid(alpha=0.3, linewidth=0.6)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3)
     figure.savefig(path, dpi=DPI)
