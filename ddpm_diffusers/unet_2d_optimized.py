@@ -231,7 +231,9 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         upsample_type (`"rearrange"` | `"conv_transpose"`): 1x1 convolution and depth to space, or a transposed 2x2
             convolution of stride 2.
         norm_num_groups, block_norm_num_groups (`int`): Groups of the norms in stem and output, and in all blocks.
-        down_layers_per_block, up_layers_per_block (`int`): Blocks of `block_type` at each level down and up.
+        down_layers_per_block, up_layers_per_block (`int` or `tuple[int, ...]`): Blocks of `block_type` down and up: at
+            each level, or level by level, the highest resolution first and the last number for all levels below it.
+            Down there may be none at a level that is not wider than the one above.
         num_train_timesteps (`int`): T.
 
     Raises:
@@ -264,8 +266,8 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         upsample_type: str = "rearrange",
         norm_num_groups: int = 8,
         block_norm_num_groups: int = 8,
-        down_layers_per_block: int = 1,
-        up_layers_per_block: int = 2,
+        down_layers_per_block: int | tuple[int, ...] = (0, 2),
+        up_layers_per_block: int | tuple[int, ...] = (1, 3),
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
@@ -312,8 +314,9 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         widths = block_out_channels[1:] if skip_type == "after_pool" else block_out_channels[:-1]
         self.down_blocks = nn.ModuleList()
         previous = first
-        for width in widths:
-            block = DownBlock(layers(previous, width, down_layers_per_block), pool(width), skip_type)
+        counts = layers_by_level(down_layers_per_block, len(widths))
+        for width, count in zip(widths, counts, strict=True):
+            block = DownBlock(layers(previous, width, count), pool(width), skip_type)
             self.down_blocks.append(block)
             previous = width
         last = block_out_channels[-1]
@@ -321,11 +324,12 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
 
         # up
         self.up_blocks = nn.ModuleList()
-        for below, width in zip(block_out_channels[:0:-1], block_out_channels[-2::-1], strict=True):
+        counts = layers_by_level(up_layers_per_block, len(widths))[::-1]
+        for below, width, count in zip(block_out_channels[:0:-1], block_out_channels[-2::-1], counts, strict=True):
             embedding = TimestepEmbedding(time_embedding_dim, below, act_fn) if time_injection == "decoder" else None
             up = upsample(2 * below if skip_type == "after_pool" else below, width)
             joined = width if skip_type == "after_pool" else 2 * width
-            block = UpBlock(up, layers(joined, width, up_layers_per_block), skip_type, embedding)
+            block = UpBlock(up, layers(joined, width, count), skip_type, embedding)
             self.up_blocks.append(block)
 
         # out
@@ -394,6 +398,12 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
+def layers_by_level(layers_per_block: int | tuple[int, ...], levels: int) -> list[int]:
+    """One number a level; the last that is given serves all levels below it."""
+    counts = [layers_per_block] if isinstance(layers_per_block, int) else list(layers_per_block)
+    return (counts + counts[-1:] * levels)[:levels]
+
+
 def check_config(config: dict) -> None:
     """ValueError with argument, value and rule for what cannot work."""
 
@@ -401,27 +411,37 @@ def check_config(config: dict) -> None:
         if not condition:
             raise ValueError(f"`{name}` is {config[name]!r}; it must {rule}.")
 
-    def positive(*values) -> bool:
-        return all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
+    def whole(*values, least: int = 1) -> bool:
+        return all(isinstance(value, int) and not isinstance(value, bool) and value >= least for value in values)
 
     for name, choices in CHOICES.items():
         check(config[name] in choices, name, f"be one of {', '.join(map(repr, choices))}")
     for name in ("in_channels", "out_channels", "time_embedding_dim", "norm_num_groups", "block_norm_num_groups",
-                 "down_layers_per_block", "up_layers_per_block", "num_train_timesteps"):  # fmt: skip
-        check(positive(config[name]), name, "be a positive integer")
+                 "num_train_timesteps"):  # fmt: skip
+        check(whole(config[name]), name, "be a positive integer")
     dim = config["time_embedding_dim"]
     check(dim % 2 == 0 and dim >= 4, "time_embedding_dim", "be even and at least 4")
 
     widths, size = config["block_out_channels"], config["sample_size"]
     is_sequence = isinstance(widths, (tuple, list))
     check(is_sequence and len(widths) > 1, "block_out_channels", "hold at least two widths, one a level")
-    check(positive(*widths), "block_out_channels", "hold positive integers")
+    check(whole(*widths), "block_out_channels", "hold positive integers")
     factor = 2 ** (len(widths) - 1)
     if size is not None:
         sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-        check(len(sides) == 2 and positive(*sides), "sample_size", "be a positive integer or (height, width)")
+        check(len(sides) == 2 and whole(*sides), "sample_size", "be a positive integer or (height, width)")
         rule = f"be divisible by {factor}, 2^(levels - 1) with the {len(widths)} levels of `block_out_channels`"
         check(sides[0] % factor == 0 and sides[1] % factor == 0, "sample_size", rule)
+    for name, least in (("down_layers_per_block", 0), ("up_layers_per_block", 1)):
+        counts = config[name] if isinstance(config[name], (tuple, list)) else [config[name]]
+        rule = f"be an integer of at least {least}, or hold such integers, the highest resolution first"
+        check(len(counts) > 0 and whole(*counts, least=least), name, rule)
+    entering = widths[:-1] if config["skip_type"] == "after_pool" else (widths[0], *widths[:-2])
+    leaving = widths[1:] if config["skip_type"] == "after_pool" else widths[:-1]
+    counts = layers_by_level(config["down_layers_per_block"], len(leaving))
+    for entered, left, count in zip(entering, leaving, counts, strict=True):
+        check(count > 0 or entered == left, "down_layers_per_block",
+              f"be at least 1 at each level whose width changes, {entered} to {left}")  # fmt: skip
     if config["norm_type"] == "group":
         for name, normalized in (("norm_num_groups", widths[:1]), ("block_norm_num_groups", widths)):
             rule = f"divide the widths that it normalizes, {tuple(normalized)} of `block_out_channels`"

@@ -16,7 +16,8 @@ diffusers.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", Path(__file__).parents[2] / "shared" / "fashion_mnist"))
-TINY = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "block_norm_num_groups": 4}
+TINY = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "block_norm_num_groups": 4,
+        "down_layers_per_block": 1, "up_layers_per_block": 2}  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="session")
