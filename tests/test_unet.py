@@ -150,9 +150,11 @@ def test_every_switch_alone_trains_every_parameter_and_changes_the_network(name)
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (16, 8), (28, 28), (4, 20)])
-@pytest.mark.parametrize(
-    "config", [{}, {"block_type": "conv", "skip_type": "after_pool", "time_injection": "decoder"}]
-)
+@pytest.mark.parametrize("config", [
+    {},
+    {"down_layers_per_block": (0, 2), "up_layers_per_block": (1, 3)},
+    {"block_type": "conv", "skip_type": "after_pool", "time_injection": "decoder"},
+])  # fmt: skip
 def test_any_size_channels_levels_and_batch(config, height, width):
     model = make(**config, block_out_channels=(4, 8, 8), in_channels=3, out_channels=6, sample_size=None)
     for batch in (1, 3):
@@ -188,6 +190,22 @@ def test_pooling_and_upsampling_rearrange_as_torch_does():
     x = torch.randn(2, 8, 4, 6)
     assert torch.equal(pool(x), F.pixel_unshuffle(x, 2))
     assert torch.equal(RearrangeUpsample(8, 8).rearrange(pool(x)), x)
+
+
+@pytest.mark.parametrize("skip_type", ["before_pool", "after_pool"])
+@pytest.mark.parametrize("down, up, expected_down, expected_up", [
+    (1, 2, [1, 1, 1], [2, 2, 2]),
+    ((0, 2), (1, 3), [0, 2, 2], [3, 3, 1]),
+    ([2, 1, 0, 5], [3, 2, 1, 5], [2, 1, 0], [1, 2, 3]),
+])  # fmt: skip
+def test_layers_level_by_level(skip_type, down, up, expected_down, expected_up):
+    widths = {"before_pool": (8, 16, 16, 16), "after_pool": (8, 8, 16, 16)}[skip_type]
+    layers = {"down_layers_per_block": down, "up_layers_per_block": up}
+    model = make(**layers, skip_type=skip_type, block_out_channels=widths)
+    assert [len(block.layers) for block in model.down_blocks] == expected_down
+    assert [len(block.layers) for block in model.up_blocks] == expected_up  # the lowest resolution comes first
+    sample, timestep = inputs()
+    assert model(sample, timestep).sample.shape == sample.shape
 
 
 def test_a_timestep_may_be_a_number_a_scalar_or_one_a_sample():
@@ -356,7 +374,10 @@ def test_the_checkpoint_of_an_older_version_still_loads():
         ({"norm_num_groups": 3}, r"`norm_num_groups` is 3; it must divide .* \(8,\)"),
         ({"in_channels": 0}, "`in_channels` is 0; it must be a positive integer"),
         ({"out_channels": 1.0}, "`out_channels` is 1.0; it must be a positive integer"),
-        ({"up_layers_per_block": -1}, "`up_layers_per_block` is -1"),
+        ({"up_layers_per_block": -1}, "`up_layers_per_block` is -1; it must be an integer of at least 1"),
+        ({"up_layers_per_block": (1, 0)}, r"`up_layers_per_block` is \(1, 0\); it must be an integer of at least 1"),
+        ({"down_layers_per_block": ()}, r"`down_layers_per_block` is \(\); it must .* hold such integers"),
+        ({"down_layers_per_block": 0, "skip_type": "after_pool"}, "at each level whose width changes, 8 to 16"),
         ({"time_embedding_dim": 7}, "`time_embedding_dim` is 7; it must be even"),
         ({"time_embedding_dim": 2}, "`time_embedding_dim` is 2; it must be even and at least 4"),
         ({"sample_size": 9}, r"`sample_size` is 9; it must be divisible by 2, 2\^\(levels - 1\)"),
