@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import TINY
 from diffusers import DiffusionPipeline, UNet2DModel
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -277,6 +278,12 @@ def test_figures_in_the_card_of_a_finished_run_outlive_the_same_command(train):
     assert (output_dir / "README.md").read_text() == card and "2.5" in card
 
 
+def test_the_card_names_the_data_set_of_the_hub_that_a_local_one_is_a_copy_of(train):
+    card = ModelCard((train("--dataset_id", "owner/garments") / "README.md").read_text())
+    assert card.data.datasets == ["owner/garments"]
+    assert "Trained on [owner/garments](https://huggingface.co/datasets/owner/garments)." in card.text
+
+
 def test_what_is_overwritten_does_not_pass_for_the_new_run(train):
     output_dir = train("--validation_steps", "1")
     with pytest.raises(SystemExit):
@@ -342,6 +349,7 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
     (["--unet_config", '{"_class_name": "Transformer2DModel"}'], "must be one of OptimizedUNet2DModel, UNet2DModel"),
     (["--unet_config", "missing.json"], "`--unet_config` is 'missing.json', which is no file"),
     (["--dataset_name", "no/such/folder"], "cannot be read.*synthetic-fashion"),
+    (["--dataset_id", "owner/a/b"], "`--dataset_id` is 'owner/a/b'; it must be owner/name on the Hub"),
     (["--resume_from_checkpoint", "nowhere"], "is no complete checkpoint: it has no manifest.json"),
     (["--unet_config", '{"in_channels": 3}'], "are 3 and 1; both must be 1"),
     (["--unet_config", "{3}"], "is no JSON"),

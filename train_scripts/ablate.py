@@ -217,8 +217,9 @@ def check_training(args: AblateArguments, name: str, seed: int, row: dict) -> No
 def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config: dict) -> None:
     folder = run_folder(args, name, seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    dataset_id = {"dataset_id": args.dataset_id} if args.dataset_id else {}
     if not (folder / "model_index.json").is_file():
-        flags = training_arguments(args, seed)
+        flags = training_arguments(args, seed) | dataset_id
         flags |= {"unet_config": json.dumps(unet_config), "logger": "none", "output_dir": folder}
         flags |= {"checkpointing_steps": 1000, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
         run("train_unconditional.py", flags, args.accelerate_config, folder.with_suffix(".train.log"))
@@ -226,7 +227,7 @@ def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config:
         "model": folder,
         "name": name,
         "dataset_name": args.dataset_name,
-        **({"dataset_id": args.dataset_id} if args.dataset_id else {}),
+        **dataset_id,
         "num_images": args.num_images,
         "scheduler": args.scheduler,
         "num_inference_steps": args.num_inference_steps,

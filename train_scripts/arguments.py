@@ -10,6 +10,8 @@ import yaml
 from trackers import TRACKERS
 from transformers import HfArgumentParser
 
+from ddpm_diffusers.hub import is_hub_id
+
 # what must not change between a checkpoint and the run that goes on from it; the first three are made by the script
 DEFINES_THE_RUN = (
     "data", "global_batch_size", "mixed_precision", "resolution", "random_flip", "prediction_type", "ddpm_num_steps",
@@ -29,6 +31,7 @@ class TrainingArguments:
         "zalando-datasets/fashion_mnist", "Hub name, local folder, or synthetic-fashion (built in)"
     )
     dataset_config_name: str | None = arg(None, "configuration of a data set that has several")
+    dataset_id: str | None = arg(None, "what a local data set is called on the Hub, for the card")
     train_data_dir: str | None = arg(None, "folder of images, in place of --dataset_name")
     split: str = arg("train", "split of the data set")
     image_column: str = arg("image", "column that holds the images")
@@ -108,6 +111,11 @@ class TrainingArguments:
             "logger": (*TRACKERS, "none"),
         }.items():
             check(getattr(self, name) in choices, name, f"be one of {', '.join(map(str, choices))}")
+        if self.dataset_id is not None and (self.train_data_dir is not None or not is_hub_id(self.dataset_id)):
+            raise ValueError(
+                f"`--dataset_id` is {self.dataset_id!r}; it must be owner/name on the Hub, of what `--dataset_name` is"
+                " a local copy of."
+            )
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`--streaming` needs `--max_train_steps`: how long an epoch is cannot be known.")
         if self.streaming and (self.max_train_samples is not None or self.dataset_name == "synthetic-fashion"):
@@ -124,7 +132,14 @@ def settings_of(args: TrainingArguments) -> dict:
 def settings_for_card(run: dict) -> dict:
     """What of a run's record tells how the model was trained."""
     names = [field.name for field in fields(TrainingArguments)]
-    elsewhere = {"image_column", "cache_dir", "dataloader_num_workers", "shuffle_buffer_size", "unet_config"}
+    elsewhere = {
+        "dataset_id",
+        "image_column",
+        "cache_dir",
+        "dataloader_num_workers",
+        "shuffle_buffer_size",
+        "unet_config",
+    }
     elsewhere |= {"overwrite_output_dir", "num_epochs", *names[names.index("logging_steps") :]}
     return {name: value for name, value in run.items() if name not in elsewhere and value is not False}
 

@@ -34,7 +34,7 @@ class EvaluationArguments:
     # the samples
     num_images: int = arg(10_000, "samples a seed: 10,000 for a figure to quote, 2,000 while developing")
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of the samples' noise, one or more"})
-    batch_size: int = arg(500, "images sampled at a time")
+    batch_size: int = arg(100, "images sampled at a time; many more are slower on a CPU")
     mixed_precision: str | None = arg(None, "no, fp16 or bf16, of the network; accelerate's setting by default")
     variant: str | None = arg(None, "variant of the weights, such as fp16")
     # output

@@ -362,7 +362,7 @@ def main(args: TrainingArguments) -> None:
     logger.info(f"Samples: {write_samples()}")
     # a card that a finished run has may have got figures since
     if accelerator.is_main_process and not (first_step == max_train_steps and (output_dir / README).exists()):
-        dataset_name = args.dataset_name if args.train_data_dir is None else None
+        dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
         card = model_card(pipe, repo_id, dataset_name=dataset_name, settings=settings_for_card(run), has_samples=True)
         write_text(output_dir / README, str(card))
     del unet

@@ -50,7 +50,7 @@ def compare_schedulers(
     evaluations: Sequence[int] = EVALUATIONS,
     num_images: int = 2000,
     seeds: Sequence[int] = (0,),
-    batch_size: int = 500,
+    batch_size: int = 100,
     progress: bool = False,
 ) -> list[dict]:
     """Evaluate `pipe` with each scheduler at each number of network evaluations; every process must call it.

@@ -197,7 +197,7 @@ def evaluate_pipeline(
     num_inference_steps: int,
     *,
     seeds: Sequence[int] = (0,),
-    batch_size: int = 500,
+    batch_size: int = 100,
     progress: bool = False,
 ) -> dict | None:
     """Sample `pipe` and evaluate the images, once a seed; every process must call it.
