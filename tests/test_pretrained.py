@@ -1,0 +1,55 @@
+"""The released models: small, whole, in step with the code, and what they draw are garments of every kind."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from ddpm_diffusers import make_scheduler
+from ddpm_diffusers.evaluation.features import FASHION_MNIST, SHIPPED, to_input
+from ddpm_diffusers.sampling import sample_images
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.parametrize("folder", sorted((ROOT / "pretrained").iterdir()), ids=lambda folder: folder.name)
+
+
+def test_it_is_small_and_loads_in_single_and_half_precision(folder):
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 8e6
+    pipe = DiffusionPipeline.from_pretrained(str(folder))
+    half = DiffusionPipeline.from_pretrained(str(folder), variant="fp16", dtype=torch.float16)
+    assert (pipe.unet.dtype, half.unet.dtype) == (torch.float32, torch.float16)
+    for one, other in zip(pipe.unet.parameters(), half.unet.parameters(), strict=True):
+        assert torch.equal(one, other.float())
+
+
+def test_it_carries_the_code_of_the_package(folder):
+    for path in ("pipeline_pixel_diffusion.py", "unet/unet_2d_optimized.py"):
+        code = (ROOT / "ddpm_diffusers" / Path(path).name).read_text()
+        assert (folder / path).read_text() == code, f"copy {path} into {folder.name} again: save_pretrained does"
+
+
+def test_its_card_says_what_it_was_trained_on_and_how_it_was_judged(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.datasets == ["zalando-datasets/fashion_mnist"] and card.data.license == "mit"
+    figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert figures["frechet_distance"] > 0 and figures["precision"] > 0.8 and figures["recall"] > 0.8
+    assert f'from_pretrained("pretrained/{folder.name}")' in card.text
+    assert min(Image.open(folder / "samples.png").size) > 100
+
+
+def test_it_draws_garments_of_every_kind(folder):
+    pipe = DiffusionPipeline.from_pretrained(str(folder))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
+    images = sample_images(pipe, 100, 10, batch_size=50)
+    classifier = AutoModelForImageClassification.from_pretrained(SHIPPED[FASHION_MNIST]).eval()
+    noise = torch.randint(256, images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sure, kinds = classifier(to_input(images, classifier.config.image_size)).logits.softmax(1).max(1)
+        kinds_of_noise = classifier(to_input(noise, classifier.config.image_size)).logits.argmax(1)
+    assert sure.mean() > 0.8 and kinds.unique().numel() == 10
+    assert kinds_of_noise.unique().numel() < 5  # the classifier does not see every kind in anything
