@@ -232,8 +232,8 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
             convolution of stride 2.
         norm_num_groups, block_norm_num_groups (`int`): Groups of the norms in stem and output, and in all blocks.
         down_layers_per_block, up_layers_per_block (`int` or `tuple[int, ...]`): Blocks of `block_type` down and up: at
-            each level, or level by level, the highest resolution first and the last number for all levels below it.
-            Down there may be none at a level that is not wider than the one above.
+            each level, or level by level, the highest resolution first: the last number serves all levels below it,
+            and numbers beyond the levels are not used. Down, a level that is not wider than the one above may have 0.
         num_train_timesteps (`int`): T.
 
     Raises:
