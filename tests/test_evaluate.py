@@ -161,7 +161,7 @@ def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, data, tmp_path
         (["--model", "MODEL", "--num_inference_steps", "5000"], "cannot take 5000 `num_inference_steps`"),
         (["--model", "MODEL", "--test_split", "validation"], "no split 'validation'"),
         (["--model", "MODEL", "--feature_extractor", "resnet"], "There is no feature extractor 'resnet'"),
-        (["--model", "MODEL", "--mixed_precision", "int8"], "must be no, fp16 or bf16"),
+        (["--model", "MODEL", "--mixed_precision", "int8"], "must be auto, no, fp16 or bf16"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(evaluate, model, tmp_path, flags, message):

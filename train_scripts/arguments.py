@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import yaml
+from launch import PRECISIONS
 from trackers import TRACKERS
 from transformers import HfArgumentParser
 
@@ -69,7 +70,10 @@ class TrainingArguments:
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     use_ema: bool = arg(True, "average the weights over steps; the average is what is saved")
     ema_max_decay: float = arg(0.999, "decay of that average; 0.9999 for runs of over 50,000 steps")
-    mixed_precision: str | None = arg(None, "no, fp16 or bf16; accelerate's setting by default")
+    mixed_precision: str | None = arg(
+        None, "auto (bf16 where it is fast), no, fp16 or bf16; accelerate's setting by default"
+    )
+    compile: bool = arg(False, "torch.compile the network, which pays on a GPU")
     gradient_checkpointing: bool = arg(False, "less memory for a fifth more time")
     # output
     logging_steps: int = arg(20, "optimizer steps between two lines of metrics.jsonl")
@@ -107,7 +111,7 @@ class TrainingArguments:
             "prediction_type": ("epsilon", "v_prediction", "sample"),
             "ddpm_beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
             "lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup", "polynomial"),
-            "mixed_precision": (None, "no", "fp16", "bf16"),
+            "mixed_precision": PRECISIONS,
             "logger": (*TRACKERS, "none"),
         }.items():
             check(getattr(self, name) in choices, name, f"be one of {', '.join(map(str, choices))}")

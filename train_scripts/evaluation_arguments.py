@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from arguments import arg
-from launch import check_processes
+from launch import PRECISIONS, check_processes, choose_precision, keep_freed_memory
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.evaluation import FASHION_MNIST, FeatureExtractor, Reference, load_feature_extractor
@@ -35,7 +35,9 @@ class EvaluationArguments:
     num_images: int = arg(10_000, "samples a seed: 10,000 for a figure to quote, 2,000 while developing")
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of the samples' noise, one or more"})
     batch_size: int = arg(100, "images sampled at a time; many more are slower on a CPU")
-    mixed_precision: str | None = arg(None, "no, fp16 or bf16, of the network; accelerate's setting by default")
+    mixed_precision: str | None = arg(
+        None, "auto (bf16 where it is fast), no, fp16 or bf16, of the network; accelerate's setting by default"
+    )
     variant: str | None = arg(None, "variant of the weights, such as fp16")
     # output
     output_dir: str = arg("evaluation", "folder of what is written")
@@ -45,8 +47,8 @@ class EvaluationArguments:
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least 1.")
-        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
-            raise ValueError(f"`--mixed_precision` is {self.mixed_precision!r}; it must be no, fp16 or bf16.")
+        if self.mixed_precision not in PRECISIONS:
+            raise ValueError(f"`--mixed_precision` is {self.mixed_precision!r}; it must be auto, no, fp16 or bf16.")
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"`--seeds` is {self.seeds}; it must hold different whole numbers from 0.")
         folder = Path(self.output_dir)
@@ -56,7 +58,8 @@ class EvaluationArguments:
 
 def make_accelerator(args: EvaluationArguments) -> Accelerator:
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # for one that decodes and extracts
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[waiting])
+    keep_freed_memory()
+    accelerator = Accelerator(mixed_precision=choose_precision(args.mixed_precision), kwargs_handlers=[waiting])
     check_processes(accelerator)
     return accelerator
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from arguments import arg, parse_arguments
-from launch import check_processes
+from launch import check_processes, keep_freed_memory
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.grid import image_grid
@@ -46,6 +46,7 @@ class GenerateArguments:
 
 
 def main(args: GenerateArguments) -> None:
+    keep_freed_memory()
     accelerator = Accelerator(cpu=args.device == "cpu")
     check_processes(accelerator)
     output_dir = Path(args.output_dir)

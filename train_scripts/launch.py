@@ -1,10 +1,38 @@
-"""What the launcher was told must agree with the flags."""
+"""What a process is set to before it starts, and that the launcher was told what the flags say."""
 
+import ctypes
 import os
+import platform
 import time
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
+
+PRECISIONS = (None, "auto", "no", "fp16", "bf16")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+
+
+def choose_precision(mixed_precision: str | None) -> str | None:
+    """For `auto`, bf16 where the GPU or the processor calculates with it, fp16 on another GPU, and else no."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep what a step frees for the next one, which it would give back to the system block by block.
+
+    The pages would have to be cleared again each time (benchmarks/README.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 64 * 2**20)
 
 
 def check_processes(accelerator: Accelerator) -> None:

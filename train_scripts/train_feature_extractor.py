@@ -24,6 +24,7 @@ from arguments import arg, parse_arguments
 from datasets import ClassLabel
 from diffusers.optimization import get_scheduler
 from huggingface_hub import ModelCard, ModelCardData
+from launch import PRECISIONS, choose_precision, keep_freed_memory
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -78,7 +79,9 @@ class FeatureExtractorArguments:
     num_epochs: int = arg(12, "passes over the data")
     learning_rate: float = arg(2e-3, "peak learning rate of AdamW; cosine, a tenth of the steps to warm up")
     adam_weight_decay: float = arg(0.5, "AdamW")
-    mixed_precision: str | None = arg(None, "no, fp16 or bf16; accelerate's setting by default")
+    mixed_precision: str | None = arg(
+        None, "auto (bf16 where it is fast), no, fp16 or bf16; accelerate's setting by default"
+    )
 
     def __post_init__(self):
         def check(condition: bool, name: str, rule: str) -> None:
@@ -93,7 +96,7 @@ class FeatureExtractorArguments:
         check(0 <= self.seed < 2**32, "seed", "be in [0, 2^32)")
         check(0 < self.learning_rate < math.inf, "learning_rate", "be a positive number")
         check(0 <= self.adam_weight_decay < math.inf, "adam_weight_decay", "be a number of at least 0")
-        check(self.mixed_precision in (None, "no", "fp16", "bf16"), "mixed_precision", "be no, fp16 or bf16")
+        check(self.mixed_precision in PRECISIONS, "mixed_precision", "be auto, no, fp16 or bf16")
 
 
 def load_split(
@@ -126,7 +129,8 @@ def accuracy(model, images: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def main(args: FeatureExtractorArguments) -> None:
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    keep_freed_memory()
+    accelerator = Accelerator(mixed_precision=choose_precision(args.mixed_precision))
     if accelerator.num_processes > 1:
         raise ValueError(f"{accelerator.num_processes} processes were launched; this script runs in one.")
     output_dir = Path(args.output_dir).resolve()

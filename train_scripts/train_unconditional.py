@@ -26,7 +26,7 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from interruption import StopRequest
-from launch import check_engine, check_processes, let_go
+from launch import check_engine, check_processes, choose_precision, keep_freed_memory, let_go
 from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_file, write_text
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
@@ -55,8 +55,10 @@ def samples_path(output_dir: Path, step: int) -> Path:
 
 
 def main(args: TrainingArguments) -> None:
+    keep_freed_memory()
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision=choose_precision(args.mixed_precision),
+        dynamo_backend="inductor" if args.compile else None,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # all wait while one decodes
         log_with=None if args.logger == "none" else args.logger,
@@ -117,10 +119,11 @@ def main(args: TrainingArguments) -> None:
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
+        fused=True,
     )
     unet, optimizer = accelerator.prepare(model, optimizer)
     check_engine(accelerator, args.gradient_accumulation_steps, args.max_grad_norm)
-    model = accelerator.unwrap_model(unet)
+    model = accelerator.unwrap_model(unet, keep_torch_compile=False)
     ema = None
     if args.use_ema:
         ema = EMAModel(model.parameters(), decay=args.ema_max_decay, foreach=True)

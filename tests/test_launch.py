@@ -1,0 +1,77 @@
+"""Precision by `auto`, memory that is kept, and a compiled network: each against the plain way."""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "train_scripts"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def train(output_dir: Path, *flags: str) -> dict:
+    """The training script in a process of its own; what it says it did."""
+    unet = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
+               SCRIPTS / "train_unconditional.py", "--dataset_name", "synthetic-fashion", "--max_train_samples", "64",
+               "--resolution", "8", "--train_batch_size", "16", "--unet_config", unet, "--max_train_steps", "4",
+               "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2", "--logger", "none",
+               "--output_dir", output_dir, *flags]  # fmt: skip
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    arguments = json.loads((output_dir / "run.json").read_text())["arguments"]
+    assert f"precision {arguments['mixed_precision']};" in result.stderr
+    return arguments
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="this system does not list its processor's features")
+def test_auto_is_bf16_where_the_processor_calculates_with_it(tmp_path):
+    flags = Path("/proc/cpuinfo").read_text().split()
+    arguments = train(tmp_path / "run", "--mixed_precision", "auto")
+    assert arguments["mixed_precision"] == ("bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "no")
+
+
+KEEPING = """
+import ctypes, sys
+import psutil
+sys.path.insert(0, {scripts!r})
+from launch import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+if {keep}:
+    keep_freed_memory()
+before = psutil.Process().memory_info().rss
+block = libc.malloc(2**28)
+ctypes.memset(block, 1, 2**28)
+libc.free(block)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the system's allocator is another one")
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_kept(keep):
+    code = KEEPING.format(scripts=str(SCRIPTS), keep=keep)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (int(result.stdout) > 2**27) == keep
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_plain_one_and_goes_on(tmp_path):
+    schedule = ("--lr_scheduler", "constant", "--lr_warmup_steps", "0")
+    train(tmp_path / "plain", *schedule)
+    flags = (*schedule, "--compile", "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest")
+    train(tmp_path / "compiled", *flags, "--max_train_steps", "2")
+    train(tmp_path / "compiled", *flags)
+    plain, compiled = load_file(tmp_path / "plain" / WEIGHTS), load_file(tmp_path / "compiled" / WEIGHTS)
+    assert plain.keys() == compiled.keys()
+    for name, weights in plain.items():
+        torch.testing.assert_close(compiled[name], weights, rtol=1e-3, atol=1e-4)
