@@ -1,0 +1,99 @@
+"""The networks that are compared, and what one step of their training is."""
+
+import sys
+import types
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "train_scripts"))
+from unets import make_unet  # noqa: E402
+
+CONFIGS = ROOT / "train_scripts" / "configs"
+PEER = "denoising-diffusion-pytorch"
+NETWORKS = ("default", "guide", "baseline", "stock", PEER)
+
+
+class Peer(nn.Module):
+    """lucidrains' Unet at comparable widths, called as diffusers' are: (64, 64, 128), its own two blocks a level."""
+
+    def __init__(self, resolution: int):
+        super().__init__()
+        self.unet = peer_class()(dim=64, dim_mults=(1, 1, 2), channels=1)
+        self.resolution = resolution
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+        return (self.unet(sample, timestep),)
+
+
+def peer_class() -> type[nn.Module]:
+    """`Unet` of the package, whose file also imports what its trainer alone uses: torchvision and pytorch-fid.
+
+    Where they are not installed, empty modules stand for them during the import.
+    """
+    needed = {
+        "torchvision": ("transforms", "utils"),
+        "pytorch_fid": (),
+        "pytorch_fid.fid_score": ("calculate_frechet_distance",),
+        "pytorch_fid.inception": ("InceptionV3",),
+        "ema_pytorch": ("EMA",),
+    }
+    absent = {name: names for name, names in needed.items() if find_spec(name.partition(".")[0]) is None}
+    for name, names in absent.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(dict.fromkeys(names))
+    try:
+        from denoising_diffusion_pytorch import Unet
+    finally:
+        for name in absent:
+            del sys.modules[name]
+    return Unet
+
+
+def make_network(name: str, resolution: int) -> nn.Module:
+    """One of `NETWORKS`, grey, with the widths (64, 64, 128), the same weights whenever it is made."""
+    torch.manual_seed(0)
+    if name == PEER:
+        return Peer(resolution)
+    config = {} if name == "default" else str(CONFIGS / f"{name}.json")
+    return make_unet(config, resolution, num_train_timesteps=1000)
+
+
+def installed(names: tuple[str, ...]) -> list[str]:
+    """Those that can be measured here: the peer's package is asked for by benchmarks/requirements.txt alone."""
+    return [name for name in names if name != PEER or find_spec("denoising_diffusion_pytorch")]
+
+
+def training_step(
+    network: nn.Module,
+    batch_size: int,
+    resolution: int,
+    mixed_precision: str,
+    device: torch.device,
+    use_ema: bool = True,
+) -> Callable[[], None]:
+    """Forward, backward, AdamW and EMA on one batch that lies on the device: what no training loop can go below."""
+    network.to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    ema = EMAModel(network.parameters(), foreach=True) if use_ema else None
+    generator = torch.Generator(device).manual_seed(0)
+    noisy = torch.randn(batch_size, 1, resolution, resolution, generator=generator, device=device)
+    noise = torch.randn(noisy.shape, generator=generator, device=device)
+    timesteps = torch.randint(1000, (batch_size,), generator=generator, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+            prediction = network(noisy, timesteps, return_dict=False)[0]
+        F.mse_loss(prediction.float(), noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema is not None:
+            ema.step(network.parameters())
+
+    return step

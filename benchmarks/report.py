@@ -1,0 +1,28 @@
+"""Figures as Markdown."""
+
+from collections.abc import Iterable, Iterator
+
+from ddpm_diffusers.hub import table
+
+__all__ = ["grouped", "table", "thousands", "with_quartiles"]
+
+
+def thousands(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def with_quartiles(result: dict | None, form: str = ".2f") -> str:
+    """ "median (first quartile to third)", and nothing for what was not measured."""
+    if result is None:
+        return ""
+    first, third = result["quartiles"]
+    return f"{result['median']:{form}} ({first:{form}} to {third:{form}})"
+
+
+def grouped(rows: Iterable[dict], *keys: str) -> Iterator[tuple[str, list[dict]]]:
+    """Rows of equal `keys`, in the order in which they come, under a title of these."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for values, members in groups.items():
+        yield ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in zip(keys, values, strict=True)), members

@@ -1,0 +1,100 @@
+"""What training and sampling cost, counted: regressions in speed that no clock is needed for."""
+
+import importlib.util
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import TINY
+
+from ddpm_diffusers import OptimizedUNet2DModel, make_scheduler
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from counts import NO_KERNEL, SYNCS, AtenCalls, count  # noqa: E402
+from networks import make_network, training_step  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict:
+    """Of a training step, one image of 16x16 in float32."""
+    networks = {name: make_network(name, 16) for name in ("default", "guide", "stock")}
+    return {
+        name: {
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            **count(training_step(network, 1, 16, "no", torch.device("cpu"))),
+        }
+        for name, network in networks.items()
+    }
+
+
+def test_the_default_is_cheaper_than_its_peers(costs):
+    assert costs["default"]["parameters"] < 0.55 * costs["stock"]["parameters"]
+    assert costs["default"]["operations"] < 0.46 * costs["stock"]["operations"]
+    assert costs["default"]["operations"] < 0.52 * costs["guide"]["operations"]
+    assert costs["default"]["kernels"] < 0.85 * costs["stock"]["kernels"]
+
+
+def test_a_training_step_waits_for_nothing(costs):
+    assert {name: cost["syncs"] for name, cost in costs.items()} == dict.fromkeys(costs, 0)
+
+
+def test_operations_are_those_of_the_layers():
+    """A multiply and an add for each weight and pixel, forward and again for the gradient of the weights."""
+    convolution = torch.nn.Conv2d(3, 5, 3, padding=1)
+    images = torch.randn(2, 3, 8, 8)
+    assert count(lambda: convolution(images).sum().backward())["operations"] == 2 * 2 * (2 * 8 * 8) * (5 * 3 * 3 * 3)
+
+
+def calls_of(run) -> Counter:
+    with AtenCalls() as counted:
+        run()
+    return counted.calls
+
+
+def kernels(calls: Counter) -> int:
+    return sum(number for name, number in calls.items() if name not in NO_KERNEL)
+
+
+def test_the_training_script_adds_few_kernels_to_the_step_and_no_sync(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "train_scripts")
+    spec = importlib.util.spec_from_file_location(
+        "train_unconditional", ROOT / "train_scripts" / "train_unconditional.py"
+    )
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_unconditional", script)
+    spec.loader.exec_module(script)
+    unet = {key: value for key, value in TINY.items() if key != "sample_size"}
+
+    def train(steps: int) -> None:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        flags = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64", "--resolution", "8",
+                 "--unet_config", json.dumps(unet), "--train_batch_size", "8", "--max_train_steps", str(steps),
+                 "--logging_steps", "100", "--logger", "none", "--eval_batch_size", "1",
+                 "--ddpm_num_inference_steps", "1", "--output_dir", str(tmp_path / str(steps))]  # fmt: skip
+        script.main(script.parse_arguments(script.TrainingArguments, flags, script.__doc__))
+
+    train(1)  # fills the caches
+    a_step = calls_of(lambda: train(7))
+    a_step.subtract(calls_of(lambda: train(3)))
+    assert {name: a_step[name] for name in SYNCS} == dict.fromkeys(SYNCS, 0)
+    bare = count(training_step(OptimizedUNet2DModel(**TINY), 8, 8, "no", torch.device("cpu")))
+    assert kernels(a_step) / 4 < bare["kernels"] + 60  # noise, losses by quarter, clipping
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmsolver++", "euler"])
+def test_sampling_adds_few_kernels_to_the_network(tiny_pipe, name):
+    tiny_pipe.scheduler = make_scheduler(name, tiny_pipe.scheduler)
+
+    def sample(steps: int) -> Counter:
+        return calls_of(lambda: tiny_pipe(2, steps, torch.Generator().manual_seed(0), output_type="latent"))
+
+    network = calls_of(lambda: tiny_pipe.unet(torch.randn(2, 1, 8, 8), torch.tensor(5)))
+    a_step = sample(20)
+    a_step.subtract(sample(10))
+    assert kernels(network) < kernels(a_step) / 10 < kernels(network) + 65
