@@ -1,6 +1,7 @@
 """Precision by `auto`, memory that is kept, and a compiled network: each against the plain way."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -16,7 +17,7 @@ SCRIPTS = ROOT / "train_scripts"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-def train(output_dir: Path, *flags: str) -> dict:
+def train(output_dir: Path, *flags: str, **environment: str) -> dict:
     """The training script in a process of its own; what it says it did."""
     unet = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
@@ -24,14 +25,18 @@ def train(output_dir: Path, *flags: str) -> dict:
                "--resolution", "8", "--train_batch_size", "16", "--unet_config", unet, "--max_train_steps", "4",
                "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2", "--logger", "none",
                "--output_dir", output_dir, *flags]  # fmt: skip
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300,
+                            env={**os.environ, **environment})  # fmt: skip
     assert result.returncode == 0, result.stderr
     arguments = json.loads((output_dir / "run.json").read_text())["arguments"]
     assert f"precision {arguments['mixed_precision']};" in result.stderr
     return arguments
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="this system does not list its processor's features")
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").is_file() or not hasattr(torch.cpu, "get_capabilities"),
+    reason="this system or this torch does not tell the processor's features",
+)
 def test_auto_is_bf16_where_the_processor_calculates_with_it(tmp_path):
     flags = Path("/proc/cpuinfo").read_text().split()
     arguments = train(tmp_path / "run", "--mixed_precision", "auto")
@@ -69,8 +74,10 @@ def test_a_compiled_run_is_the_plain_one_and_goes_on(tmp_path):
     schedule = ("--lr_scheduler", "constant", "--lr_warmup_steps", "0")
     train(tmp_path / "plain", *schedule)
     flags = (*schedule, "--compile", "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest")
-    train(tmp_path / "compiled", *flags, "--max_train_steps", "2")
-    train(tmp_path / "compiled", *flags)
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}
+    train(tmp_path / "compiled", *flags, "--max_train_steps", "2", **cache)
+    assert list((tmp_path / "kernels").rglob("*.py")), "nothing was compiled"
+    train(tmp_path / "compiled", *flags, **cache)
     plain, compiled = load_file(tmp_path / "plain" / WEIGHTS), load_file(tmp_path / "compiled" / WEIGHTS)
     assert plain.keys() == compiled.keys()
     for name, weights in plain.items():

@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 from arguments import arg, parse_arguments
 from diffusers import DDPMScheduler, ModelMixin
+from launch import choose_precision
 from PIL import Image
 from run_folder import lock, write_file, write_text
 from tables import caption, figures_table
@@ -50,7 +51,7 @@ class AblateArguments:
     max_train_steps: int | None = arg(None, "optimizer steps, in place of --num_epochs")
     train_batch_size: int = arg(64, "images a step")
     learning_rate: float = arg(2e-3, "peak learning rate of AdamW")
-    mixed_precision: str = arg("no", "no, fp16 or bf16, of training and sampling")
+    mixed_precision: str = arg("no", "auto, no, fp16 or bf16, of training and sampling")
     # the judgement
     num_images: int = arg(5000, "samples of each network")
     scheduler: str = arg("dpmsolver++", "that samples them")
@@ -73,6 +74,7 @@ class AblateArguments:
             values = getattr(self, name)
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise ValueError(f"`--{name}` is {values}; it must hold different ones.")
+        self.mixed_precision = choose_precision(self.mixed_precision)  # the rows are of one, and are kept with it
         if self.jobs < 1:
             raise ValueError(f"`--jobs` is {self.jobs}; it must be at least 1.")
 

@@ -71,9 +71,9 @@ class TrainingArguments:
     use_ema: bool = arg(True, "average the weights over steps; the average is what is saved")
     ema_max_decay: float = arg(0.999, "decay of that average; 0.9999 for runs of over 50,000 steps")
     mixed_precision: str | None = arg(
-        None, "auto (bf16 where it is fast), no, fp16 or bf16; accelerate's setting by default"
+        None, "auto (bf16 where the hardware has it), no, fp16 or bf16; accelerate's setting by default"
     )
-    compile: bool = arg(False, "torch.compile the network, which pays on a GPU")
+    compile: bool = arg(False, "torch.compile the network; for GPUs, a CPU gains nothing")
     gradient_checkpointing: bool = arg(False, "less memory for a fifth more time")
     # output
     logging_steps: int = arg(20, "optimizer steps between two lines of metrics.jsonl")

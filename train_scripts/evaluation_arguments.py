@@ -36,7 +36,8 @@ class EvaluationArguments:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of the samples' noise, one or more"})
     batch_size: int = arg(100, "images sampled at a time; many more are slower on a CPU")
     mixed_precision: str | None = arg(
-        None, "auto (bf16 where it is fast), no, fp16 or bf16, of the network; accelerate's setting by default"
+        None,
+        "auto (bf16 where the hardware has it), no, fp16 or bf16, of the network; accelerate's setting by default",
     )
     variant: str | None = arg(None, "variant of the weights, such as fp16")
     # output

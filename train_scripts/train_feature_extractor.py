@@ -80,7 +80,7 @@ class FeatureExtractorArguments:
     learning_rate: float = arg(2e-3, "peak learning rate of AdamW; cosine, a tenth of the steps to warm up")
     adam_weight_decay: float = arg(0.5, "AdamW")
     mixed_precision: str | None = arg(
-        None, "auto (bf16 where it is fast), no, fp16 or bf16; accelerate's setting by default"
+        None, "auto (bf16 where the hardware has it), no, fp16 or bf16; accelerate's setting by default"
     )
 
     def __post_init__(self):

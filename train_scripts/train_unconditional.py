@@ -312,14 +312,15 @@ def main(args: TrainingArguments) -> None:
             metrics |= {"grad_norm": norm} if math.isfinite(norm) else {}
             metrics |= {"lr": lr_scheduler.get_last_lr()[0]}
             metrics |= {"ema_decay": ema.cur_decay_value} if ema is not None else {}
-            speed = {"images_per_second": images_seen / (time.perf_counter() - last_time)}
+            now = time.perf_counter()
+            speed = {"images_per_second": images_seen / (now - last_time)}
             progress_bar.set_postfix(loss=f"{metrics['loss']:.4f}", images_s=f"{speed['images_per_second']:.0f}")
             accelerator.log({**metrics, **speed}, step=step)
             if accelerator.is_main_process:
                 metrics_file.write({"step": step, **epoch(step), **metrics})
                 speed_file.write({"step": step, **speed})
             window.zero_()
-            images_seen, last_time = 0, time.perf_counter()
+            images_seen, last_time = 0, now
         if checkpoint:
             state = {
                 "arguments": run,
