@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Callable
 
+import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -10,34 +12,52 @@ from torch.utils.flop_counter import FlopCounterMode
 NO_KERNEL = {"view", "_unsafe_view", "detach", "alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze",
              "select", "slice", "split", "split_with_sizes", "as_strided", "empty", "empty_like", "empty_strided",
              "new_empty_strided", "_reshape_alias", "lift_fresh"}  # fmt: skip
-SYNCS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero"}  # on a GPU the host waits for each
+# a GPU's host waits for each: of aten, and of torch's Python interface where aten does not see it
+SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
+PYTHON_SYNCS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
 
 
 class AtenCalls(TorchDispatchMode):
-    """Counts the calls of aten's operators, those of the backward pass too."""
+    """Counts the calls of aten's operators by name, those of the backward pass too."""
 
     def __init__(self):
         super().__init__()
         self.calls = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func.overloadpacket.__name__] += 1
+        if func.namespace == "aten":
+            self.calls[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
-def count(call: Callable[[], None]) -> dict[str, int]:
-    """Of the second call, since the first one makes what is kept.
+class PythonSyncs(TorchFunctionMode):
+    """Counts `tolist`, `cpu` and `numpy` of tensors."""
 
-    `operations` are those of convolutions and matrix products, two for a multiply and add; `kernels` the calls of aten
-    that are more than a view; `syncs` those for which a GPU's host would wait.
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += func in PYTHON_SYNCS
+        return func(*args, **(kwargs or {}))
+
+
+def aten_calls(call: Callable[[], object]) -> dict[str, int]:
+    """Of one call: `kernels`, aten's calls that are more than a view, and `syncs`, for which a GPU's host waits."""
+    with PythonSyncs() as python, AtenCalls() as aten:
+        call()
+    return {
+        "kernels": sum(number for name, number in aten.calls.items() if name not in NO_KERNEL),
+        "syncs": sum(number for name, number in aten.calls.items() if name in SYNCS) + python.calls,
+    }
+
+
+def count(call: Callable[[], object]) -> dict[str, int]:
+    """`aten_calls`, and `operations`, of convolutions and matrix products: two for a multiply and add.
+
+    The first call, which makes what is kept, is not counted.
     """
     call()
     with FlopCounterMode(display=False) as flops:
         call()
-    with AtenCalls() as aten:
-        call()
-    return {
-        "operations": flops.get_total_flops(),
-        "kernels": sum(number for name, number in aten.calls.items() if name not in NO_KERNEL),
-        "syncs": sum(number for name, number in aten.calls.items() if name in SYNCS),
-    }
+    return {"operations": flops.get_total_flops(), **aten_calls(call)}

@@ -2,8 +2,8 @@
 
 Here is what takes time in its step: images as PIL objects that are turned into RGB, resized, mirrored and normalised
 one by one as they are needed, a shuffled loader without workers (its default), AdamW, the loss as a number a step, and
-an average of the weights parameter by parameter. The network is `UNet2DModel` of the widths (64, 64, 128); that of the
-script has 113 M parameters.
+an average of the weights parameter by parameter (it has flags for mirroring and averaging). The network is
+`UNet2DModel` of the widths (64, 64, 128); that of the script has 113 M parameters.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     dataset = load_from_disk(args.data)
     dataset.set_transform(lambda rows: {"input": [transform(image, args.resolution) for image in rows["image"]]})
-    loader = torch.utils.data.DataLoader(dataset, batch_size=args.train_batch_size, shuffle=True)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=args.train_batch_size, shuffle=True, drop_last=True)
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=args.steps)
     model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
     ema.to(accelerator.device)

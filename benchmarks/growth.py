@@ -1,25 +1,24 @@
 """7. Growth: what a step costs as one size grows, and what a data set of a million images takes.
 
-    python benchmarks/growth.py 1000000
+    python benchmarks/growth.py 1000000 /tmp/cache
 
 reads batches of the built-in garments, so many of them, and prints memory and time, in a process of its own.
 """
 
 import json
-import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from counts import count
 from networks import ROOT, training_step
+from processes import flags, run
 from report import table, thousands, with_quartiles
-from windows import time_arms
+from windows import summary, time_arms, turns
 
 from ddpm_diffusers import OptimizedUNet2DModel
 from ddpm_diffusers.data import ImageArrays, ShuffledBatches, load_images
@@ -31,48 +30,55 @@ SIZES = {
     "widths": ((32, 32, 64), (64, 64, 128), (128, 128, 256), (256, 256, 512)),
 }
 READ_BATCHES, READ_BATCH_SIZE = 2000, 128
+LOGGING_STEPS = 10
 
 
 def measure(args, device: torch.device) -> dict:
-    precision, steps = args.precisions[-1], []
-    for size, values in SIZES.items():
-        settings = [START | {size: value} for value in values]
-        networks = [
-            OptimizedUNet2DModel(sample_size=s["resolution"], block_out_channels=s["widths"]) for s in settings
-        ]
-        arms = {
-            str(s[size]): training_step(network, s["batch_size"], s["resolution"], precision, device)
-            for s, network in zip(settings, networks, strict=True)
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            "precision": args.precisions[-1],
+            "steps": grow_step(args, device),
+            "data": [read_in_process(number, Path(folder, str(number)), device) for number in args.data_sizes],
+            "processes": grow_processes(args, Path(folder), device),
         }
-        times = time_arms(arms, args.windows, args.window_seconds)
-        for s, network in zip(settings, networks, strict=True):
-            operations = count(training_step(network, 1, s["resolution"], precision, device))["operations"]
-            seconds = times[str(s[size])]["median"]
-            steps.append({
-                "what": f"{size.replace('_', ' ')} {s[size]}",
-                "operations": operations * s["batch_size"],
-                "images_per_second": s["batch_size"] / seconds,
-                "operations_per_second": operations * s["batch_size"] / seconds,
-                "seconds": times[str(s[size])],
+
+
+def grow_step(args, device: torch.device) -> list[dict]:
+    precision, rows = args.precisions[-1], []
+    for size, values in SIZES.items():
+        settings = {str(value): START | {size: value} for value in values}
+        networks = {
+            name: OptimizedUNet2DModel(sample_size=s["resolution"], block_out_channels=s["widths"])
+            for name, s in settings.items()
+        }
+        arms = {
+            name: training_step(networks[name], s["batch_size"], s["resolution"], precision, device)
+            for name, s in settings.items()
+        }
+        for name, time_of_step in time_arms(arms, args.windows, args.window_seconds).items():
+            s = settings[name]
+            one = count(training_step(networks[name], 1, s["resolution"], precision, device))
+            rows.append({
+                "what": f"{size.replace('_', ' ')} {name}",
+                "operations": one["operations"] * s["batch_size"],
+                "images_per_second": s["batch_size"] / time_of_step["median"],
+                "seconds": time_of_step,
             })  # fmt: skip
-    return {
-        "precision": precision,
-        "steps": steps,
-        "data": [read_in_process(number) for number in args.data_sizes],
-        "processes": [train_with(number, args, device) for number in args.processes],
-    }
+    return rows
 
 
-def read_in_process(num_images: int) -> dict:
-    output = subprocess.run([sys.executable, __file__, str(num_images)], capture_output=True, text=True, check=True)
-    return {"images": num_images, **json.loads(output.stdout.splitlines()[-1])}
+def read_in_process(num_images: int, cache: Path, device: torch.device) -> dict:
+    """Of the second process: the first one draws the images."""
+    for _ in range(2):
+        output = run([__file__, num_images, cache], device)
+    return {"images": num_images, **json.loads(output.splitlines()[-1])}
 
 
-def read(num_images: int) -> dict:
-    images = ImageArrays(load_images("synthetic-fashion", resolution=16, max_samples=num_images), (1, 16, 16))
-    sampler = ShuffledBatches(num_images, READ_BATCH_SIZE, 0, range(READ_BATCHES))
+def read(num_images: int, cache: str) -> dict:
+    garments = load_images("synthetic-fashion", resolution=16, max_samples=num_images, cache_dir=cache)
+    images = ImageArrays(garments, (1, 16, 16))
     before, start = resident_bytes(), time.perf_counter()
-    for indices in sampler:
+    for indices in ShuffledBatches(num_images, READ_BATCH_SIZE, 0, range(READ_BATCHES)):
         images.__getitems__(indices)
     seconds = time.perf_counter() - start
     after = resident_bytes()
@@ -83,28 +89,40 @@ def read(num_images: int) -> dict:
 
 
 def resident_bytes() -> dict[str, int]:
-    """What is the process's own, and pages of files, which the system takes back when it needs them (Linux)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(lines[key].split()[0]) * 1024 for name, key in (("own", "RssAnon"), ("of files", "RssFile"))}
+    """What is the process's own and, where the system tells them apart, pages of files, which it can drop."""
+    memory = psutil.Process().memory_info()
+    files = getattr(memory, "shared", 0)
+    return {"own": memory.rss - files, "of files": files}
 
 
-def train_with(num_processes: int, args, device: torch.device) -> dict:
-    """The training script on so many processes, its global batch growing with them, cores shared out."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_processes]
-        command += [ROOT / "train_scripts" / "train_unconditional.py", "--dataset_name", "synthetic-fashion"]
-        command += ["--max_train_samples", 10_000, "--max_train_steps", args.script_steps, "--logging_steps", 10]
-        command += ["--mixed_precision", args.precisions[-1], "--logger", "none", "--output_dir", folder]
-        command += ["--eval_batch_size", 1, "--ddpm_num_inference_steps", 1]
-        environment = {
-            **os.environ,
-            "ACCELERATE_USE_CPU": str(device.type == "cpu").lower(),
-            "OMP_NUM_THREADS": str(max(1, math.floor(os.cpu_count() / num_processes))),
-        }
-        subprocess.run(list(map(str, command)), check=True, capture_output=True, env=environment)
-        lines = [json.loads(line) for line in Path(folder, "speed.jsonl").read_text().splitlines()]
-    speed = statistics.median(line["images_per_second"] for line in lines[1:])
-    return {"processes": num_processes, "images_per_second": speed}
+def grow_processes(args, folder: Path, device: torch.device) -> list[dict]:
+    numbers = {str(number): number for number in args.processes}
+    speeds = {name: [] for name in numbers}
+    for turn, name in enumerate(turns(list(numbers), args.windows)):
+        speeds[name].append(train_with(numbers[name], args, folder / f"run-{turn}", folder / "cache", device))
+    return [{"processes": numbers[name], "images_per_second": summary(values)} for name, values in speeds.items()]
+
+
+def train_with(num_processes: int, args, output_dir: Path, cache: Path, device: torch.device) -> float:
+    """Images a second of the training script on so many processes, which share the threads of one."""
+    values = {
+        "dataset_name": "synthetic-fashion",
+        "max_train_samples": 10_000,
+        "cache_dir": cache,
+        "max_train_steps": args.script_steps,
+        "logging_steps": LOGGING_STEPS,
+        "mixed_precision": args.precisions[-1],
+        "logger": "none",
+        "eval_batch_size": 1,
+        "ddpm_num_inference_steps": 1,
+        "output_dir": output_dir,
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_processes]
+    script = ROOT / "train_scripts" / "train_unconditional.py"
+    threads = max(1, torch.get_num_threads() // num_processes)
+    run([*launcher, script, *flags(values)], device, OMP_NUM_THREADS=str(threads))
+    lines = [json.loads(line) for line in (output_dir / "speed.jsonl").read_text().splitlines()]
+    return statistics.harmonic_mean(line["images_per_second"] for line in lines[1:])
 
 
 def report(result: dict) -> str:
@@ -112,27 +130,31 @@ def report(result: dict) -> str:
         (
             row["what"],
             f"{row['operations'] / 1e9:,.1f}",
-            with_quartiles(row["seconds"], ".3f"),
+            thousands(1000 * row["seconds"]["median"]),
             thousands(row["images_per_second"]),
-            f"{row['operations_per_second'] / 1e9:,.0f}",
+            f"{row['operations'] / row['seconds']['median'] / 1e9:,.0f}",
         )
         for row in result["steps"]
     ]
     data = [
-        (f"{row['images']:,}", thousands(row["images_per_second"]),
-         *(f"{row['resident_bytes'][kind] / 2**20:.1f}" for kind in ("own", "of files")))
+        (
+            f"{row['images']:,}",
+            thousands(row["images_per_second"]),
+            *(f"{row['resident_bytes'][kind] / 2**20:.1f}" for kind in ("own", "of files")),
+        )
         for row in result["data"]
-    ]  # fmt: skip
-    processes = [(row["processes"], thousands(row["images_per_second"])) for row in result["processes"]]
+    ]
+    processes = [(row["processes"], with_quartiles(row["images_per_second"], ",.0f")) for row in result["processes"]]
     return "\n\n".join([
-        f"A training step of the default network from {START}, one size at a time, precision {result['precision']}:",
-        table(("", "GFLOP", "seconds", "images/s", "GFLOP/s"), steps),
-        f"{READ_BATCHES:,} shuffled batches of {READ_BATCH_SIZE} from a memory-mapped data set of 16x16:",
+        "A training step of the default network, from 16 images of 16x16 and the widths (64, 64, 128), one size at a"
+        f" time, precision {result['precision']}:",
+        table(("", "GFLOP", "ms", "images/s", "GFLOP/s"), steps),
+        f"{READ_BATCHES:,} shuffled batches of {READ_BATCH_SIZE} from a memory-mapped data set of 16x16, each once:",
         table(("images in it", "images/s", "memory of its own, MiB more", "pages of the file, MiB more"), data),
-        "The training script on several processes, batches of 64 each:",
+        "The training script on several processes, each with batches of 64 and its share of the threads:",
         table(("processes", "images/s"), processes),
     ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    print(json.dumps(read(int(sys.argv[1]))))
+    print(json.dumps(read(int(sys.argv[1]), sys.argv[2])))

@@ -3,13 +3,23 @@
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
 from windows import time_arms
 
-PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "denoising-diffusion-pytorch")
+sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts"))
+from launch import keep_freed_memory  # noqa: E402
+
+PACKAGES = ("ddpm-diffusers", "torch", "diffusers", "accelerate", "datasets", "denoising-diffusion-pytorch")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+
+
+def set_up() -> None:
+    """As the scripts do; and products as convolutions are by default, in TF32 on a GPU that has it."""
+    keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 def describe(device: torch.device) -> dict:
@@ -32,15 +42,15 @@ def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    features = next((line.split() for line in lines if line.startswith("flags")), [])
+    extras = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in features]
     return " ".join([names[0] if names else platform.processor(), *extras])
 
 
-def matrix_peak(device: torch.device, windows: int, window_seconds: float, size: int | None = None) -> dict[str, dict]:
+def matrix_peak(device: torch.device, precisions: list[str], windows: int, window_seconds: float) -> dict[str, dict]:
     """Operations a second of square matrix products, by precision: what a network's share is taken of."""
-    size = size or (8192 if device.type == "cuda" else 2048)
-    factors = {name: torch.randn(2, size, size, device=device, dtype=dtype) for name, dtype in DTYPES.items()}
+    size = 8192 if device.type == "cuda" else 2048
+    factors = {name: torch.randn(2, size, size, device=device, dtype=DTYPES[name]) for name in precisions}
     arms = {name: lambda pair=pair: torch.mm(pair[0], pair[1]) for name, pair in factors.items()}
     times = time_arms(arms, windows, window_seconds)
     return {name: {**result, "size": size, "per_second": 2 * size**3 / min(result["windows"])}

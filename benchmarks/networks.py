@@ -21,12 +21,11 @@ NETWORKS = ("default", "guide", "baseline", "stock", PEER)
 
 
 class Peer(nn.Module):
-    """lucidrains' Unet at comparable widths, called as diffusers' are: (64, 64, 128), its own two blocks a level."""
+    """lucidrains' Unet at the widths (64, 64, 128), with its own two blocks and its attention at each level."""
 
-    def __init__(self, resolution: int):
+    def __init__(self):
         super().__init__()
         self.unet = peer_class()(dim=64, dim_mults=(1, 1, 2), channels=1)
-        self.resolution = resolution
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
         return (self.unet(sample, timestep),)
@@ -60,7 +59,7 @@ def make_network(name: str, resolution: int) -> nn.Module:
     """One of `NETWORKS`, grey, with the widths (64, 64, 128), the same weights whenever it is made."""
     torch.manual_seed(0)
     if name == PEER:
-        return Peer(resolution)
+        return Peer()
     config = {} if name == "default" else str(CONFIGS / f"{name}.json")
     return make_unet(config, resolution, num_train_timesteps=1000)
 
@@ -74,26 +73,25 @@ def training_step(
     network: nn.Module,
     batch_size: int,
     resolution: int,
-    mixed_precision: str,
+    precision: str,
     device: torch.device,
     use_ema: bool = True,
 ) -> Callable[[], None]:
     """Forward, backward, AdamW and EMA on one batch that lies on the device: what no training loop can go below."""
     network.to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    ema = EMAModel(network.parameters(), foreach=True) if use_ema else None
+    ema = EMAModel(network.parameters(), foreach=True)
     generator = torch.Generator(device).manual_seed(0)
     noisy = torch.randn(batch_size, 1, resolution, resolution, generator=generator, device=device)
     noise = torch.randn(noisy.shape, generator=generator, device=device)
     timesteps = torch.randint(1000, (batch_size,), generator=generator, device=device)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             prediction = network(noisy, timesteps, return_dict=False)[0]
         F.mse_loss(prediction.float(), noise).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if ema is not None:
-            ema.step(network.parameters())
+        ema.step(network.parameters())
 
     return step

@@ -2,98 +2,121 @@
 
     python benchmarks/run.py
 
-prints a table a section and keeps it, with the figures it is made of, in --output_dir; a section at a time by
-`--sections training_step`. The arms of a section take turns, window by window. On a GPU if there is one.
+prints a table a section and keeps it, with the figures it is made of, in --output_dir; `--sections` chooses some. What
+is timed takes turns, window by window; memory, data sets and the long trainings are measured once. On a GPU if there
+is one.
 """
 
 import dataclasses
 import importlib
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from machine import describe
-from networks import NETWORKS, PEER, ROOT, installed  # it finds train_scripts
+from machine import describe, set_up  # it finds train_scripts
+from networks import NETWORKS, PEER, installed
 
 from arguments import arg, parse_arguments  # isort: skip
+from launch import choose_precision  # isort: skip
 from run_folder import write_text  # isort: skip
 
-SECTIONS = ("training_step", "training_script", "sampling", "memory", "startup", "growth", "time_to_quality")
+SECTIONS = ("training_step", "training_script", "time_to_quality", "sampling", "memory", "startup", "growth")
 LONG = ("time_to_quality",)
+
+
+def listed(default: list | None, help: str):
+    return field(default_factory=lambda: default, metadata={"help": help})
 
 
 @dataclass
 class BenchmarkArguments:
-    sections: list[str] = field(
-        default_factory=lambda: [name for name in SECTIONS if name not in LONG],
-        metadata={"help": f"of {', '.join(SECTIONS)}; all but {', '.join(LONG)} by default"},
+    sections: list[str] = listed(
+        [name for name in SECTIONS if name not in LONG],
+        f"of {', '.join(SECTIONS)}; all but {', '.join(LONG)} by default",
     )
-    networks: list[str] = field(default_factory=lambda: list(NETWORKS), metadata={"help": "of " + ", ".join(NETWORKS)})
-    resolutions: list[int] = field(
-        default_factory=lambda: [16, 28], metadata={"help": "height and width of the images"}
+    networks: list[str] = listed(list(NETWORKS), f"of training_step: {', '.join(NETWORKS)}")
+    resolutions: list[int] = listed([16, 28], "height and width; training_script takes the first alone")
+    batch_sizes: list[int] | None = listed(
+        None, "of training; 128, and on a GPU 1024 and 4096, by default; all but training_step take the first alone"
     )
-    batch_sizes: list[int] | None = field(
-        default=None, metadata={"help": "of training; 128, and on a GPU 1024 and 4096, by default"}
+    precisions: list[str] | None = listed(
+        None, "no, bf16; both by default where the hardware has bf16; some sections take the last alone"
     )
-    precisions: list[str] = field(default_factory=lambda: ["no", "bf16"], metadata={"help": "no, bf16; the last serves"
-                                  " the sections that measure one"})  # fmt: skip
-    compile: bool = arg(False, "measure the networks under torch.compile, too (training_step)")
+    compile: bool = arg(False, "training_step: under torch.compile, too")
     windows: int = arg(5, "timed windows an arm")
     window_seconds: float = arg(2.0, "about how long each is")
-    script_steps: int = arg(60, "steps of the scripts (training_script, growth)")
-    data_sizes: list[int] = field(
-        default_factory=lambda: [10_000, 100_000, 1_000_000], metadata={"help": "images in a data set (growth)"}
-    )
-    processes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "of the training script (growth)"})
-    # time_to_quality
-    epochs: list[float] = field(default_factory=lambda: [2.5, 4.0, 5.0], metadata={"help": "budgets of the default"})
-    dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub name or local folder")
-    dataset_id: str | None = arg(None, "what a local data set is called on the Hub, for the records")
-    num_images: int = arg(5000, "samples that are judged")
-    # output
+    script_steps: int | None = arg(None, "of the training script; 60 by default, 2,000 on a GPU")
+    data_sizes: list[int] = listed([10_000, 100_000, 1_000_000], "growth: images in a data set")
+    processes: list[int] | None = listed(None, "growth: of the training script; 1, and 2 where there are so many GPUs"
+                                         " or cores, by default")  # fmt: skip
+    epochs: list[float] = listed([2.5, 4.0, 5.0], "time_to_quality: budgets of the default network")
+    dataset_name: str = arg("zalando-datasets/fashion_mnist", "time_to_quality: Hub name or local folder")
+    dataset_id: str | None = arg(None, "time_to_quality: what a local data set is called on the Hub")
+    num_images: int = arg(5000, "time_to_quality: samples that are judged")
+    work_dir: str = arg("runs/time-to-quality", "time_to_quality: folder of the trainings")
     device: str | None = arg(None, "cpu or cuda; the GPU if there is one")
-    output_dir: str = arg(str(ROOT / "benchmarks" / "results"), "folder of the results")
+    output_dir: str = arg("runs/benchmarks", "folder of the results")
 
     def __post_init__(self):
-        if self.batch_sizes is None:
-            on_gpu = self.device == "cuda" or (self.device is None and torch.cuda.is_available())
-            self.batch_sizes = [128, 1024, 4096] if on_gpu else [128]
+        if self.device not in (None, "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(f"`--device` is {self.device!r}; it must be cpu, or cuda where there is a GPU.")
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        on_gpu = self.device == "cuda"
+        self.batch_sizes = self.batch_sizes or ([128, 1024, 4096] if on_gpu else [128])
+        self.precisions = self.precisions or ["no", *(["bf16"] if choose_precision("auto") == "bf16" else [])]
+        self.script_steps = self.script_steps or (2000 if on_gpu else 60)
+        self.processes = self.processes or [1, 2][: torch.cuda.device_count() if on_gpu else torch.get_num_threads()]
         for name, choices in {"sections": SECTIONS, "networks": NETWORKS, "precisions": ("no", "bf16")}.items():
             values = getattr(self, name)
             if not values or not set(values) <= set(choices):
                 raise ValueError(f"`--{name}` is {values}; it must hold some of {', '.join(choices)}.")
-        for name in ("resolutions", "batch_sizes", "data_sizes", "processes", "epochs"):
-            if not getattr(self, name) or min(getattr(self, name)) <= 0:
-                raise ValueError(f"`--{name}` is {getattr(self, name)}; it must hold positive numbers.")
-        for name, least in (("windows", 2), ("script_steps", 30), ("num_images", 1)):
+        if not installed(self.networks):
+            raise ValueError(f"`--networks` is {self.networks}, and {PEER} is not installed: choose others, too.")
+        for name in ("batch_sizes", "data_sizes", "processes", "epochs"):
+            values = getattr(self, name)
+            if not values or not all(math.isfinite(value) and value > 0 for value in values):
+                raise ValueError(f"`--{name}` is {values}; it must hold positive numbers.")
+        if not self.resolutions or not all(value >= 4 and value % 4 == 0 for value in self.resolutions):
+            raise ValueError(f"`--resolutions` is {self.resolutions}; it must hold multiples of 4.")
+        for name, least in (("windows", 2), ("script_steps", 30), ("num_images", 97)):
             if getattr(self, name) < least:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least {least}.")
-        if self.device not in (None, "cpu", "cuda"):
-            raise ValueError(f"`--device` is {self.device!r}; it must be cpu or cuda.")
+        if not 0 <= self.window_seconds < math.inf:
+            raise ValueError(f"`--window_seconds` is {self.window_seconds}; it must be a number of at least 0.")
 
 
 def main(args: BenchmarkArguments) -> None:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device, output_dir = torch.device(args.device), Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     if PEER in args.networks and PEER not in installed(args.networks):
-        print(f"Left out: {PEER} is not installed (benchmarks/requirements.txt says how).")
-    facts = describe(device)
+        print(f"Left out: {PEER}, which is not installed (see benchmarks/requirements.txt).")
+    set_up()
+    arguments = {key: value for key, value in dataclasses.asdict(args).items()
+                 if key not in ("output_dir", "work_dir", "dataset_name")}  # fmt: skip
+    failures = []
     for name in args.sections:
         section, start = importlib.import_module(name), time.perf_counter()
-        result = section.measure(args, device)
-        text = section.report(result)
+        try:
+            result = section.measure(args, device)
+        except (RuntimeError, ValueError) as error:  # the other sections do not wait for this one
+            failures.append(f"{name}: {error}")
+            continue
         record = {
-            "machine": facts,
-            "arguments": {key: value for key, value in dataclasses.asdict(args).items()
-                          if key not in ("output_dir", "dataset_name")},
+            "machine": describe(device),
+            "arguments": arguments,
             "seconds": time.perf_counter() - start,
             **result,
-        }  # fmt: skip
-        write_text(Path(args.output_dir, f"{name}.json"), json.dumps(record, indent=2) + "\n")
-        write_text(Path(args.output_dir, f"{name}.md"), text + "\n")
+        }
+        text = section.report(result)
+        write_text(output_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
+        write_text(output_dir / f"{name}.md", text + "\n")
         print(f"\n{section.__doc__.splitlines()[0]}\n\n{text}", flush=True)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 if __name__ == "__main__":

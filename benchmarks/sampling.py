@@ -1,15 +1,15 @@
 """4. Sampling: images a second, the time of one image, and what pipeline and scheduler take beside the network."""
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from diffusers import DDPMScheduler
-from networks import installed, make_network
+from networks import make_network
 from report import grouped, table, thousands, with_quartiles
 from windows import ratio, time_arms
 
 from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
-from ddpm_diffusers.schedulers import count_evaluations
 
 FEW_STEPS = ("dpmsolver++", 20)
 DDPM_STEPS = 50  # of the 1,000: each takes as long
@@ -17,40 +17,36 @@ BATCH_SIZES = (1, 64)
 
 
 def measure(args, device: torch.device) -> dict:
-    names = [name for name in installed(args.networks) if name in ("default", "stock")]
     rows = []
-    for resolution in args.resolutions:
-        for precision in args.precisions:
-            for batch_size in BATCH_SIZES:
-                arms, evaluations, images = {}, {}, {}
-                for name in names:
-                    pipe = make_pipeline(name, resolution, precision, device)
-                    few = make_scheduler(FEW_STEPS[0], pipe.scheduler)
-                    for scheduler, steps in ((few, FEW_STEPS[1]), (pipe.scheduler, DDPM_STEPS)):
-                        label = f"{name}, {type(scheduler).__name__.removesuffix('Scheduler')}"
-                        evaluations[label] = count_evaluations(scheduler, steps)
-                        arms[label] = sample_with(pipe, scheduler, batch_size, steps)
-                        images[label] = 1000 / steps if scheduler is pipe.scheduler else 1
-                    arms[f"{name}, network alone"] = network_alone(pipe.unet, batch_size, FEW_STEPS[1], device)
-                    evaluations[f"{name}, network alone"] = FEW_STEPS[1]
-                times = time_arms(arms, args.windows, args.window_seconds)
-                for label, time in times.items():
-                    alone = times[f"{label.partition(',')[0]}, network alone"]
-                    share = time | {"windows": [seconds / evaluations[label] for seconds in time["windows"]]}
-                    alone = alone | {"windows": [seconds / FEW_STEPS[1] for seconds in alone["windows"]]}
-                    seconds = time["median"] * images.get(label, 1)
-                    rows.append({
-                        "arm": label,
-                        "resolution": resolution,
-                        "precision": precision,
-                        "batch_size": batch_size,
-                        "evaluations": round(evaluations[label] * images.get(label, 1)),
-                        "seconds_per_batch": seconds,
-                        "images_per_second": batch_size / seconds,
-                        "of_network_alone": ratio(alone, share),
-                        "windows": time,
-                    })  # fmt: skip
-    return {"few_steps": FEW_STEPS, "ddpm_steps": DDPM_STEPS, "rows": rows}
+    for resolution, precision, batch_size in product(args.resolutions, args.precisions, BATCH_SIZES):
+        arms, evaluations = {}, {}
+        for name in ("default", "stock"):
+            pipe = make_pipeline(name, resolution, precision, device)
+            few = make_scheduler(FEW_STEPS[0], pipe.scheduler)
+            arms[f"{name}, {FEW_STEPS[0]}"] = sample_with(pipe, few, batch_size, FEW_STEPS[1])
+            arms[f"{name}, ddpm"] = sample_with(pipe, pipe.scheduler, batch_size, DDPM_STEPS)
+            arms[f"{name}, network alone"] = network_alone(pipe.unet, batch_size, FEW_STEPS[1], device)
+            evaluations |= {f"{name}, {FEW_STEPS[0]}": FEW_STEPS[1], f"{name}, ddpm": DDPM_STEPS}
+            evaluations |= {f"{name}, network alone": FEW_STEPS[1]}
+        times = time_arms(arms, args.windows, args.window_seconds)
+        an_evaluation = {
+            arm: [seconds / evaluations[arm] for seconds in time["windows"]] for arm, time in times.items()
+        }
+        for arm, time in times.items():
+            name, _, kind = arm.partition(", ")
+            seconds = time["median"] * (1000 / DDPM_STEPS if kind == "ddpm" else 1)
+            rows.append({
+                "arm": arm,
+                "resolution": resolution,
+                "precision": precision,
+                "batch_size": batch_size,
+                "evaluations": 1000 if kind == "ddpm" else FEW_STEPS[1],
+                "seconds_per_batch": seconds,
+                "images_per_second": None if kind == "network alone" else batch_size / seconds,
+                "of_network_alone": ratio(an_evaluation[arm], an_evaluation[f"{name}, network alone"]),
+                "measured": time,
+            })  # fmt: skip
+    return {"rows": rows}
 
 
 def make_pipeline(name: str, resolution: int, precision: str, device: torch.device) -> PixelDiffusionPipeline:
@@ -62,7 +58,7 @@ def make_pipeline(name: str, resolution: int, precision: str, device: torch.devi
     return pipe
 
 
-def sample_with(pipe: PixelDiffusionPipeline, scheduler, batch_size: int, steps: int) -> Callable[[], None]:
+def sample_with(pipe: PixelDiffusionPipeline, scheduler, batch_size: int, steps: int) -> Callable[[], object]:
     def sample() -> None:
         pipe.scheduler = scheduler
         pipe(batch_size, steps, torch.Generator().manual_seed(0))
@@ -70,7 +66,7 @@ def sample_with(pipe: PixelDiffusionPipeline, scheduler, batch_size: int, steps:
     return sample
 
 
-def network_alone(network, batch_size: int, evaluations: int, device: torch.device) -> Callable[[], None]:
+def network_alone(network, batch_size: int, evaluations: int, device: torch.device) -> Callable[[], object]:
     size = network.config.sample_size
     latents = torch.randn(batch_size, 1, size, size, device=device)
     timesteps = torch.linspace(999, 0, evaluations, device=device)
@@ -85,16 +81,16 @@ def network_alone(network, batch_size: int, evaluations: int, device: torch.devi
 
 def report(result: dict) -> str:
     parts = [
-        f"DDPM's 1,000 steps are {1000 // result['ddpm_steps']} times {result['ddpm_steps']} of them. Images are made"
-        " up to PIL objects. The last column is the time an evaluation against that of the network alone: what it is"
-        " above 1 is the pipeline and the scheduler."
+        f"DDPM's 1,000 steps are {1000 // DDPM_STEPS} times {DDPM_STEPS} of them. Images are made up to PIL objects."
+        " The last column is the time an evaluation against that of the network alone: what it is above 1 is the"
+        " pipeline and the scheduler."
     ]
     for title, rows in grouped(result["rows"], "resolution", "precision", "batch_size"):
         lines = [
             (
                 row["arm"],
                 row["evaluations"],
-                thousands(row["images_per_second"]),
+                thousands(row["images_per_second"]) if row["images_per_second"] else "",
                 thousands(1000 * row["seconds_per_batch"]),
                 with_quartiles(row["of_network_alone"]),
             )

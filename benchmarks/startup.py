@@ -11,55 +11,51 @@ from pathlib import Path
 
 import torch
 from networks import ROOT
+from processes import flags, run
 from report import table, with_quartiles
 from windows import ratio, time_arms
 
-# what the package's modules take from others, and a network that is diffusers' own
-NEEDED = "import einops.layers.torch; from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel"
-MODEL = ROOT / "pretrained" / "ddpm-fashion-mnist-16"
+DIFFUSERS = "import diffusers with what it needs"  # what our modules take of it, and a network that is its own
 CODE = {
     "import torch": "import torch",
-    "import diffusers with what it needs": NEEDED,
+    DIFFUSERS: "import einops.layers.torch; from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel",
     "import ddpm_diffusers": "import ddpm_diffusers",
-    "and load the released model": f"import ddpm_diffusers; from diffusers import DiffusionPipeline;"
-    f" DiffusionPipeline.from_pretrained({str(MODEL)!r})",
+    "and load the released model": "import ddpm_diffusers; from diffusers import DiffusionPipeline;"
+    f" DiffusionPipeline.from_pretrained({str(ROOT / 'pretrained' / 'ddpm-fashion-mnist-16')!r})",
 }
-FIRST_STEP = "first step of the training script, cached data"
 
 
 def measure(args, device: torch.device) -> dict:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": str(device.type == "cpu").lower()}
     with tempfile.TemporaryDirectory() as folder:
-        arms = {name: python(code) for name, code in CODE.items()}
-        arms[FIRST_STEP] = first_step(Path(folder, "run"), environment)
-        times = time_arms(arms, args.windows, 0.1)
-    reference = times["import diffusers with what it needs"]
-    rows = [{"arm": name, "seconds": time, "times_import": ratio(reference, time)} for name, time in times.items()]
-    return {"rows": rows}
+        arms = {name: lambda code=code: run(["-c", code], device) for name, code in CODE.items()}
+        arms["first step of the training script, cached data"] = first_step(Path(folder), device)
+        times = time_arms(arms, args.windows, window_seconds=0)  # one start a window
+    imports = times[DIFFUSERS]["windows"]
+    return {
+        "rows": [
+            {"arm": name, "seconds": result, "times_import": ratio(result["windows"], imports)}
+            for name, result in times.items()
+        ]
+    }
 
 
-def python(code: str) -> Callable[[], None]:
+def first_step(folder: Path, device: torch.device) -> Callable[[], None]:
+    """Until its first line in speed.jsonl; the first call draws the images."""
+    script, errors = ROOT / "train_scripts" / "train_unconditional.py", folder / "errors"
+    values = {"dataset_name": "synthetic-fashion", "max_train_samples": 2000, "cache_dir": folder / "cache"}
+    values |= {"logging_steps": 1, "logger": "none", "output_dir": folder / "run"}
+    command = [sys.executable, str(script), *flags(values)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": str(device.type == "cpu").lower()}
+
     def start() -> None:
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-    return start
-
-
-def first_step(output_dir: Path, environment: dict) -> Callable[[], None]:
-    script = ROOT / "train_scripts" / "train_unconditional.py"
-    flags = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "2000", "--logging_steps", "1"]
-    flags += ["--logger", "none", "--output_dir", str(output_dir)]
-    log = output_dir / "speed.jsonl"
-
-    def start() -> None:
-        shutil.rmtree(output_dir, ignore_errors=True)
-        process = subprocess.Popen(
-            [sys.executable, script, *flags], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        log = folder / "run" / "speed.jsonl"
+        with open(errors, "w") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
             while not (log.is_file() and log.stat().st_size):
                 if process.poll() is not None:
-                    raise RuntimeError(f"{script.name} ended with status {process.returncode} before its first step.")
+                    raise RuntimeError(f"{script.name} ended before its first step: {errors.read_text()[-2000:]}")
                 time.sleep(0.005)
         finally:
             process.kill()
@@ -70,6 +66,6 @@ def first_step(output_dir: Path, environment: dict) -> Callable[[], None]:
 
 def report(result: dict) -> str:
     lines = [
-        (row["arm"], with_quartiles(row["seconds"]), f"{row['times_import']['median']:.2f}") for row in result["rows"]
+        (row["arm"], with_quartiles(row["seconds"]), with_quartiles(row["times_import"])) for row in result["rows"]
     ]
     return table(("", "seconds", "x import diffusers"), lines)

@@ -4,114 +4,106 @@ All read the same images from the disk: PNGs in a data set of `datasets`.
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from datasets import Dataset, Features, Image
 from networks import CONFIGS, ROOT, make_network, training_step
+from processes import flags, run
 from report import table, thousands, with_quartiles
-from windows import seconds_of, summary
+from windows import ratio, seconds_of, summary, turns
 
 from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.sampling import to_pil
 
 NUM_IMAGES = 10_000
 LOGGING_STEPS = 10
-ARMS = ("bare step, default", "script, default", "bare step, stock", "script, stock", "diffusers' recipe, stock")
+RECIPE = "diffusers' recipe, stock"
+BARE = {"script, default": "bare step, default", "script, stock": "bare step, stock"}
 
 
 def measure(args, device: torch.device) -> dict:
-    resolution, batch_size, precision = args.resolutions[0], args.batch_sizes[0], args.precisions[-1]
-    windows = {arm: [] for arm in ARMS}  # images a second
-    bare = {
-        name: training_step(make_network(name, resolution), batch_size, resolution, precision, device)
+    settings = {
+        "resolution": args.resolutions[0],
+        "batch_size": args.batch_sizes[0],
+        "precision": args.precisions[-1],
+    }
+    steps = {
+        name: training_step(make_network(name, settings["resolution"]), device=device, **settings)
         for name in ("default", "stock")
     }
+
+    def bare_step(name: str) -> float:
+        seconds_of(steps[name], 2)  # another process had the caches
+        return settings["batch_size"] / seconds_of(steps[name], args.script_steps - LOGGING_STEPS)
+
     with tempfile.TemporaryDirectory() as folder:
-        data = save_images(Path(folder, "images"))
-        for turn in range(args.windows):
-            shift = turn % len(ARMS)
-            for arm in ARMS[shift:] + ARMS[:shift]:
-                kind, name = arm.split(", ")
-                if kind == "bare step":
-                    seconds_of(bare[name], 2)  # another process had the caches
-                    speed = batch_size / seconds_of(bare[name], args.script_steps // 2)
-                elif kind == "script":
-                    speed = run_script(name, data, Path(folder, f"{name}-{turn}"), args, device)
-                else:
-                    speed = run_recipe(data, args, device)
-                windows[arm].append(speed)
-    reference = {"script, default": "bare step, default", "script, stock": "bare step, stock"}
+        cache, data = Path(folder, "cache"), Path(folder, "images")
+        save_images(data, cache)
+        asked = {
+            "resolution": settings["resolution"],
+            "train_batch_size": settings["batch_size"],
+            "mixed_precision": settings["precision"],
+        }
+
+        def script(name: str) -> float:
+            return run_script(name, data, asked, args.script_steps, Path(tempfile.mkdtemp(dir=folder)), cache, device)
+
+        arms = {
+            "bare step, default": lambda: bare_step("default"),
+            "script, default": lambda: script("default"),
+            "bare step, stock": lambda: bare_step("stock"),
+            "script, stock": lambda: script("stock"),
+            RECIPE: lambda: run_recipe(data, asked, args.script_steps, device),
+        }
+        speeds = {name: [] for name in arms}  # images a second, each window
+        for name in turns(list(arms), args.windows):
+            speeds[name].append(arms[name]())
     rows = [
         {
-            "arm": arm,
-            "images_per_second": summary(speeds),
-            "of_bare_step": shares(speeds, windows[reference[arm]]) if arm in reference else None,
-            "times_recipe": shares(speeds, windows[ARMS[-1]]),
+            "arm": name,
+            "images_per_second": summary(values) | {"windows": values},
+            "of_bare_step": ratio(values, speeds[BARE[name]]) if name in BARE else None,
+            "times_recipe": ratio(values, speeds[RECIPE]),
         }
-        for arm, speeds in windows.items()
+        for name, values in speeds.items()
     ]
-    settings = {"resolution": resolution, "batch_size": batch_size, "precision": precision}
-    return {**settings, "steps": args.script_steps, "windows": windows, "rows": rows}
+    return {**settings, "steps": args.script_steps, "rows": rows}
 
 
-def shares(speeds: list[float], references: list[float]) -> dict:
-    return summary([speed / reference for speed, reference in zip(speeds, references, strict=True)])
-
-
-def save_images(folder: Path) -> Path:
+def save_images(folder: Path, cache: Path) -> None:
     """The built-in garments at 28x28 as PNGs, as a data set of the Hub holds them."""
-    arrays = ImageArrays(load_images("synthetic-fashion", resolution=28, max_samples=NUM_IMAGES), (1, 28, 28))
-    images = to_pil(arrays.__getitems__(range(NUM_IMAGES)))
+    garments = load_images("synthetic-fashion", resolution=28, max_samples=NUM_IMAGES, cache_dir=str(cache))
+    images = to_pil(ImageArrays(garments, (1, 28, 28)).__getitems__(range(NUM_IMAGES)))
     Dataset.from_dict({"image": images}, features=Features({"image": Image()})).save_to_disk(folder)
-    return folder
 
 
-def run_script(name: str, data: Path, output_dir: Path, args, device: torch.device) -> float:
-    """Images a second of `train_unconditional.py`, the median of its lines after the first."""
-    flags = {
+def run_script(
+    name: str, data: Path, asked: dict, steps: int, output_dir: Path, cache: Path, device: torch.device
+) -> float:
+    """Images a second of `train_unconditional.py`, from its first line of speed.jsonl to the last."""
+    values = {
         "dataset_name": data,
-        "resolution": args.resolutions[0],
-        "train_batch_size": args.batch_sizes[0],
-        "mixed_precision": args.precisions[-1],
-        "max_train_steps": args.script_steps,
+        "cache_dir": cache,
+        **asked,
+        "max_train_steps": steps,
         "logging_steps": LOGGING_STEPS,
         "eval_batch_size": 1,
         "ddpm_num_inference_steps": 1,
         "output_dir": output_dir,
         **({"unet_config": CONFIGS / "stock.json"} if name == "stock" else {}),
     }
-    run(ROOT / "train_scripts" / "train_unconditional.py", flags, device)
+    run([ROOT / "train_scripts" / "train_unconditional.py", *flags(values)], device)
     lines = [json.loads(line) for line in (output_dir / "speed.jsonl").read_text().splitlines()]
-    return statistics.median(line["images_per_second"] for line in lines[1:])
+    return statistics.harmonic_mean(line["images_per_second"] for line in lines[1:])
 
 
-def run_recipe(data: Path, args, device: torch.device) -> float:
-    flags = {
-        "data": data,
-        "resolution": args.resolutions[0],
-        "train_batch_size": args.batch_sizes[0],
-        "mixed_precision": args.precisions[-1],
-        "steps": args.script_steps,
-        "warm_up": LOGGING_STEPS,
-    }
-    output = run(Path(__file__).with_name("diffusers_recipe.py"), flags, device)
+def run_recipe(data: Path, asked: dict, steps: int, device: torch.device) -> float:
+    values = {"data": data, **asked, "steps": steps, "warm_up": LOGGING_STEPS}
+    output = run([Path(__file__).with_name("diffusers_recipe.py"), *flags(values)], device)
     return json.loads(output.splitlines()[-1])["images_per_second"]
-
-
-def run(script: Path, flags: dict, device: torch.device) -> str:
-    """The script in a process of its own; its standard output."""
-    command = [sys.executable, script, *(text for name, value in flags.items() for text in (f"--{name}", value))]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": str(device.type == "cpu").lower()}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{script.name} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return done.stdout
 
 
 def report(result: dict) -> str:
@@ -124,8 +116,9 @@ def report(result: dict) -> str:
         )
         for row in result["rows"]
     ]
-    return "\n\n".join([
+    caption = (
         f"{result['steps']} steps of {result['batch_size']} images at {result['resolution']}x{result['resolution']},"
-        f" precision {result['precision']}.",
-        table(("", "images/s", "of the bare step", "x diffusers' recipe"), lines),
-    ])  # fmt: skip
+        f" the first {LOGGING_STEPS} not timed, precision {result['precision']}. Bare step and script keep freed"
+        " memory; the recipe leaves the allocator alone, as diffusers' script does."
+    )
+    return f"{caption}\n\n{table(('', 'images/s', 'of the bare step', 'x the recipe'), lines)}"

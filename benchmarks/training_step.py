@@ -1,5 +1,7 @@
 """1. The training step: images a second of each network, and the share of the machine's matrix-product peak."""
 
+from itertools import product
+
 import torch
 from counts import count
 from machine import matrix_peak
@@ -11,51 +13,49 @@ REFERENCE = "stock"
 
 
 def measure(args, device: torch.device) -> dict:
-    peaks = matrix_peak(device, args.windows, args.window_seconds)
+    peaks = matrix_peak(device, args.precisions, args.windows, args.window_seconds)
     rows = []
-    for resolution in args.resolutions:
-        for batch_size in args.batch_sizes:
-            for precision in args.precisions:
-                networks = {name: make_network(name, resolution) for name in installed(args.networks)}
-                steps = {
-                    name: training_step(network, batch_size, resolution, precision, device)
-                    for name, network in networks.items()
-                }
-                if args.compile:
-                    for name in list(networks):
-                        compiled = torch.compile(make_network(name, resolution).to(device))
-                        steps[f"{name}, compiled"] = training_step(compiled, batch_size, resolution, precision, device)
-                times = time_arms(steps, args.windows, args.window_seconds)
-                for name, time in times.items():
-                    network = networks[name.partition(",")[0]]
-                    counts = count(training_step(network, 1, resolution, precision, device))
-                    operations = counts["operations"] * batch_size
-                    rows.append({
-                        "network": name,
-                        "resolution": resolution,
-                        "batch_size": batch_size,
-                        "precision": precision,
-                        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-                        "operations_per_image": counts["operations"],
-                        "kernels_per_step": counts["kernels"],
-                        "seconds_per_step": time,
-                        "images_per_second": batch_size / time["median"],
-                        "of_peak": operations / time["median"] / peaks[precision]["per_second"],
-                        "times_reference": ratio(time, times[REFERENCE]) if REFERENCE in times else None,
-                    })  # fmt: skip
+    for resolution, batch_size, precision in product(args.resolutions, args.batch_sizes, args.precisions):
+        settings = {"resolution": resolution, "batch_size": batch_size, "precision": precision}
+        networks = {name: make_network(name, resolution) for name in installed(args.networks)}
+        arms = {name: training_step(network, device=device, **settings) for name, network in networks.items()}
+        if args.compile:
+            torch._dynamo.reset()  # or it would compile for any shape after the first
+            for name in networks:
+                compiled = torch.compile(make_network(name, resolution))
+                arms[f"{name}, compiled"] = training_step(compiled, device=device, **settings)
+        times = time_arms(arms, args.windows, args.window_seconds)
+        for name, time in times.items():
+            network = networks[name.partition(",")[0]]
+            counts = count(training_step(network, device=device, **settings | {"batch_size": 1}))
+            operations = counts["operations"] * batch_size
+            rows.append({
+                "network": name,
+                **settings,
+                "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                "operations_per_image": counts["operations"],
+                "aten_calls_per_step": counts["kernels"] if name in networks else None,
+                "seconds_per_step": time,
+                "images_seen": batch_size * time["calls"] * args.windows,
+                "images_per_second": batch_size / time["median"],
+                "of_peak": operations / time["median"] / peaks[precision]["per_second"],
+                "times_reference": ratio(times[REFERENCE]["windows"], time["windows"]) if REFERENCE in times else None,
+            })  # fmt: skip
     return {"peaks": peaks, "rows": rows}
 
 
 def report(result: dict) -> str:
     peaks = ", ".join(f"{peak['per_second'] / 1e9:.0f} GFLOP/s {name}" for name, peak in result["peaks"].items())
-    parts = [f"Square matrix products of {result['peaks']['no']['size']}: {peaks}."]
+    parts = [
+        f"The peak, of square matrix products: {peaks}. GFLOP of convolutions and products, forward and backward."
+    ]
     for title, rows in grouped(result["rows"], "resolution", "batch_size", "precision"):
         lines = [
             (
                 row["network"],
                 f"{row['parameters'] / 1e6:.2f} M",
                 f"{row['operations_per_image'] / 1e9:.2f}",
-                row["kernels_per_step"],
+                row["aten_calls_per_step"] or "",
                 thousands(row["images_per_second"]),
                 with_quartiles(row["times_reference"]),
                 f"{row['of_peak']:.0%}",
@@ -63,15 +63,6 @@ def report(result: dict) -> str:
             )
             for row in rows
         ]
-        head = (
-            "network",
-            "parameters",
-            "GFLOP an image",
-            "kernels",
-            "images/s",
-            f"x {REFERENCE}",
-            "of peak",
-            "first s",
-        )
-        parts += [f"**{title}**", table(head, lines)]
+        head = ("network", "parameters", "GFLOP an image", "aten calls", "images/s")
+        parts += [f"**{title}**", table((*head, f"x {REFERENCE}", "of peak", "first call, s"), lines)]
     return "\n\n".join(parts)

@@ -14,7 +14,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(arm: Callable[[], None], calls: int = 1) -> float:
+def seconds_of(arm: Callable[[], object], calls: int = 1) -> float:
     synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -23,7 +23,7 @@ def seconds_of(arm: Callable[[], None], calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def time_arms(arms: dict[str, Callable[[], None]], windows: int, window_seconds: float) -> dict[str, dict]:
+def time_arms(arms: dict[str, Callable[[], object]], windows: int, window_seconds: float) -> dict[str, dict]:
     """Seconds a call of each arm.
 
     Args:
@@ -32,19 +32,22 @@ def time_arms(arms: dict[str, Callable[[], None]], windows: int, window_seconds:
         window_seconds: As many calls as take about so long are a window, at least one.
 
     Returns:
-        Of each arm `first_call` (compilation, allocation), `windows` (seconds a call in each of them), and
-        `median` and `quartiles` of these.
+        Of each arm `first_call` (compilation, allocation), `calls` (a window), `windows` (seconds a call in each of
+        them), and `median` and `quartiles` of these.
     """
-    names = list(arms)
-    results = {name: {"first_call": seconds_of(arms[name]), "windows": []} for name in names}
-    calls = {name: max(1, math.ceil(window_seconds / seconds_of(arms[name]))) for name in names}
-    for turn in range(windows):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            results[name]["windows"].append(seconds_of(arms[name], calls[name]))
+    results = {name: {"first_call": seconds_of(arm)} for name, arm in arms.items()}
+    for name, arm in arms.items():
+        results[name] |= {"calls": max(1, math.ceil(window_seconds / seconds_of(arm))), "windows": []}
+    for name in turns(list(arms), windows):
+        results[name]["windows"].append(seconds_of(arms[name], results[name]["calls"]))
     for result in results.values():
         result |= summary(result["windows"])
     return results
+
+
+def turns(names: list[str], rounds: int) -> list[str]:
+    """All names, round after round, each round starting with another one."""
+    return [name for turn in range(rounds) for name in names[turn % len(names) :] + names[: turn % len(names)]]
 
 
 def summary(values: list[float]) -> dict:
@@ -53,7 +56,6 @@ def summary(values: list[float]) -> dict:
     return {"median": median, "quartiles": [first, third]}
 
 
-def ratio(result: dict, reference: dict) -> dict:
-    """How many times as fast as the reference, window by window."""
-    pairs = zip(reference["windows"], result["windows"], strict=True)
-    return summary([theirs / own for theirs, own in pairs])
+def ratio(values: list[float], references: list[float]) -> dict:
+    """Median and quartiles of values / references, window by window."""
+    return summary([value / reference for value, reference in zip(values, references, strict=True)])

@@ -1,0 +1,77 @@
+"""The benchmarks' clockwork, a section of them in a real process, and clear errors."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import memory  # noqa: E402
+import windows  # noqa: E402
+from run import BenchmarkArguments  # noqa: E402
+
+
+def test_a_ratio_is_of_paired_windows():
+    assert windows.ratio([2.0, 4.0, 30.0], [1.0, 2.0, 10.0]) == {"median": 2.0, "quartiles": [2.0, 2.5]}
+
+
+def test_each_round_starts_with_another_arm():
+    assert windows.turns(["a", "b", "c"], 4) == list("abcbcacababc")
+
+
+def test_arms_are_timed_in_turn():
+    called = []
+    arms = {
+        name: lambda name=name, s=s: (called.append(name), time.sleep(s)) for name, s in (("a", 0.002), ("b", 0.02))
+    }
+    results = windows.time_arms(arms, windows=3, window_seconds=0.01)
+    assert results["a"]["calls"] > 1 == results["b"]["calls"]
+    assert 0.002 <= results["a"]["median"] < results["b"]["median"]
+    assert len(called) == 2 * 2 + 3 * (results["a"]["calls"] + 1)
+    timed = called[4:]
+    assert [name for before, name in zip([None, *timed], timed, strict=False) if name != before] == list("abab")
+
+
+def test_the_peak_of_memory_is_seen():
+    with memory.Peak(torch.device("cpu")) as peak:
+        block = torch.ones(2**26)  # 256 MiB
+        time.sleep(0.1)
+        del block
+    assert 2**27 < peak.bytes < 2**29
+
+
+@pytest.mark.slow
+def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--sections", "training_step", "memory", "--networks",
+               "default", "stock", "--resolutions", "8", "--batch_sizes", "2", "--precisions", "no", "--windows", "2",
+               "--window_seconds", "0", "--output_dir", tmp_path / "a" / "b"]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "a" / "b" / "training_step.json").read_text())
+    assert [row["network"] for row in record["rows"]] == ["default", "stock"]
+    assert record["rows"][1]["times_reference"]["median"] == 1 and record["machine"]["versions"]["torch"]
+    assert (tmp_path / "a" / "b" / "training_step.md").read_text().strip() in done.stdout
+    rows = json.loads((tmp_path / "a" / "b" / "memory.json").read_text())["rows"]
+    assert all(row["bytes"] >= 0 for row in rows) and len(rows) == 9
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"sections": ["speed"]}, "`--sections` is .* training_step, training_script"),
+    ({"networks": ["default", "u-net"]}, "`--networks` is .*default, guide"),
+    ({"precisions": ["fp8"]}, "`--precisions` is .* no, bf16"),
+    ({"resolutions": [15]}, "`--resolutions` is .*multiples of 4"),
+    ({"batch_sizes": [0]}, "`--batch_sizes` is .*positive"),
+    ({"epochs": [float("nan")]}, "`--epochs` is .*positive"),
+    ({"windows": 1}, "`--windows` is 1; it must be at least 2"),
+    ({"window_seconds": float("nan")}, "`--window_seconds` is nan"),
+    ({"num_images": 10}, "`--num_images` is 10; it must be at least 97"),
+    ({"device": "tpu"}, "`--device` is 'tpu'; it must be cpu, or cuda"),
+])  # fmt: skip
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BenchmarkArguments(**arguments)
