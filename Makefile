@@ -11,7 +11,7 @@ BIN = .venv/bin
 	touch $@
 
 quickstart: .venv/installed
-	$(BIN)/python train_scripts/generate.py --model pretrained/ddpm-fashion-mnist-16 --scheduler dpmsolver++ \
+	$(BIN)/python train_scripts/generate.py --model pretrained/ddpm-fashion-mnist-28 --scheduler dpmsolver++ \
 		--num_inference_steps 20 --num_images 64 --output_dir runs/pretrained-samples --overwrite
 	$(BIN)/accelerate launch --config_file train_scripts/accelerate/cpu.yaml train_scripts/train_unconditional.py \
 		train_scripts/configs/quickstart.yaml --overwrite_output_dir

@@ -21,7 +21,7 @@ CODE = {
     DIFFUSERS: "import einops.layers.torch; from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel",
     "import ddpm_diffusers": "import ddpm_diffusers",
     "and load the released model": "import ddpm_diffusers; from diffusers import DiffusionPipeline;"
-    f" DiffusionPipeline.from_pretrained({str(ROOT / 'pretrained' / 'ddpm-fashion-mnist-16')!r})",
+    f" DiffusionPipeline.from_pretrained({str(ROOT / 'pretrained' / 'ddpm-fashion-mnist-28')!r})",
 }
 
 

@@ -1,0 +1,401 @@
+"""Sampling images in pixel space: any U-Net with the diffusers call, any diffusers scheduler.
+
+This file stands alone (torch, diffusers and the huggingface_hub that diffusers needs): a copy of it beside
+`model_index.json` makes a Hub repository complete.
+
+References: DDPM, Ho et al. 2020 (arXiv:2006.11239), algorithm 2; EDM, Karras et al. 2022 (arXiv:2206.00364), whose
+table 1 shows why a sampler may scale its input and start from another spread than 1.
+"""
+
+import contextlib
+import inspect
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import httpx
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# what one scheduler must take over from another: the noise schedule of the network, and how its timesteps are used
+CARRIED_OVER = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr", "timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range", "thresholding",
+    "dynamic_thresholding_ratio", "sample_max_value",
+)  # fmt: skip
+
+README, SAMPLES = "README.md", "samples.png"  # the model card, and the grid of samples that it shows
+CARD = """---
+license: mit
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [ddpm, diffusion, pixel-space, unconditional-image-generation]
+---
+
+# Unconditional diffusion, {images}
+
+Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffusers pipeline.
+{samples}{usage}
+## Network
+
+`{network}`: {parameters:,} parameters, for {images}. It was trained to predict {prediction} at
+{timesteps:,} timesteps of noise; `{scheduler}` is saved with it.
+
+## Limits
+
+- The images resemble those of its training data, gaps and biases included, and may come close to single ones of them.
+- Small images only, drawn at random: there is no prompt, no class and no other way to ask for one.
+- For study and experiments; not for deciding anything about people, and its images are evidence of nothing.
+"""
+# without the comment in its line diffusers would take the first import here for one of this file
+USAGE = """
+## Usage
+
+Where ddpm-diffusers is installed, its classes serve and no code of this repository is run:
+
+```python
+import ddpm_diffusers  # lets diffusers find the installed classes
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}")
+images = pipe(batch_size=16, num_inference_steps={steps}).images
+
+# another scheduler, fewer steps
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=16, num_inference_steps={fewer_steps}).images
+```
+
+Elsewhere the code in this repository serves, once it is trusted, after `pip install "diffusers[torch]" einops`:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
+images = pipe(batch_size=16, num_inference_steps={steps}).images
+```
+"""
+
+
+class PixelDiffusionPipeline(DiffusionPipeline):
+    r"""Unconditional image generation without a latent space.
+
+    Args:
+        unet (`ModelMixin`): Called as `unet(sample, timestep).sample`: `OptimizedUNet2DModel`, diffusers'
+            `UNet2DModel` or another with `in_channels` and `sample_size` in its config.
+        scheduler (`SchedulerMixin`): Any scheduler of the noise schedule and prediction type that the U-Net was
+            trained with. Swap it by `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "scheduler":
+            # `from_config` drops the arguments listed here, and the next class's own noise schedule would take over
+            defaults = value.config.get("_use_default_values", [])
+            value.register_to_config(_use_default_values=[key for key in defaults if key not in CARRIED_OVER])
+        super().__setattr__(name, value)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network evaluations of the last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["PixelDiffusionPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature; never changed)
+    ) -> ImagePipelineOutput | tuple:
+        r"""Generate images.
+
+        Args:
+            batch_size: Number of images, at least 1.
+            num_inference_steps: Steps of the scheduler, from 1 to the number of training timesteps. A second-order
+                scheduler evaluates the network up to twice a step.
+            generator: Makes the images repeatable. With one a image, image i does not depend on the batch.
+            latents: Starting noise of variance 1, (batch_size, in_channels, height, width), in place of drawn noise.
+            eta: In [0, 1], the share of fresh noise a step, for the schedulers whose step takes it (DDIM, eq. 16 of
+                arXiv:2010.02502; TCD).
+            output_type: `"pil"` images (grey ones in mode "L"), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1],
+                or `"latent"`: (B, C, H, W) as the last step left it, about [-1, 1].
+            return_dict: `ImagePipelineOutput` if true, else a tuple of the images.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": latents})` after each step;
+                what it returns replaces the latents, and `pipe._interrupt = True` in it ends the sampling there.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets: `["latents"]` or `[]`.
+
+        Returns:
+            `ImagePipelineOutput` with `.images`, or a tuple of them.
+
+        Raises:
+            ValueError, TypeError: On wrong arguments, before any work.
+        """
+        shape = self.check_inputs(
+            batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
+        )
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        device = self._execution_device
+        self._interrupt = False
+
+        try:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        except Exception as error:  # some have a least or largest number of steps, and say so in many ways
+            name = type(self.scheduler).__name__
+            raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+
+        # sampled in float32 whatever the weights: the steps are small differences of large numbers
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma  # (B, C, H, W)
+        step_kwargs = self.prepare_step_kwargs(generator, eta)  # draws from the generators, too
+
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                sample = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                model_output = self.unet(sample, t).sample.float()  # (B, C, H, W)
+                latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+
+                if callback_on_step_end is not None:
+                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
+                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                progress_bar.update()
+
+        images = latents
+        if output_type != "latent":
+            images = (images / 2 + 0.5).clamp(0, 1)
+        if output_type in ("pil", "np"):
+            images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def check_inputs(
+        self, batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
+    ) -> tuple[int, int, int, int]:
+        """The shape to sample, (batch_size, in_channels, height, width), or a clear error."""
+        for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
+        train_steps = self.scheduler.config.num_train_timesteps
+        if num_inference_steps > train_steps:
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps}; it must not exceed the {train_steps} timesteps of"
+                " the scheduler's noise schedule (`num_train_timesteps`)."
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"`output_type` is {output_type!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}."
+            )
+        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` holds {len(generator)} generators for a `batch_size` of {batch_size}; give one an image,"
+                " or a single one."
+            )
+        for g in as_list(generator):
+            if not isinstance(g, torch.Generator):
+                raise TypeError(f"`generator` holds {g!r}; it must be a torch.Generator, or a list of one an image.")
+        parameters = inspect.signature(self.scheduler.step).parameters
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta` is {eta}; it must be in [0, 1].")
+        if eta > 0 and "eta" not in parameters:
+            raise ValueError(
+                f"`eta` is {eta}, but {type(self.scheduler).__name__} takes none: leave it at 0, or use"
+                " `DDIMScheduler`."
+            )
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            allowed = self._callback_tensor_inputs
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` holds {sorted(unknown)}; it may hold {allowed}.")
+        if latents is not None and not (torch.is_tensor(latents) and latents.ndim == 4):
+            raise ValueError(
+                "`latents` must be a tensor of shape (batch_size, in_channels, height, width); it is"
+                f" {f'of shape {tuple(latents.shape)}' if torch.is_tensor(latents) else type(latents).__name__}."
+            )
+        size = self.unet.config.sample_size
+        if size is None and latents is None:
+            raise ValueError(
+                "The U-Net's `sample_size` is None: give `latents`, (batch_size, in_channels, height, width)."
+            )
+        if size is None:
+            size = latents.shape[-2:]
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(
+                f"`latents` has shape {tuple(latents.shape)}; it must be {shape}: (batch_size, in_channels, height,"
+                " width) of the call and of the U-Net's config."
+            )
+        return shape
+
+    def prepare_step_kwargs(self, generator, eta: float) -> dict:
+        """What of `generator` and `eta` this scheduler's step takes."""
+        parameters = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if "generator" in parameters else {}
+        if "eta" in parameters:
+            step_kwargs["eta"] = eta
+        if hasattr(self.scheduler, "noise_sampler_seed"):
+            # DPM-Solver SDE draws its own Brownian path: from a seed, from one an image, or from none
+            seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in as_list(generator)]
+            single = seeds[0] if seeds else self.scheduler.config.noise_sampler_seed
+            self.scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else single
+        return step_kwargs
+
+    def save_pretrained(
+        self, save_directory, *args, push_to_hub=False, repo_id=None, commit_message=None, private=None, token=None,
+        create_pr=False, subfolder=None, **kwargs,
+    ) -> huggingface_hub.CommitInfo | None:  # fmt: skip
+        """diffusers' method; the model card of what the pipeline was loaded from goes along, where it can be had.
+
+        With `push_to_hub`, the index, the code, the components' folders and a card as by `push_to_hub()` are then
+        uploaded to `repo_id`, by default the folder's name; what else the folder holds is not.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
+        if self.name_or_path and not card.exists():
+            copy_card(self.name_or_path, save_directory, token)
+        if not push_to_hub:
+            return None
+        check_token(token)
+        repo_id = repo_id or Path(save_directory).name
+        repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        files = ["model_index.json", f"{class_name_in_index(type(self))[0]}.py", *(f"{n}/*" for n in self.components)]
+        if not subfolder and not huggingface_hub.file_exists(repo_id, README, token=token):
+            text = card.read_text("utf-8") if card.exists() else str(model_card(self, repo_id, samples.exists()))
+            card.write_text(with_repo_id(text, repo_id), "utf-8")
+            files += [README, SAMPLES]
+        return huggingface_hub.upload_folder(
+            repo_id=repo_id, folder_path=save_directory, path_in_repo=subfolder, allow_patterns=files, token=token,
+            commit_message=commit_message or f"Upload {type(self).__name__}", create_pr=create_pr,
+        )  # fmt: skip
+
+    def push_to_hub(
+        self, repo_id, commit_message=None, private=None, token=None, create_pr=False, safe_serialization=True,
+        variant=None, subfolder=None,
+    ) -> huggingface_hub.CommitInfo:  # fmt: skip
+        """diffusers' method, with a model card that says what this is in place of an empty one.
+
+        A card that the repository has is kept. Else it is that of what the pipeline was loaded from, its snippets
+        naming the new repository; else a new one. Raises ValueError on a token that cannot be one, and otherwise
+        what huggingface_hub raises.
+        """
+        upload = {"repo_id": repo_id, "commit_message": commit_message, "private": private, "create_pr": create_pr}
+        with tempfile.TemporaryDirectory() as folder:
+            return self.save_pretrained(
+                folder, safe_serialization, variant, push_to_hub=True, token=token, subfolder=subfolder, **upload
+            )
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict:
+        # the explicit class was asked for: the copy of it in the repository is not needed, nor run
+        return with_this_class(super()._dict_from_json_file(json_file))
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+        """Write `model_index.json` and, beside it, this file, so that it loads where the package is not installed."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        if type(self).__module__ == __name__:  # a user's subclass is not in this file
+            shutil.copyfile(__file__, Path(save_directory) / f"{class_name_in_index(type(self))[0]}.py")
+        for name, (library, class_name) in ((name, self.config[name]) for name in self.components):
+            # a component that left its code in its folder is loaded from there
+            module = (library or "").rpartition(".")[2]
+            if module and (Path(save_directory) / name / f"{module}.py").is_file():
+                self.register_to_config(**{name: (module, class_name)})
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """`model_index.json`: the class as [module, name]; no `_name_or_path`, which would publish a local path."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)
+        if type(self).__module__ == __name__:
+            index["_class_name"] = class_name_in_index(type(self))
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def as_list(generator) -> list:
+    if generator is None:
+        return []
+    return list(generator) if isinstance(generator, (list, tuple)) else [generator]
+
+
+def class_name_in_index(pipeline_class: type) -> list[str]:
+    """[module, class], the form of `_class_name` by which diffusers finds a pipeline's code in its repository."""
+    return [pipeline_class.__module__.rpartition(".")[2], pipeline_class.__name__]
+
+
+def with_this_class(index: dict) -> dict:
+    """A `model_index.json` in which the name alone stands for our [module, class], as for a class of diffusers."""
+    if index.get("_class_name") == class_name_in_index(PixelDiffusionPipeline):
+        index["_class_name"] = PixelDiffusionPipeline.__name__
+    return index
+
+
+def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = False) -> ModelCard:
+    """A card of what can be read off any such pipeline; `has_samples`: the repository has a grid, `samples.png`."""
+    unet, scheduler = pipe.unet.config, pipe.scheduler.config
+    size = unet.sample_size if isinstance(unet.sample_size, (tuple, list)) else (unet.sample_size,) * 2
+    channels = {1: "grey", 3: "RGB"}.get(unet.in_channels, f"{unet.in_channels}-channel")
+    timesteps = scheduler.num_train_timesteps
+    usage = USAGE.format(repo_id=repo_id, steps=min(50, timesteps), fewer_steps=min(20, timesteps))
+    card = CARD.format(
+        images=f"{channels} images of " + ("any size" if size[0] is None else f"{size[0]}x{size[1]} pixels"),
+        samples=f"\n![Samples]({SAMPLES})\n" if has_samples else "",
+        usage=usage if type(pipe).__module__ == __name__ else "",  # a user's subclass is nowhere to be had
+        network=pipe.config.unet[1],
+        parameters=pipe.unet.num_parameters(),
+        prediction=scheduler.get("prediction_type", "epsilon"),
+        timesteps=timesteps,
+        scheduler=type(pipe.scheduler).__name__,
+    )
+    return ModelCard(card)
+
+
+def with_repo_id(card: str, repo_id: str) -> str:
+    """The text of a card, its snippets loading `repo_id` in place of what they load."""
+    loaded = re.search(r'DiffusionPipeline\.from_pretrained\("([^"]+)"', card)
+    return card.replace(f'"{loaded[1]}"', f'"{repo_id}"') if loaded else card
+
+
+def copy_card(source: str, folder: str | Path, token: str | None) -> None:
+    """Copy the card, and its samples, of a folder or repository, as far as it has them and lets them be read."""
+    with contextlib.suppress(OSError, ValueError, httpx.HTTPError):  # absent, refused, out of reach, or no such id
+        for name in (README, SAMPLES):
+            path = Path(source, name)
+            if not Path(source).is_dir():
+                path = huggingface_hub.hf_hub_download(source, name, token=token)
+            shutil.copyfile(path, Path(folder, name))
+
+
+def check_token(token: str | None) -> None:
+    """Refuse what cannot be a Hub token, without showing it as the error of an HTTP header would."""
+    if not re.fullmatch("[!-~]+", token if isinstance(token, str) else huggingface_hub.get_token() or "none"):
+        raise ValueError("The Hub token is empty or holds white space, control or non-ASCII characters: copy it anew.")
