@@ -21,9 +21,9 @@ from evaluation_arguments import (
     open_extractor,
     open_reference,
     provenance,
-    swap_scheduler,
 )
 from run_folder import lock, write_file, write_text
+from samplers import swap_scheduler
 from tables import caption, figures_table
 
 from ddpm_diffusers import SCHEDULERS

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import json
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from arguments import arg
 from launch import PRECISIONS, check_processes, choose_precision, keep_freed_memory
 
-from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
+from ddpm_diffusers import PixelDiffusionPipeline
 from ddpm_diffusers.evaluation import FASHION_MNIST, FeatureExtractor, Reference, load_feature_extractor
 from ddpm_diffusers.evaluation.protocol import check_count
 
@@ -100,23 +99,6 @@ def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> 
             f"{model} makes images of `sample_size` {side}; only square images of one size are evaluated."
         )
     return pipe
-
-
-def swap_scheduler(pipe: PixelDiffusionPipeline, name: str | None, scheduler_config: str | None) -> None:
-    """The scheduler called `name`, or the pipeline's own, with the arguments in the JSON text."""
-    try:
-        overrides = json.loads(scheduler_config or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`--scheduler_config` {scheduler_config!r} is no JSON ({error}).") from error
-    if not isinstance(overrides, dict):
-        raise ValueError(f"`--scheduler_config` holds {overrides!r}; it must be a JSON object of arguments.")
-    if name is None and overrides:
-        own = [key for key, class_name in SCHEDULERS.items() if class_name == type(pipe.scheduler).__name__]
-        if not own:
-            raise ValueError("`--scheduler_config` needs `--scheduler`, the name of the class that takes it.")
-        name = own[0]
-    if name is not None:
-        pipe.scheduler = make_scheduler(name, pipe.scheduler, **overrides)
 
 
 def provenance(args: EvaluationArguments, accelerator: Accelerator, pipe: PixelDiffusionPipeline | None) -> dict:

@@ -15,8 +15,9 @@ import torch
 from accelerate import Accelerator
 from arguments import arg, parse_arguments
 from launch import check_processes, keep_freed_memory
+from samplers import swap_scheduler
 
-from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
+from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline
 from ddpm_diffusers.grid import image_grid
 from ddpm_diffusers.sampling import sample_images, to_pil
 
@@ -30,6 +31,7 @@ class GenerateArguments:
     num_images: int = arg(16, "how many images")
     batch_size: int = arg(64, "images sampled at a time")
     scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}; the pipeline's own by default")
+    scheduler_config: str | None = arg(None, 'JSON of its arguments, such as {"use_karras_sigmas": true}')
     num_inference_steps: int = arg(100, "steps of the scheduler")
     seed: int = arg(0, "of the first image")
     dtype: str = arg("float32", "float32, float16 or bfloat16: of the weights")
@@ -55,8 +57,7 @@ def main(args: GenerateArguments) -> None:
     pipe = PixelDiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), variant=args.variant)
     pipe.to(args.device or accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    if args.scheduler is not None:
-        pipe.scheduler = make_scheduler(args.scheduler, pipe.scheduler)
+    swap_scheduler(pipe, args.scheduler, args.scheduler_config)
 
     start = time.perf_counter()
     images = sample_images(

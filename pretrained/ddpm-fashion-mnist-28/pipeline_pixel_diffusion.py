@@ -71,7 +71,8 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
 images = pipe(batch_size=16, num_inference_steps={steps}).images
 
 # another scheduler, fewer steps
-pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+options = {{"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}}
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)
 images = pipe(batch_size=16, num_inference_steps={fewer_steps}).images
 ```
 
@@ -137,7 +138,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         Args:
             batch_size: Number of images, at least 1.
             num_inference_steps: Steps of the scheduler, from 1 to the number of training timesteps. A second-order
-                scheduler evaluates the network up to twice a step.
+                scheduler evaluates the network up to twice a step. Recommended where there is little time: 15, by
+                `DPMSolverMultistepScheduler` with `algorithm_type="sde-dpmsolver++"` and `use_karras_sigmas=True`
+                (measured in `train_scripts/README.md`, "Few steps").
             generator: Makes the images repeatable. With one a image, image i does not depend on the batch.
             latents: Starting noise of variance 1, (batch_size, in_channels, height, width), in place of drawn noise.
             eta: In [0, 1], the share of fresh noise a step, for the schedulers whose step takes it (DDIM, eq. 16 of
@@ -365,7 +368,7 @@ def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = F
     size = unet.sample_size if isinstance(unet.sample_size, (tuple, list)) else (unet.sample_size,) * 2
     channels = {1: "grey", 3: "RGB"}.get(unet.in_channels, f"{unet.in_channels}-channel")
     timesteps = scheduler.num_train_timesteps
-    usage = USAGE.format(repo_id=repo_id, steps=min(50, timesteps), fewer_steps=min(20, timesteps))
+    usage = USAGE.format(repo_id=repo_id, steps=min(50, timesteps), fewer_steps=min(15, timesteps))
     card = CARD.format(
         images=f"{channels} images of " + ("any size" if size[0] is None else f"{size[0]}x{size[1]} pixels"),
         samples=f"\n![Samples]({SAMPLES})\n" if has_samples else "",
