@@ -96,6 +96,7 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     distance = record["figures"]["train"]["frechet_distance"]
     row = (tmp_path / "evaluation" / "row.md").read_text()
     assert f"{distance['mean']:.3f} ± {distance['sd']:.3f}" in row and row in capsys.readouterr().out
+    assert "Sampled by DPMSolverMultistepScheduler (solver_order 1) in 3 steps" in row
     with Image.open(tmp_path / "evaluation" / "grid.png") as grid:
         assert grid.size == (8 * 64, 8 * 64)
     with Image.open(tmp_path / "evaluation" / "spectrum.png") as plot:
@@ -105,6 +106,7 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     values = {result.metric_type: result.metric_value for result in results}
     assert values["hf_db"] == round(record["figures"]["train"]["hf_db"]["mean"], 5)
     assert {result.dataset_type for result in results} == {"user/garments"}
+    assert all(result.metric_args["solver_order"] == 1 for result in results)
 
 
 def test_test_images_give_the_floor_and_damage_moves_the_right_figure(evaluate):

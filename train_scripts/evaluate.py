@@ -86,7 +86,7 @@ def main(args: EvaluateArguments) -> None:
     accelerator, output_dir, pipe = make_accelerator(args), Path(args.output_dir), None
     if args.model is not None:
         pipe = load_pipeline(args.model, args.variant, accelerator)
-        swap_scheduler(pipe, args.scheduler, args.scheduler_config)
+        options = swap_scheduler(pipe, args.scheduler, args.scheduler_config)
         check_run(pipe, None, args.num_images, args.seeds, args.batch_size)
         count_evaluations(pipe.scheduler, args.num_inference_steps)  # refuses steps that it cannot take
         count, side, channels = args.num_images, pipe.unet.config.sample_size, pipe.unet.config.out_channels
@@ -109,6 +109,7 @@ def main(args: EvaluateArguments) -> None:
             batch_size=args.batch_size,
             progress=True,
         )
+        record["scheduler_options"] = options
     else:
         check_images(images, reference)
         record = record_of([Statistics.of_images(images, reference.extractor)], reference)
@@ -183,6 +184,7 @@ def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
         "samples": record["num_images"],
         "seeds": len(record["seeds"]),
         "scheduler": record["scheduler"],
+        **record["scheduler_options"],
         "evaluations": record["evaluations"],
         "features": f"{extractor['name']} {extractor['digest']}",
     }

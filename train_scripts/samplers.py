@@ -5,8 +5,8 @@ import json
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
 
 
-def swap_scheduler(pipe: PixelDiffusionPipeline, name: str | None, scheduler_config: str | None) -> None:
-    """The scheduler called `name`, or the pipeline's own, with the arguments in the JSON text."""
+def swap_scheduler(pipe: PixelDiffusionPipeline, name: str | None, scheduler_config: str | None) -> dict:
+    """The scheduler called `name`, or the pipeline's own, with the arguments in the JSON text, which are returned."""
     try:
         overrides = json.loads(scheduler_config or "{}")
     except json.JSONDecodeError as error:
@@ -20,3 +20,4 @@ def swap_scheduler(pipe: PixelDiffusionPipeline, name: str | None, scheduler_con
         name = own[0]
     if name is not None:
         pipe.scheduler = make_scheduler(name, pipe.scheduler, **overrides)
+    return overrides

@@ -35,9 +35,11 @@ def caption(record: dict) -> str:
         f" recall {show(floor['recall'], '.3f')}."
     ]
     if "scheduler" in record:
+        options = ", ".join(f"{name} {value}" for name, value in record.get("scheduler_options", {}).items())
+        options = options and f" ({options})"
         lines.append(
-            f"Sampled by {record['scheduler']} in {record['num_inference_steps']} steps, {record['evaluations']}"
-            f" evaluations of the network, mixed precision {record['mixed_precision']}."
+            f"Sampled by {record['scheduler']}{options} in {record['num_inference_steps']} steps,"
+            f" {record['evaluations']} evaluations of the network, mixed precision {record['mixed_precision']}."
         )
     return " ".join(lines)
 
