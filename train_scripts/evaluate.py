@@ -109,7 +109,6 @@ def main(args: EvaluateArguments) -> None:
             batch_size=args.batch_size,
             progress=True,
         )
-        record["scheduler_options"] = options
     else:
         check_images(images, reference)
         record = record_of([Statistics.of_images(images, reference.extractor)], reference)
@@ -120,6 +119,8 @@ def main(args: EvaluateArguments) -> None:
     name = args.name or Path(args.model or args.images).resolve().name
     kept = record.pop("images")
     record = {"name": name, **provenance(args, accelerator, pipe), **record}
+    if pipe is not None:
+        record["scheduler_options"] = options
     row = figures_table([(leading_cells(record), record["figures"])]) + "\n\n" + caption(record)
     write_text(output_dir / "row.md", row + "\n")
     write_file(output_dir / "grid.png", image_grid(to_pil(kept)).save)
