@@ -1,11 +1,12 @@
 """What a call costs whatever the machine: operations, calls of aten, waits for the device."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 # views, and what only makes a tensor: no kernel runs
@@ -18,16 +19,29 @@ PYTHON_SYNCS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
 
 
 class AtenCalls(TorchDispatchMode):
-    """Counts the calls of aten's operators by name, those of the backward pass too."""
+    """Counts aten's calls by operator, those of the backward pass too, and the memory of what they return."""
 
     def __init__(self):
         super().__init__()
-        self.calls = Counter()
+        self.calls, self.allocations, self.allocated_bytes = Counter(), 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "aten":
             self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        results = func(*args, **(kwargs or {}))
+        given = {storage.data_ptr() for storage in storages((args, kwargs))}
+        for storage in storages(results):
+            if storage.data_ptr() not in given:  # neither a view nor in place
+                self.allocations += 1
+                self.allocated_bytes += storage.nbytes()
+        return results
+
+
+def storages(tree) -> Iterator[torch.UntypedStorage]:
+    """Those of its tensors that hold anything."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor) and leaf.numel():
+            yield leaf.untyped_storage()
 
 
 class PythonSyncs(TorchFunctionMode):
@@ -43,12 +57,15 @@ class PythonSyncs(TorchFunctionMode):
 
 
 def aten_calls(call: Callable[[], object]) -> dict[str, int]:
-    """Of one call: `kernels`, aten's calls that are more than a view, and `syncs`, for which a GPU's host waits."""
+    """Of one call: `kernels`, aten's calls that are more than a view; `syncs`, for which a GPU's host waits; and the
+    `allocations` of their results with the `allocated_bytes`."""
     with PythonSyncs() as python, AtenCalls() as aten:
         call()
     return {
         "kernels": sum(number for name, number in aten.calls.items() if name not in NO_KERNEL),
         "syncs": sum(number for name, number in aten.calls.items() if name in SYNCS) + python.calls,
+        "allocations": aten.allocations,
+        "allocated_bytes": aten.allocated_bytes,
     }
 
 

@@ -30,7 +30,7 @@ SIZES = {
     "widths": ((32, 32, 64), (64, 64, 128), (128, 128, 256), (256, 256, 512)),
 }
 READ_BATCHES, READ_BATCH_SIZE = 2000, 128
-LOGGING_STEPS = 10
+BATCH_SIZE, LOGGING_STEPS = 64, 10  # of the training script
 
 
 def measure(args, device: torch.device) -> dict:
@@ -62,6 +62,7 @@ def grow_step(args, device: torch.device) -> list[dict]:
                 "what": f"{size.replace('_', ' ')} {name}",
                 "operations": one["operations"] * s["batch_size"],
                 "images_per_second": s["batch_size"] / time_of_step["median"],
+                "images_seen": s["batch_size"] * time_of_step["calls"] * args.windows,
                 "seconds": time_of_step,
             })  # fmt: skip
     return rows
@@ -83,6 +84,7 @@ def read(num_images: int, cache: str) -> dict:
     seconds = time.perf_counter() - start
     after = resident_bytes()
     return {
+        "images_seen": READ_BATCHES * READ_BATCH_SIZE,
         "images_per_second": READ_BATCHES * READ_BATCH_SIZE / seconds,
         "resident_bytes": {kind: after[kind] - before[kind] for kind in after},
     }
@@ -100,7 +102,14 @@ def grow_processes(args, folder: Path, device: torch.device) -> list[dict]:
     speeds = {name: [] for name in numbers}
     for turn, name in enumerate(turns(list(numbers), args.windows)):
         speeds[name].append(train_with(numbers[name], args, folder / f"run-{turn}", folder / "cache", device))
-    return [{"processes": numbers[name], "images_per_second": summary(values)} for name, values in speeds.items()]
+    return [
+        {
+            "processes": numbers[name],
+            "images_seen": numbers[name] * BATCH_SIZE * args.script_steps * args.windows,
+            "images_per_second": summary(values),
+        }
+        for name, values in speeds.items()
+    ]
 
 
 def train_with(num_processes: int, args, output_dir: Path, cache: Path, device: torch.device) -> float:
@@ -109,6 +118,7 @@ def train_with(num_processes: int, args, output_dir: Path, cache: Path, device: 
         "dataset_name": "synthetic-fashion",
         "max_train_samples": 10_000,
         "cache_dir": cache,
+        "train_batch_size": BATCH_SIZE,
         "max_train_steps": args.script_steps,
         "logging_steps": LOGGING_STEPS,
         "mixed_precision": args.precisions[-1],
@@ -151,7 +161,7 @@ def report(result: dict) -> str:
         table(("", "GFLOP", "ms", "images/s", "GFLOP/s"), steps),
         f"{READ_BATCHES:,} shuffled batches of {READ_BATCH_SIZE} from a memory-mapped data set of 16x16, each once:",
         table(("images in it", "images/s", "memory of its own, MiB more", "pages of the file, MiB more"), data),
-        "The training script on several processes, each with batches of 64 and its share of the threads:",
+        f"The training script on several processes, each with batches of {BATCH_SIZE} and its share of the threads:",
         table(("processes", "images/s"), processes),
     ])  # fmt: skip
 

@@ -38,6 +38,8 @@ def test_the_default_is_cheaper_than_its_peers(costs):
     assert costs["default"]["operations"] < 0.46 * costs["stock"]["operations"]
     assert costs["default"]["operations"] < 0.52 * costs["guide"]["operations"]
     assert costs["default"]["kernels"] < 0.85 * costs["stock"]["kernels"]
+    assert costs["default"]["allocations"] < 0.8 * costs["stock"]["allocations"]
+    assert costs["default"]["allocated_bytes"] < 0.6 * costs["stock"]["allocated_bytes"]
 
 
 def test_a_training_step_waits_for_nothing(costs):
@@ -51,9 +53,11 @@ def test_operations_are_those_of_the_layers():
     assert count(lambda: convolution(images).sum().backward())["operations"] == 2 * 2 * (2 * 8 * 8) * (5 * 3 * 3 * 3)
 
 
-def test_calls_and_waits_are_counted():
+def test_calls_waits_and_allocations_are_counted():
     values = torch.arange(4.0)
-    assert aten_calls(lambda: (values + 1).view(2, 2) * 2) == {"kernels": 2, "syncs": 0}
+    counts = {"kernels": 2, "syncs": 0, "allocations": 2, "allocated_bytes": 2 * 16}
+    assert aten_calls(lambda: (values + 1).view(2, 2) * 2) == counts
+    assert aten_calls(lambda: values.mul_(2).t()) == {"kernels": 1, "syncs": 0, "allocations": 0, "allocated_bytes": 0}
     waits = (values.tolist, values.cpu, values.numpy, values[0].item, values.nonzero, lambda: bool(values[0]),
              lambda: float(values[0]), lambda: values.masked_select(values > 1),
              lambda: values.equal(values))  # fmt: skip
@@ -89,19 +93,22 @@ def test_the_training_script_adds_few_kernels_to_the_step_and_no_wait(train):
     bare = count(training_step(OptimizedUNet2DModel(**TINY), 8, 8, "no", CPU))
     assert more["syncs"] == few["syncs"]
     assert (more["kernels"] - few["kernels"]) / 4 < bare["kernels"] + 60  # noise, losses by quarter, clipping
+    assert (more["allocations"] - few["allocations"]) / 4 < bare["allocations"] + 120  # a norm of each parameter, too
+    assert (more["allocated_bytes"] - few["allocated_bytes"]) / 4 < 1.2 * bare["allocated_bytes"]
 
 
 # a step beside the network: kernels, and waits where all lay on a GPU
-@pytest.mark.parametrize("name, kernels, syncs", [
-    ("ddpm", 56, 13), ("ddim", 34, 6), ("dpmsolver++", 60, 0), ("euler", 16, 2),
+@pytest.mark.parametrize("name, kernels, syncs, allocations", [
+    ("ddpm", 56, 13, 40), ("ddim", 34, 6, 25), ("dpmsolver++", 60, 0, 60), ("euler", 16, 2, 12),
 ])  # fmt: skip
-def test_sampling_adds_few_kernels_to_the_network(tiny_pipe, name, kernels, syncs):
+def test_sampling_adds_few_kernels_to_the_network(tiny_pipe, name, kernels, syncs, allocations):
     tiny_pipe.scheduler = make_scheduler(name, tiny_pipe.scheduler)
 
     def sample(steps: int) -> dict:
         return aten_calls(lambda: tiny_pipe(2, steps, torch.Generator().manual_seed(0), output_type="latent"))
 
-    network = aten_calls(lambda: tiny_pipe.unet(torch.randn(2, 1, 8, 8), torch.tensor(5)))["kernels"]
+    network = aten_calls(lambda: tiny_pipe.unet(torch.randn(2, 1, 8, 8), torch.tensor(5)))
     few, more = sample(10), sample(20)
-    assert 0 < (more["kernels"] - few["kernels"]) / 10 - network <= kernels
+    assert 0 < (more["kernels"] - few["kernels"]) / 10 - network["kernels"] <= kernels
+    assert 0 < (more["allocations"] - few["allocations"]) / 10 - network["allocations"] <= allocations
     assert (more["syncs"] - few["syncs"]) / 10 <= syncs
