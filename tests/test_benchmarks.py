@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory  # noqa: E402
+import summary  # noqa: E402
 import windows  # noqa: E402
 from run import BenchmarkArguments  # noqa: E402
 
@@ -75,3 +76,18 @@ def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         BenchmarkArguments(**arguments)
+
+
+def test_the_summary_is_of_the_records_that_are_kept():
+    results = ROOT / "benchmarks" / "results"
+    assert summary.summary(results) + "\n" == (results / "summary.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("times, more_is_better, outcome", [
+    (1.5, True, "better"), (1.5, False, "**worse**"), (0.9, False, "better"), (0.9, True, "**worse**"),
+    (1.01, True, "alike"),
+    ({"median": 1.3, "quartiles": [0.9, 1.5]}, True, "alike"),
+    ({"median": 0.8, "quartiles": [0.7, 0.9]}, True, "**worse**"),
+])  # fmt: skip
+def test_losses_are_marked(times, more_is_better, outcome):
+    assert summary.compared("speed", 3, "peer", 2, times, more_is_better)[-1] == outcome
