@@ -28,11 +28,11 @@ def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | 
     lines = {}
     for record in sorted(records, key=lambda record: record["evaluations"]):
         lines.setdefault(label_of(record), []).append(record)
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    names = list(dict.fromkeys(label_of(record) for record in records))
+    figure = Figure(figsize=(9, 5 + 0.1 * len(names)), layout="constrained")
     axes = figure.subplots()
     if yardstick is not None:
         axes.axhline(distance(yardstick), color="0.4", linewidth=1.2, zorder=1, label=name_of(yardstick))
-    names = list(dict.fromkeys(label_of(record) for record in records))
     for i, name in enumerate(names):
         line = lines[name]
         sd = [record["figures"]["train"]["frechet_distance"].get("sd", 0) for record in line]
@@ -54,7 +54,7 @@ def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | 
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, linewidth=0.6)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False, handlelength=3)
     figure.savefig(path, dpi=DPI)
 
 
