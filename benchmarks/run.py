@@ -25,7 +25,16 @@ from arguments import arg, parse_arguments  # isort: skip
 from launch import choose_precision  # isort: skip
 from run_folder import write_text  # isort: skip
 
-SECTIONS = ("training_step", "training_script", "time_to_quality", "sampling", "memory", "startup", "growth")
+SECTIONS = (
+    "training_step",
+    "training_script",
+    "time_to_quality",
+    "sampling",
+    "memory",
+    "startup",
+    "growth",
+    "operators",
+)
 LONG = ("time_to_quality",)
 
 
