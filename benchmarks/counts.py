@@ -19,7 +19,10 @@ PYTHON_SYNCS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
 
 
 class AtenCalls(TorchDispatchMode):
-    """Counts aten's calls by operator, those of the backward pass too, and the memory of what they return."""
+    """Counts aten's calls by operator, those of the backward pass too, and the memory of what operators return.
+
+    What `torch.tensor` makes, and what an operator takes and gives back while it runs, is not seen.
+    """
 
     def __init__(self):
         super().__init__()
@@ -28,10 +31,11 @@ class AtenCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "aten":
             self.calls[func.overloadpacket.__name__] += 1
+        known = {storage.data_ptr() for storage in storages((args, kwargs))}
         results = func(*args, **(kwargs or {}))
-        given = {storage.data_ptr() for storage in storages((args, kwargs))}
         for storage in storages(results):
-            if storage.data_ptr() not in given:  # neither a view nor in place
+            if storage.data_ptr() not in known:  # neither a view nor in place
+                known.add(storage.data_ptr())  # which several results may share
                 self.allocations += 1
                 self.allocated_bytes += storage.nbytes()
         return results

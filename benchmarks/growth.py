@@ -18,7 +18,7 @@ from counts import count
 from networks import ROOT, training_step
 from processes import flags, run
 from report import table, thousands, with_quartiles
-from windows import summary, time_arms, turns
+from windows import quartiles, time_arms, turns
 
 from ddpm_diffusers import OptimizedUNet2DModel
 from ddpm_diffusers.data import ImageArrays, ShuffledBatches, load_images
@@ -106,7 +106,7 @@ def grow_processes(args, folder: Path, device: torch.device) -> list[dict]:
         {
             "processes": numbers[name],
             "images_seen": numbers[name] * BATCH_SIZE * args.script_steps * args.windows,
-            "images_per_second": summary(values),
+            "images_per_second": quartiles(values) | {"windows": values},
         }
         for name, values in speeds.items()
     ]

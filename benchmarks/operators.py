@@ -3,6 +3,7 @@
 import torch
 from networks import make_network, training_step
 from report import grouped, table
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 NETWORKS = ("default", "stock")
@@ -26,6 +27,8 @@ def measure(args, device: torch.device) -> dict:
             for _ in range(STEPS):
                 step()
         for operator in profiler.key_averages():
+            if operator.device_type != DeviceType.CPU or operator.is_user_annotation:
+                continue  # a GPU's kernels, whose time is their operators', and names for ranges
             microseconds = operator.self_device_time_total if on_gpu else operator.self_cpu_time_total
             rows.append({
                 "network": name,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from machine import describe, set_up  # it finds train_scripts
 from networks import NETWORKS, PEER, installed
-from summary import summary
+from summary import write_summary
 
 from arguments import arg, parse_arguments  # isort: skip
 from launch import choose_precision  # isort: skip
@@ -49,7 +49,7 @@ class BenchmarkArguments:
         f"of {', '.join(SECTIONS)}; all but {', '.join(LONG)} by default",
     )
     networks: list[str] = listed(list(NETWORKS), f"of training_step: {', '.join(NETWORKS)}")
-    resolutions: list[int] = listed([16, 28], "height and width; training_script takes the first alone")
+    resolutions: list[int] = listed([16, 28], "height and width; training_script and operators take the first alone")
     batch_sizes: list[int] | None = listed(
         None, "of training; 128, and on a GPU 1024 and 4096, by default; all but training_step take the first alone"
     )
@@ -125,7 +125,7 @@ def main(args: BenchmarkArguments) -> None:
         write_text(output_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
         write_text(output_dir / f"{name}.md", text + "\n")
         print(f"\n{section.__doc__.splitlines()[0]}\n\n{text}", flush=True)
-    write_text(output_dir / "summary.md", summary(output_dir) + "\n")
+    write_summary(output_dir)
     if failures:
         raise SystemExit("\n".join(failures))
 

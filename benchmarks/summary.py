@@ -2,110 +2,127 @@
 
     python benchmarks/summary.py runs/benchmarks
 
-writes it anew, as `run.py` does at its end.
+writes its summary.md anew, as `run.py` does at its end.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from networks import PEER
 from report import table, thousands, with_quartiles
+from startup import DIFFUSERS
 from training_script import AS_IT_COMES, RECIPE
-from windows import ratio
+from windows import quartiles
 
-STOCK, OTHER = "stock `UNet2DModel`", "denoising-diffusion-pytorch"
+from run_folder import write_text  # isort: skip
+
+STOCK = "stock `UNet2DModel`"
+
+
+def write_summary(folder: Path) -> None:
+    write_text(folder / "summary.md", summary(folder) + "\n")
 
 
 def summary(folder: Path) -> str:
-    """Of those sections whose records are in the folder."""
-    lines = []
+    """Of those sections whose records are in the folder, with what each was measured on."""
+    lines, machines = [], {}
     for name, compare in SECTIONS.items():
         path = folder / f"{name}.json"
         if path.is_file():
-            lines += compare(json.loads(path.read_text()))
-    return table(("the default", "", "beside", "", "ratio", ""), lines)
+            record = json.loads(path.read_text())
+            lines += compare(record)
+            machine = record["machine"]
+            text = f"{machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
+            machines.setdefault(text, []).append(name)
+    where = "; ".join(f"{', '.join(names)}: {machine}" for machine, names in machines.items())
+    return (
+        f"{table(('the default', '', 'beside', '', 'ratio', ''), lines)}\n\nMedians, and the quartiles of the ratio of"
+        f" windows of one round. Better or worse: in every round, and by more than 0.02 in the median. {where}."
+    )
 
 
 def compared(
-    what: str, ours: float, peer: str, theirs: float, times: dict | float, more_is_better: bool = True
+    what: str, ours: float, peer: str, theirs: float, times: Sequence[float], more_is_better: bool = True
 ) -> tuple:
-    """A line, `times` the ratio. Neither is said to be better within 0.02 of 1, or where the quartiles include it."""
-    once = isinstance(times, float)
-    median, (first, third) = (times, (times, times)) if once else (times["median"], times["quartiles"])
-    if first <= 1 <= third or abs(median - 1) <= 0.02:
+    """A line; `times` are the ratios of the rounds, or one where one was measured."""
+    median = quartiles(times)["median"] if len(times) > 1 else times[0]
+    if min(times) <= 1 <= max(times) or abs(median - 1) <= 0.02:
         outcome = "alike"
     else:
         outcome = "better" if (median > 1) == more_is_better else "**worse**"
-    return what, thousands(ours), peer, thousands(theirs), f"{times:.2f}" if once else with_quartiles(times), outcome
+    ratio = with_quartiles(quartiles(times)) if len(times) > 1 else f"{median:.2f}"
+    return what, thousands(ours), peer, thousands(theirs), ratio, outcome
+
+
+def paired(values: Sequence[float], references: Sequence[float]) -> list[float]:
+    return [value / reference for value, reference in zip(values, references, strict=True)]
 
 
 def training_steps(record: dict) -> Iterator[tuple]:
     rows = {(row["network"], row["resolution"], row["batch_size"]): row for row in of_last_precision(record)}
     for (network, *settings), ours in rows.items():
-        for peer, label in (("stock", STOCK), (OTHER, OTHER)):
+        for peer, label in (("stock", STOCK), (PEER, PEER)):
             theirs = rows.get((peer, *settings))
-            if network != "default" or theirs is None:
-                continue
-            times = ratio(theirs["seconds_per_step"]["windows"], ours["seconds_per_step"]["windows"])
-            what = f"training step, {described(ours)}, images/s"
-            yield compared(what, ours["images_per_second"], label, theirs["images_per_second"], times)
+            if network == "default" and theirs is not None:
+                times = paired(theirs["seconds_per_step"]["windows"], ours["seconds_per_step"]["windows"])
+                what = f"training step, {described(ours)}, images/s"
+                yield compared(what, ours["images_per_second"], label, theirs["images_per_second"], times)
 
 
 def training_scripts(record: dict) -> Iterator[tuple]:
-    rows = {row["arm"]: row for row in record["rows"]}
-    ours = rows["script, default"]
-    pairs = {
-        "its own bare step": ("bare step, default", "of_bare_step"),
-        "the script with stock": ("script, stock", None),
-        RECIPE: (RECIPE, "times_recipe"),
-        AS_IT_COMES: (AS_IT_COMES, "times_recipe_as_it_comes"),
-    }
-    for label, (arm, key) in pairs.items():
-        if arm in rows:
-            speeds = [rows[name]["images_per_second"] for name in (ours["arm"], arm)]
-            times = ours[key] if key else ratio(*(speed["windows"] for speed in speeds))
+    speeds = {row["arm"]: row["images_per_second"] for row in record["rows"]}
+    ours = speeds["script, default"]
+    peers = {"its own bare step": "bare step, default", "the script with stock": "script, stock"}
+    for label, arm in (peers | {RECIPE: RECIPE, AS_IT_COMES: AS_IT_COMES}).items():
+        if arm in speeds:
+            times = paired(ours["windows"], speeds[arm]["windows"])
             what = f"training script, {described(record)}, images/s"
-            yield compared(what, speeds[0]["median"], label, speeds[1]["median"], times)
+            yield compared(what, ours["median"], label, speeds[arm]["median"], times)
 
 
 def times_to_quality(record: dict) -> Iterator[tuple]:
+    """The least budget from which on all reach stock's distance."""
     stock, *others = record["rows"]
-    reached = [row for row in others if row["distance"] <= stock["distance"]]
-    if reached:
-        ours = min(reached, key=lambda row: row["seconds"])
-        what = f"training until stock's distance after {stock['epochs']:g} epochs, seconds"
-        times = ours["seconds"] / stock["seconds"]
-        yield compared(what, ours["seconds"], STOCK, stock["seconds"], times, more_is_better=False)
+    reached = None
+    for row in sorted(others, key=lambda row: row["epochs"], reverse=True):
+        if row["distance"] > stock["distance"]:
+            break
+        reached = row
+    what = f"training at 16x16 until stock's distance after {stock['epochs']:g} epochs, seconds"
+    if reached is None:
+        yield what, "not reached", STOCK, thousands(stock["seconds"]), "", "**worse**"
+    else:
+        times = paired([reached["seconds"]], [stock["seconds"]])
+        yield compared(what, reached["seconds"], STOCK, stock["seconds"], times, more_is_better=False)
 
 
 def samplings(record: dict) -> Iterator[tuple]:
     rows = {(row["arm"], row["resolution"], row["batch_size"]): row for row in of_last_precision(record)}
     for (arm, *settings), ours in rows.items():
         name, _, kind = arm.partition(", ")
-        if name != "default" or kind == "network alone":
-            continue
-        theirs = rows[(f"stock, {kind}", *settings)]
-        times = ratio(theirs["measured"]["windows"], ours["measured"]["windows"])
-        steps = f"{ours['evaluations']:,} evaluations"
-        what = f"sampling, {steps}, {described(ours)}, images/s"
-        yield compared(what, ours["images_per_second"], STOCK, theirs["images_per_second"], times)
+        if name == "default" and kind != "network alone":
+            theirs = rows[(f"stock, {kind}", *settings)]
+            times = paired(theirs["measured"]["windows"], ours["measured"]["windows"])
+            what = f"sampling by {ours['evaluations']:,} evaluations, {described(ours)}, images/s"
+            yield compared(what, ours["images_per_second"], STOCK, theirs["images_per_second"], times)
 
 
 def memories(record: dict) -> Iterator[tuple]:
     rows = {(row["network"], row["kind"], row["resolution"]): row["bytes"] / 2**20 for row in record["rows"]}
     for (network, kind, resolution), ours in rows.items():
-        if network == "default":
-            theirs = rows["stock", kind, resolution]
+        theirs = rows["stock", kind, resolution]
+        if network == "default" and theirs:  # nothing is seen of what is too small
             what = f"memory of {kind}, {described(record | {'resolution': resolution})}, MiB"
-            yield compared(what, ours, STOCK, theirs, ours / theirs, more_is_better=False)
+            yield compared(what, ours, STOCK, theirs, [ours / theirs], more_is_better=False)
 
 
 def startups(record: dict) -> Iterator[tuple]:
-    rows = {row["arm"]: row for row in record["rows"]}
-    ours, theirs = rows["import ddpm_diffusers"], rows["import diffusers with what it needs"]
-    seconds = (ours["seconds"]["median"], theirs["seconds"]["median"])
-    yield compared("import, seconds", seconds[0], theirs["arm"], seconds[1], ours["times_import"], False)
+    seconds = {row["arm"]: row["seconds"] for row in record["rows"]}
+    ours, theirs = seconds["import ddpm_diffusers"], seconds[DIFFUSERS]
+    times = paired(ours["windows"], theirs["windows"])
+    yield compared("import, seconds", ours["median"], DIFFUSERS, theirs["median"], times, more_is_better=False)
 
 
 def of_last_precision(record: dict) -> Iterator[dict]:
@@ -128,4 +145,4 @@ SECTIONS = {
 }
 
 if __name__ == "__main__":
-    print(summary(Path(sys.argv[1])))
+    write_summary(Path(sys.argv[1]))

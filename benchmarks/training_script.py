@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image
 from networks import CONFIGS, ROOT, make_network, training_step
 from processes import flags, run
 from report import table, thousands, with_quartiles
-from windows import ratio, seconds_of, summary, turns
+from windows import quartiles, ratio, seconds_of, turns
 
 from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.sampling import to_pil
@@ -69,7 +69,7 @@ def measure(args, device: torch.device) -> dict:
         {
             "arm": name,
             "images_seen": settings["batch_size"] * (args.script_steps - LOGGING_STEPS) * args.windows,
-            "images_per_second": summary(values) | {"windows": values},
+            "images_per_second": quartiles(values) | {"windows": values},
             "of_bare_step": ratio(values, speeds[BARE[name]]) if name in BARE else None,
             "times_recipe": ratio(values, speeds[RECIPE]),
             "times_recipe_as_it_comes": ratio(values, speeds[AS_IT_COMES]) if AS_IT_COMES in speeds else None,

@@ -41,7 +41,7 @@ def time_arms(arms: dict[str, Callable[[], object]], windows: int, window_second
     for name in turns(list(arms), windows):
         results[name]["windows"].append(seconds_of(arms[name], results[name]["calls"]))
     for result in results.values():
-        result |= summary(result["windows"])
+        result |= quartiles(result["windows"])
     return results
 
 
@@ -50,7 +50,7 @@ def turns(names: list[str], rounds: int) -> list[str]:
     return [name for turn in range(rounds) for name in names[turn % len(names) :] + names[: turn % len(names)]]
 
 
-def summary(values: list[float]) -> dict:
+def quartiles(values: list[float]) -> dict:
     """Median and quartiles."""
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "quartiles": [first, third]}
@@ -58,4 +58,4 @@ def summary(values: list[float]) -> dict:
 
 def ratio(values: list[float], references: list[float]) -> dict:
     """Median and quartiles of values / references, window by window."""
-    return summary([value / reference for value, reference in zip(values, references, strict=True)])
+    return quartiles([value / reference for value, reference in zip(values, references, strict=True)])

@@ -1,5 +1,6 @@
 """The benchmarks' clockwork, a section of them in a real process, and clear errors."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory  # noqa: E402
 import summary  # noqa: E402
 import windows  # noqa: E402
-from run import BenchmarkArguments  # noqa: E402
+from run import SECTIONS, BenchmarkArguments  # noqa: E402
 
 
 def test_a_ratio_is_of_paired_windows():
@@ -57,6 +58,7 @@ def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
     assert [row["network"] for row in record["rows"]] == ["default", "stock"]
     assert record["rows"][1]["times_reference"]["median"] == 1 and record["machine"]["versions"]["torch"]
     assert (tmp_path / "a" / "b" / "training_step.md").read_text().strip() in done.stdout
+    assert "| training step, 8x8, batch 2, float32, images/s |" in (tmp_path / "a" / "b" / "summary.md").read_text()
     rows = json.loads((tmp_path / "a" / "b" / "memory.json").read_text())["rows"]
     assert all(row["bytes"] >= 0 for row in rows) and len(rows) == 9
 
@@ -81,13 +83,28 @@ def test_bad_arguments(arguments, message):
 def test_the_summary_is_of_the_records_that_are_kept():
     results = ROOT / "benchmarks" / "results"
     assert summary.summary(results) + "\n" == (results / "summary.md").read_text("utf-8")
+    for name in SECTIONS:
+        if (results / f"{name}.json").is_file():
+            report = importlib.import_module(name).report(json.loads((results / f"{name}.json").read_text("utf-8")))
+            assert report + "\n" == (results / f"{name}.md").read_text("utf-8"), name
+
+
+@pytest.mark.parametrize("distances, line", [
+    ([0.9, 1.1, 0.8], ("30", "0.30", "better")),  # 10 seconds an epoch; 1 was luck
+    ([0.9, 0.8, 0.7], ("10", "0.10", "better")),
+    ([1.3, 1.2, 1.1], ("not reached", "", "**worse**")),
+])  # fmt: skip
+def test_quality_is_reached_where_more_training_reaches_it_too(distances, line):
+    stock = {"network": "stock", "epochs": 5, "seconds": 100, "distance": 1.0}
+    rows = [{"epochs": n, "seconds": 10 * n, "distance": d} for n, d in zip((1, 2, 3), distances, strict=True)]
+    [(_, ours, _, _, ratio, outcome)] = summary.times_to_quality({"rows": [stock, *rows]})
+    assert (ours, ratio, outcome) == line
 
 
 @pytest.mark.parametrize("times, more_is_better, outcome", [
-    (1.5, True, "better"), (1.5, False, "**worse**"), (0.9, False, "better"), (0.9, True, "**worse**"),
-    (1.01, True, "alike"),
-    ({"median": 1.3, "quartiles": [0.9, 1.5]}, True, "alike"),
-    ({"median": 0.8, "quartiles": [0.7, 0.9]}, True, "**worse**"),
+    ([1.5], True, "better"), ([1.5], False, "**worse**"), ([0.9], False, "better"), ([0.9], True, "**worse**"),
+    ([1.01], True, "alike"), ([0.9, 1.3, 1.5], True, "alike"), ([0.7, 0.8, 0.9], True, "**worse**"),
+    ([1.01, 1.015, 1.2], True, "alike"),
 ])  # fmt: skip
 def test_losses_are_marked(times, more_is_better, outcome):
     assert summary.compared("speed", 3, "peer", 2, times, more_is_better)[-1] == outcome

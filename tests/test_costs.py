@@ -58,6 +58,8 @@ def test_calls_waits_and_allocations_are_counted():
     counts = {"kernels": 2, "syncs": 0, "allocations": 2, "allocated_bytes": 2 * 16}
     assert aten_calls(lambda: (values + 1).view(2, 2) * 2) == counts
     assert aten_calls(lambda: values.mul_(2).t()) == {"kernels": 1, "syncs": 0, "allocations": 0, "allocated_bytes": 0}
+    grown = aten_calls(lambda: torch.add(values, 1, out=torch.empty(0)))
+    assert grown["allocated_bytes"] == 16
     waits = (values.tolist, values.cpu, values.numpy, values[0].item, values.nonzero, lambda: bool(values[0]),
              lambda: float(values[0]), lambda: values.masked_select(values > 1),
              lambda: values.equal(values))  # fmt: skip
