@@ -49,9 +49,9 @@ def test_the_peak_of_memory_is_seen():
 
 @pytest.mark.slow
 def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--sections", "training_step", "memory", "--networks",
-               "default", "stock", "--resolutions", "8", "--batch_sizes", "2", "--precisions", "no", "--windows", "2",
-               "--window_seconds", "0", "--output_dir", tmp_path / "a" / "b"]  # fmt: skip
+    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--sections", "training_step", "memory", "operators",
+               "--networks", "default", "stock", "--resolutions", "8", "--batch_sizes", "2", "--precisions", "no",
+               "--windows", "2", "--window_seconds", "0", "--output_dir", tmp_path / "a" / "b"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "a" / "b" / "training_step.json").read_text())
@@ -61,6 +61,9 @@ def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
     assert "| training step, 8x8, batch 2, float32, images/s |" in (tmp_path / "a" / "b" / "summary.md").read_text()
     rows = json.loads((tmp_path / "a" / "b" / "memory.json").read_text())["rows"]
     assert all(row["bytes"] >= 0 for row in rows) and len(rows) == 9
+    rows = json.loads((tmp_path / "a" / "b" / "operators.json").read_text())["rows"]
+    convolutions = [row["calls"] for row in rows if row["operator"] == "aten::convolution"]
+    assert convolutions == [25, 35]  # of default and stock
 
 
 @pytest.mark.parametrize("arguments, message", [
