@@ -34,7 +34,7 @@ def summary(folder: Path) -> str:
             record = json.loads(path.read_text())
             lines += compare(record)
             machine = record["machine"]
-            text = f"{machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
+            text = f"{machine['device']}, threads: {machine['threads']}, torch {machine['versions']['torch']}"
             machines.setdefault(text, []).append(name)
     where = "; ".join(f"{', '.join(names)}: {machine}" for machine, names in machines.items())
     return (
