@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from machine import describe, set_up  # it finds train_scripts
 from networks import NETWORKS, PEER, installed
+from summary import SECTIONS as COMPARED
 from summary import write_summary
 
 from arguments import arg, parse_arguments  # isort: skip
@@ -125,7 +126,8 @@ def main(args: BenchmarkArguments) -> None:
         write_text(output_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
         write_text(output_dir / f"{name}.md", text + "\n")
         print(f"\n{section.__doc__.splitlines()[0]}\n\n{text}", flush=True)
-    write_summary(output_dir)
+    if set(args.sections) & set(COMPARED):
+        write_summary(output_dir)
     if failures:
         raise SystemExit("\n".join(failures))
 

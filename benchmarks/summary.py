@@ -14,7 +14,7 @@ from networks import PEER
 from report import table, thousands, with_quartiles
 from startup import DIFFUSERS
 from training_script import AS_IT_COMES, RECIPE
-from windows import quartiles
+from windows import paired, quartiles
 
 from run_folder import write_text  # isort: skip
 
@@ -54,10 +54,6 @@ def compared(
         outcome = "better" if (median > 1) == more_is_better else "**worse**"
     ratio = with_quartiles(quartiles(times)) if len(times) > 1 else f"{median:.2f}"
     return what, thousands(ours), peer, thousands(theirs), ratio, outcome
-
-
-def paired(values: Sequence[float], references: Sequence[float]) -> list[float]:
-    return [value / reference for value, reference in zip(values, references, strict=True)]
 
 
 def training_steps(record: dict) -> Iterator[tuple]:

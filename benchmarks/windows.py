@@ -58,4 +58,8 @@ def quartiles(values: list[float]) -> dict:
 
 def ratio(values: list[float], references: list[float]) -> dict:
     """Median and quartiles of values / references, window by window."""
-    return quartiles([value / reference for value, reference in zip(values, references, strict=True)])
+    return quartiles(paired(values, references))
+
+
+def paired(values: list[float], references: list[float]) -> list[float]:
+    return [value / reference for value, reference in zip(values, references, strict=True)]
