@@ -278,6 +278,7 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
     for found, record in zip(results["records"], expected, strict=True):
         strip = np.concatenate(list(record.pop("images")[:8, 0].numpy()), axis=1)
         assert np.array_equal(np.asarray(Image.open(out / found.pop("samples"))), strip)
+        assert found.pop("mixed_precision") == "no"
         for values in (found, record):
             assert values.pop("seconds_per_image") > 0
             values.pop("scheduler_config")
@@ -287,7 +288,7 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
     assert (
         "Fewest evaluations within 10 % of ddpm, 200 evaluations" in text and "Best at 15" in capsys.readouterr().out
     )
-    assert text.count("\n| ") == 9 and "| unipc | timestep_spacing=leading | 6 | 6 |" in text
+    assert text.count("\n| ") == 9 and "| unipc | timestep_spacing=leading | 6 | 6 | no |" in text
     assert str(tmp_path) not in text + (out / "comparison.json").read_text()
     assert Image.open(out / "grid.png").height == 60 * 4  # the yardstick and three schedulers
     assert min(Image.open(out / "distances.png").size) > 500

@@ -4,8 +4,8 @@
       --schedulers ddim unipc dpmsolver++ dpmsolver++:use_karras_sigmas=true,timestep_spacing=linspace
 
 All samplers start from the same noise, and DDPM with many steps is the yardstick. comparison.json grows record by
-record: the same command goes on where it was stopped, and one with more schedulers or evaluations adds them. Started
-by `accelerate launch`, the processes share the sampling.
+record: the same command goes on where it was stopped, and one with more schedulers or evaluations adds them, on
+another machine too: each record tells its precision. Started by `accelerate launch`, the processes share the sampling.
 """
 
 import json
@@ -112,7 +112,7 @@ def main(args: ComparisonArguments) -> None:
     for setting in comparison.with_progress(settings):
         record = comparison.measure(pipe, setting, reference, **how)
         if accelerator.is_main_process:
-            add(record, results, output_dir)
+            add(record | {"mixed_precision": accelerator.mixed_precision}, results, output_dir)
     if accelerator.is_main_process:
         write_report(results, output_dir, args, [setting.key for setting in yardstick])
         folder_lock.release()
@@ -144,10 +144,12 @@ def usable(entries: list[tuple[str, dict]], scheduler) -> tuple[list[tuple[str, 
 
 
 def defining_settings(args: ComparisonArguments, accelerator: Accelerator, pipe, reference) -> dict:
-    """What all records of one comparison have in common, figures and times alike."""
+    """What all records of one comparison have in common."""
+    common = provenance(args, accelerator, pipe)
+    del common["mixed_precision"]  # it moves the figures by far less than another seed, and each record has its own
     splits = ((args.train_split, reference.train), (args.test_split, reference.test))
     return {
-        **provenance(args, accelerator, pipe),
+        **common,
         "real_images": {name: [len(split.features), round(split.power.sum().item(), 4)] for name, split in splits},
         "feature_extractor": {"name": reference.extractor.name, "digest": reference.extractor.digest},
         "scheduler_config": as_json(pipe.scheduler.config),
@@ -235,6 +237,7 @@ def leading_cells(record: dict, yardstick: dict | None) -> dict:
         "options": label_of(record).partition(":")[2],
         "evaluations": record["evaluations"],
         "steps": record["num_inference_steps"],
+        "precision": record["mixed_precision"],
         "ms an image": format(1000 * record["seconds_per_image"], ".3g"),
     }
     return cells | ({"to yardstick": format(distance(record) / distance(yardstick), ".2f")} if yardstick else {})
