@@ -41,6 +41,7 @@ def measure(args, device: torch.device) -> dict:
                 "resolution": resolution,
                 "precision": precision,
                 "batch_size": batch_size,
+                "images_seen": batch_size * time["calls"] * args.windows,
                 "evaluations": 1000 if kind == "ddpm" else FEW_STEPS,
                 "seconds_per_batch": seconds,
                 "images_per_second": None if kind == "network alone" else batch_size / seconds,

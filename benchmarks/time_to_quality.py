@@ -25,7 +25,7 @@ def measure(args, device: torch.device) -> dict:
     for name, epochs in (("stock", STOCK_EPOCHS), *(("default", epochs) for epochs in args.epochs)):
         steps = max(1, round(epochs * num_images / BATCH_SIZE))
         row = train_and_judge(name, steps, Path(args.work_dir, f"{name}-{steps}"), args, device)
-        rows.append(row | {"epochs": epochs})
+        rows.append(row | {"epochs": epochs, "images_seen": steps * BATCH_SIZE})
         print(f"{name}, {epochs:g} epochs: {row['seconds']:,.0f} s, distance {row['distance']:.3f}", flush=True)
     return {"dataset": args.dataset_id or Path(args.dataset_name).name, "num_images": args.num_images, "rows": rows}
 
