@@ -66,7 +66,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means: a path, or "latest" (None where there is none yet).
+    """The folder that `resume_from_checkpoint` means: a path, or "latest" (None where there is none yet).
 
     "latest" passes over damaged checkpoints with a warning, and takes the one before.
 
@@ -77,7 +77,7 @@ def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> P
         damage = find_damage(Path(resume_from_checkpoint))
         if damage is not None:
             raise ValueError(
-                f"`--resume_from_checkpoint` is {resume_from_checkpoint!r}, which is no complete checkpoint: {damage}."
+                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is no complete checkpoint: {damage}."
                 " Give a folder checkpoint-STEP, or 'latest'."
             )
         return Path(resume_from_checkpoint)
@@ -90,7 +90,7 @@ def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> P
     if checkpoints:
         raise ValueError(
             f"All {len(checkpoints)} checkpoint(s) in {output_dir} are damaged: remove them to begin again, or give an"
-            " intact one as `--resume_from_checkpoint`."
+            " intact one as `resume_from_checkpoint`."
         )
     return None
 
@@ -185,8 +185,8 @@ def clear_write_errors(failure: str, half_written: Path | None = None):
         if half_written is not None:
             shutil.rmtree(half_written, ignore_errors=True)
         raise OSError(
-            f"{failure} ({error}). What was complete before is intact: make room or mend the folder's rights, then run"
-            " the same command with `--resume_from_checkpoint latest`."
+            f"{failure} ({error}). What was complete before is intact: make room or mend the folder's rights, then go"
+            " on from the latest checkpoint."
         ) from error
 
 

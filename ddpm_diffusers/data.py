@@ -6,6 +6,7 @@ than memory.
 
 import hashlib
 import io
+import numbers
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,7 @@ def load_images(
         ConnectionError: Where the Hub cannot be reached.
     """
     for name, value in (("resolution", resolution), ("max_samples", 1 if max_samples is None else max_samples)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
     if channels not in (1, 3):
         raise ValueError(f"`channels` is {channels!r}; it must be 1 (grey) or 3 (RGB).")
@@ -174,7 +175,7 @@ def load_images(
     source = open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache_dir)
     check_image_column(source.features, image_column)
     if len(source) == 0:
-        raise ValueError(f"Split {split!r} of the data set is empty: pass another as `--split`.")
+        raise ValueError(f"Split {split!r} of the data set is empty: pass another `split`.")
     if max_samples is not None:
         source = source.select(range(min(max_samples, len(source))))
 
@@ -211,12 +212,12 @@ def check_image_column(features: Features, image_column: str) -> None:
     if image_column not in features:
         raise ValueError(
             f"The data set has no column {image_column!r}; it has {', '.join(features)}: pass one of them as"
-            " `--image_column`."
+            " `image_column`."
         )
     if not isinstance(features[image_column], Image):
         raise ValueError(
             f"Column {image_column!r} holds {features[image_column]}, not images: pass the column of images as"
-            " `--image_column`."
+            " `image_column`."
         )
 
 
@@ -224,8 +225,8 @@ def open_dataset(
     dataset_name, dataset_config_name, train_data_dir, split, cache_dir, streaming=False
 ) -> Dataset | IterableDataset:
     """`load_dataset`, with errors that say what to do; a folder of images or a saved data set is never streamed."""
-    advice = "pass a data set of the Hub or a local folder as `--dataset_name`, or a folder of images as"
-    advice += f" `--train_data_dir`, and one of its splits as `--split`; or use `--dataset_name {SYNTHETIC}`, built in"
+    advice = "pass a data set of the Hub or a local folder as `dataset_name`, or a folder of images as"
+    advice += f" `train_data_dir`, and one of its splits as `split`; or use `dataset_name` {SYNTHETIC}, built in"
     name = train_data_dir or dataset_name
     try:
         if train_data_dir is not None:
@@ -267,9 +268,12 @@ def decode_images(table: pa.Table, indices: list[int], image_column, resolution,
         elif image.size != (size[0], size[0]):
             raise ValueError(
                 f"Image {index} is {image.width}x{image.height}; images must be square and of one size (the first is"
-                f" {size[0]}x{size[1]}): pass `--center_crop` to use the central square of each."
+                f" {size[0]}x{size[1]}): pass `center_crop` to use the central square of each."
             )
-        image = image.convert("L" if channels == 1 else "RGB")
+        try:
+            image = image.convert("L" if channels == 1 else "RGB")
+        except ValueError as error:
+            raise ValueError(f"Image {index} of the data set cannot be used ({error}): convert it.") from error
         if side != resolution:
             image = image.resize((resolution, resolution), PILImage.Resampling.BILINEAR)
         pixels[row] = np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1)
@@ -285,8 +289,8 @@ def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
         ImageOps.exif_transpose(image, in_place=True)  # decodes it, too
     except Exception as error:  # PIL raises many kinds on damaged files
         raise ValueError(
-            f"Image {index} of the data set cannot be decoded ({error}): repair or remove it, or use the built-in set:"
-            f" `--dataset_name {SYNTHETIC}`."
+            f"Image {index} of the data set cannot be decoded ({error}): repair or remove it, or use the built-in set,"
+            f" `dataset_name` {SYNTHETIC}."
         ) from error
     if image.mode in ("I", "F"):  # PIL would clip them
         raise ValueError(

@@ -6,24 +6,30 @@ in one sentence where it cannot.
 
 import json
 import re
-import shlex
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from diffusers.utils import logging
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, RepoUrl, get_token
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from . import pipeline_pixel_diffusion
 from .data import SYNTHETIC
-from .pipeline_pixel_diffusion import README, SAMPLES, PixelDiffusionPipeline, check_token, with_repo_id
+from .pipeline_pixel_diffusion import (
+    COMPONENT_FILES,
+    README,
+    SAMPLES,
+    PixelDiffusionPipeline,
+    check_token,
+    create_repo,
+    with_repo_id,
+)
 
 logger = logging.get_logger(__name__)
 
 WAITS = (1, 4, 16)  # seconds before the second, third and fourth try of a push
-COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetensors.index*.json", "*.py")
 TASK = {"task_type": "unconditional-image-generation", "task_name": "unconditional image generation"}
 
 # what the Hub's client raises: refusals, broken connections, the same out of its upload threads, metadata refused
@@ -31,7 +37,7 @@ CLIENT_ERRORS = (httpx.HTTPError, OSError, RuntimeError, ValueError)
 
 
 class PushError(RuntimeError):
-    """A push that failed: what the Hub answered, that the folder is kept, and the command that tries again."""
+    """A push that failed: what the Hub answered, and that the folder is kept."""
 
 
 def model_card(
@@ -72,11 +78,11 @@ def model_card(
     return ModelCard(add_figures(str(card), figures))
 
 
-def add_figures(card: str | Path, figures: Iterable[dict]) -> str:
+def add_figures(card: str, figures: Iterable[dict]) -> str:
     """Put measured figures into a card in place of earlier ones: `model-index` in its metadata, a table in its body.
 
     Args:
-        card: The text of a card, or the path of one, which is then rewritten.
+        card: The text of a card.
         figures: One dict a figure, of the arguments of `huggingface_hub.EvalResult`: at least `dataset_type` (the data
             set's id), `dataset_name` (its name to show), `metric_type` and `metric_value`; `metric_name`,
             `dataset_split` and `metric_args` (how it was measured) are shown too. No figures remove the earlier ones.
@@ -87,9 +93,8 @@ def add_figures(card: str | Path, figures: Iterable[dict]) -> str:
     Raises:
         ValueError: On a figure that lacks one of these or has unknown ones, names a local path, or is not finite.
     """
-    path = None if "\n" in str(card) else Path(card)
     results = [eval_result(figure) for figure in figures]
-    card = ModelCard(str(card) if path is None else path.read_text("utf-8"))
+    card = ModelCard(card)
     title = re.search(r"^# (.+)$", card.text, re.MULTILINE)
     card.data.eval_results = results or None
     card.data.model_name = (title[1] if title else PixelDiffusionPipeline.__name__) if results else None
@@ -104,8 +109,6 @@ def add_figures(card: str | Path, figures: Iterable[dict]) -> str:
     ]
     shown = table(("metric", "value", "data set", "measured with"), rows) if rows else None
     card.text = with_section(card.text, "Measured figures", shown)
-    if path is not None:
-        card.save(path)
     return str(card)
 
 
@@ -128,27 +131,23 @@ def prepare_repo(repo_id: str, token: str | None = None, private: bool | None = 
     check_token(token)
     if token is None and get_token() is None:
         raise PermissionError(
-            f"There is no token of the Hub for `--hub_model_id {repo_id}`: run `hf auth login`, or set HF_TOKEN."
+            f"There is no token of the Hub to push to {repo_id} with: run `hf auth login`, or set HF_TOKEN."
         )
     api = HfApi(token=token)
     try:
-        repo_id = create_repo(api, repo_id, private).repo_id
+        repo_id = create_repo(repo_id, private, token).repo_id
         api.auth_check(repo_id, write=True)
     except CLIENT_ERRORS as error:
         status, answer = describe(error, token)
         if status in (401, 402, 403, 404):
-            failure = PermissionError(
-                f"The token must not write to `--hub_model_id` {repo_id} ({answer}): name a repository of your own or"
-                " of your organization, and use a token with write access to it."
-            )
-        elif is_transient(error) or isinstance(error, OfflineModeIsEnabled):
-            logger.warning(f"{repo_id} could not be prepared ({answer}): the push will be tried after the training.")
-            return repo_id
-        else:
-            failure = ValueError(f"`--hub_model_id` {repo_id} cannot be pushed to: {answer}.")
-    else:
-        return repo_id
-    raise failure  # out here, where the client's error does not stand above it
+            raise PermissionError(
+                f"The token must not write to {repo_id} ({answer}): name a repository of your own or of your"
+                " organization, and use a token with write access to it."
+            ) from None
+        if not is_transient(error) and not isinstance(error, OfflineModeIsEnabled):
+            raise ValueError(f"{repo_id} cannot be pushed to: {answer}.") from None
+        logger.warning(f"{repo_id} could not be prepared ({answer}): the push will be tried after the training.")
+    return repo_id
 
 
 def push_folder(
@@ -185,7 +184,7 @@ def push_folder(
     api = HfApi(token=token)
 
     def push() -> str:
-        repo = create_repo(api, repo_id, private)
+        repo = create_repo(repo_id, private, token)
         card = Path(folder, README)
         contents = {name: str(Path(folder, name)) for name in files}
         if card.is_file():
@@ -203,9 +202,7 @@ def push_folder(
                 break
         logger.warning(f"The push to {repo_id} did not go through ({answer}); trying again in {wait} s.")
         time.sleep(wait)
-    again = ["python", "train_scripts/push_to_hub.py", "--model", str(folder), "--hub_model_id", repo_id]
-    again += ["--hub_private_repo"] if private else []
-    raise PushError(f"The push to {repo_id} failed: {answer}. {folder} is kept; to try again: {shlex.join(again)}")
+    raise PushError(f"The push to {repo_id} failed: {answer}. {folder} is kept")
 
 
 def pipeline_files(folder: str | Path) -> list[str]:
@@ -230,13 +227,6 @@ def pipeline_files(folder: str | Path) -> list[str]:
             raise ValueError(f"{folder} lacks {'the weights' if found else 'all files'} of `{name}`: save it again.")
         files += [f"{name}/{file}" for file in sorted(found)]
     return files
-
-
-def create_repo(api: HfApi, repo_id: str, private: bool | None) -> RepoUrl:
-    repo = api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.repo_info(repo.repo_id).private:
-        raise ValueError(f"{repo.repo_id} exists and is public: make it private on the Hub, or choose another id")
-    return repo
 
 
 def describe(error: Exception, token: str | None) -> tuple[int | None, str]:

@@ -26,12 +26,19 @@ def draw_noise_and_timesteps(
 
 
 def training_target(scheduler, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the scheduler's `prediction_type` asks the network for, (B, C, H, W) in float32."""
-    if scheduler.config.prediction_type == "epsilon":
+    """What the scheduler's `prediction_type` asks the network for, (B, C, H, W) in float32.
+
+    Raises:
+        ValueError: If it is not "epsilon", "sample" or "v_prediction".
+    """
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
         return noise
-    if scheduler.config.prediction_type == "sample":
+    if prediction_type == "sample":
         return images
-    return scheduler.get_velocity(images, noise, timesteps)
+    if prediction_type == "v_prediction":
+        return scheduler.get_velocity(images, noise, timesteps)
+    raise ValueError(f"`prediction_type` is {prediction_type!r}; it must be epsilon, sample or v_prediction.")
 
 
 def loss_weights(scheduler, timesteps: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:
@@ -43,6 +50,7 @@ def loss_weights(scheduler, timesteps: torch.Tensor, snr_gamma: float | None) ->
     if snr_gamma is None:
         return torch.ones_like(timesteps, dtype=torch.float32)
     snr = compute_snr(scheduler, timesteps)
-    weights = snr.clamp(max=snr_gamma)
-    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[scheduler.config.prediction_type]
-    return weights / divisor
+    if scheduler.config.prediction_type == "epsilon":
+        return (snr_gamma / snr).clamp(max=1)  # at zero terminal SNR, too
+    divisor = {"v_prediction": snr + 1, "sample": 1}[scheduler.config.prediction_type]
+    return snr.clamp(max=snr_gamma) / divisor

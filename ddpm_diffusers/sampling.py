@@ -9,6 +9,8 @@ from accelerate.utils import gather
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .pipeline_pixel_diffusion import PixelDiffusionPipeline
+
 
 class NotFiniteError(ValueError):
     """Samples with NaN, or infinity, in them."""
@@ -16,7 +18,7 @@ class NotFiniteError(ValueError):
 
 @torch.no_grad()
 def sample_images(
-    pipe,
+    pipe: PixelDiffusionPipeline,
     num_images: int,
     num_inference_steps: int,
     *,
@@ -48,18 +50,17 @@ def sample_images(
     state = PartialState()
     batch_size = min(batch_size, num_images)
     rounds = math.ceil(num_images / (batch_size * state.num_processes))
-    batches, finite = [], []  # as many in each process, the last ones beyond the images
+    batches = []  # as many in each process, the last ones beyond the images
     for turn in tqdm(range(rounds), desc="Batches", disable=not (progress and state.is_main_process)):
         first = (turn * state.num_processes + state.process_index) * batch_size
         generators = [torch.Generator().manual_seed(seed + i) for i in range(first, first + batch_size)]
         latents = pipe(batch_size, num_inference_steps, generators, output_type="latent").images  # (B, C, H, W)
-        finite.append(latents.isfinite().all())  # clamping would hide infinity
+        if not gather(latents.isfinite().all()[None]).all():  # clamping would hide infinity
+            raise NotFiniteError(
+                f"{type(pipe.scheduler).__name__} made images with NaN or infinity in {num_inference_steps} steps. Try"
+                " other steps, DDPM and float32; if they do, too, the training has diverged: lower its learning rate."
+            )
         batches.append(((latents / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
-    if not gather(torch.stack(finite)).all():
-        raise NotFiniteError(
-            f"{type(pipe.scheduler).__name__} made images with NaN or infinity in {num_inference_steps} steps. Try"
-            " other steps, DDPM and float32; if they do, too, the training has diverged: lower its learning rate."
-        )
     images = torch.stack(batches)  # (rounds, B, C, H, W)
     images = gather(images).unflatten(0, (state.num_processes, rounds)).transpose(0, 1)
     # gloo's thread lets go of the tensors while this one waits; at the process's end they would block each other

@@ -8,7 +8,7 @@ import numpy as np
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import requires_backends
 
-from .pipeline_pixel_diffusion import CARRIED_OVER
+from .pipeline_pixel_diffusion import CARRIED_OVER, TRAINED_WITH, set_timesteps
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -33,9 +33,6 @@ REFUSED = {
     "lcm": "LCMScheduler jumps to the image at each step, which needs a consistency-distilled network",
     "ipndm": "IPNDMScheduler has a noise schedule of its own and cannot take the network's",
 }
-
-# of CARRIED_OVER, what the network was trained with
-TRAINED_WITH = CARRIED_OVER[:7]
 
 # their step raises on prediction_type "sample"
 NO_SAMPLE_PREDICTION = ("pndm", "euler_ancestral", "dpmsolver_sde", "kdpm2", "kdpm2_ancestral")
@@ -78,8 +75,9 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
             raise ValueError(
                 f"`{key}` is {trained!r} in the scheduler that the network was trained with; it cannot change."
             )
-    if scheduler.config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in taken:
-        raise ValueError(f"{scheduler_class.__name__} cannot follow a schedule with `rescale_betas_zero_snr=True`.")
+    for key in ("rescale_betas_zero_snr", "use_flow_sigmas"):
+        if scheduler.config.get(key) and key not in taken:
+            raise ValueError(f"{scheduler_class.__name__} cannot follow a schedule with `{key}=True`.")
     if name in NO_SAMPLE_PREDICTION and config["prediction_type"] == "sample":
         raise ValueError(f"{scheduler_class.__name__} knows no `prediction_type` 'sample'; use another scheduler.")
     if name == "tcd":  # by default it knows the 50 steps of its distillation alone
@@ -100,10 +98,4 @@ def count_evaluations(scheduler: SchedulerMixin, num_inference_steps: int) -> in
     Raises:
         ValueError: If the scheduler cannot take that number of steps.
     """
-    scheduler = copy.deepcopy(scheduler)  # the caller's keeps the timesteps it has
-    try:
-        scheduler.set_timesteps(num_inference_steps)
-    except Exception as error:  # each class has its own limits, and its own way to say so
-        name = type(scheduler).__name__
-        raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
-    return len(scheduler.timesteps)
+    return len(set_timesteps(copy.deepcopy(scheduler), num_inference_steps))  # the caller's keeps the timesteps it has

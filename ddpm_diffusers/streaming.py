@@ -56,7 +56,7 @@ def open_stream(
         ConnectionError: Where the Hub cannot be reached.
     """
     if dataset_name == SYNTHETIC and train_data_dir is None:
-        raise ValueError(f"Data set {SYNTHETIC!r} is drawn, not read: leave out `--streaming`.")
+        raise ValueError(f"Data set {SYNTHETIC!r} is drawn, not read, and cannot be streamed: load it whole.")
     stream = open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache_dir, streaming=True)
     if isinstance(stream, Dataset):
         stream = stream.to_iterable_dataset(num_shards=min(len(stream), LISTED_SHARDS))
@@ -134,7 +134,7 @@ class StreamedBatches:
 
         first = next(self.stream.iter(batch_size=1), None)
         if first is None:
-            raise ValueError("The data set is empty: pass another as `--dataset_name`, or another split as `--split`.")
+            raise ValueError("The data set is empty: pass another as `dataset_name`, or another `split`.")
         first = decode_image(with_content(first).column(0)[0].as_py(), 0)
         self.size = None if center_crop else first.size
 
@@ -145,7 +145,7 @@ class StreamedBatches:
     def __iter__(self) -> Iterator[torch.Tensor]:
         signals = LeaveSignalsToMain()
         loader = DataLoader(
-            Parts(self, signals),
+            Parts(self),
             batch_size=None,
             num_workers=self.num_workers,
             collate_fn=as_batch,
@@ -169,8 +169,8 @@ class StreamedBatches:
 class Parts(torch.utils.data.IterableDataset):
     """What the workers iterate, each its part: batches, and the position after each."""
 
-    def __init__(self, run: StreamedBatches, signals: LeaveSignalsToMain):
-        self.run, self.signals = run, signals
+    def __init__(self, run: StreamedBatches):
+        self.run = run
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, dict]]:
         run, worker = self.run, get_worker_info()
@@ -229,8 +229,8 @@ class Parts(torch.utils.data.IterableDataset):
                 start = {**start, "block": start["block"] + 1, "stream": stream.state_dict(), "used": 0}
             elif start["block"] == 0:
                 raise ValueError(
-                    f"Part {part} of {num_parts} has no image (each worker of each process has a part): lower"
-                    " `--dataloader_num_workers` or the number of processes."
+                    f"Part {part} of {num_parts} has no image (each worker of each process has a part): use fewer"
+                    " workers or processes."
                 )
             else:
                 start, rows = {**START, "pass": start["pass"] + 1}, None

@@ -7,8 +7,6 @@ same bits come out whatever the batch, the order or the platform.
 Garments are signed distances over a square of [-1, 1] x [-1, 1], x to the right and y down: negative inside.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 CLASS_NAMES = (

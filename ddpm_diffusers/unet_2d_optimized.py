@@ -243,7 +243,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ConvStem", "DownBlock", "MidBlock", "UpBlock", "OutBlock"]
     _repeated_blocks = ["DownBlock", "UpBlock"]
-    _skip_layerwise_casting_patterns = ["norm", "time"]
+    _skip_layerwise_casting_patterns = ["norm", "time_proj"]
 
     @register_to_config
     def __init__(
@@ -364,7 +364,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         timestep = torch.as_tensor(timestep, device=sample.device)
         check_inputs(sample, timestep, self.config.in_channels, 2 ** len(self.down_blocks))
 
-        # features in float32 whatever the weights: bfloat16 cannot tell neighbouring timesteps apart
+        # sinusoids in float32 whatever the weights: bfloat16 cannot tell neighbouring timesteps apart
         temb = self.time_proj(timestep.expand(sample.shape[0])).to(sample.dtype)  # (B, time_embedding_dim)
         if self.time_embedding is not None:
             temb = self.time_embedding(temb)  # (B, temb_channels)
@@ -385,7 +385,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
-        """Write `config.json` and, beside it, this file, so that it loads where the package is not installed."""
+        """Write `config.json` and, beside it, this file: a pipeline with it then loads without the package."""
         if type(self).__module__ == __name__:  # a user's subclass is not in this file
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
@@ -419,6 +419,8 @@ def check_config(config: dict) -> None:
     for name in ("in_channels", "out_channels", "time_embedding_dim", "norm_num_groups", "block_norm_num_groups",
                  "num_train_timesteps"):  # fmt: skip
         check(whole(config[name]), name, "be a positive integer")
+    for name in ("residual_blocks", "global_skip", "normalize_timesteps"):
+        check(isinstance(config[name], bool), name, "be True or False")
     dim = config["time_embedding_dim"]
     check(dim % 2 == 0 and dim >= 4, "time_embedding_dim", "be even and at least 4")
 

@@ -312,9 +312,9 @@ def check(error, words):
         ({"max_samples": 0}, ["`max_samples` is 0", "positive integer"]),
         ({"max_samples": -2}, ["`max_samples` is -2", "positive integer"]),
         ({"channels": 4}, ["`channels` is 4", "1 (grey) or 3 (RGB)"]),
-        ({"image_column": "picture"}, ["'picture'", "image, label, name", "--image_column"]),
-        ({"image_column": "label"}, ["'label'", "int64", "not images", "--image_column"]),
-        ({"split": "test"}, ["test", "['train']", "--split"]),
+        ({"image_column": "picture"}, ["'picture'", "image, label, name", "`image_column`"]),
+        ({"image_column": "label"}, ["'label'", "int64", "not images", "`image_column`"]),
+        ({"split": "test"}, ["test", "['train']", "`split`"]),
         ({"dataset_config_name": "large"}, ["'large'", "['default']"]),
     ],
 )
@@ -340,7 +340,7 @@ def test_a_split_that_a_saved_data_set_lacks(tmp_path, cache):
     source = store(random_images(2), tmp_path / "source", "disk with splits")
     with pytest.raises(ValueError) as error:
         load_images(**source, split="validation", resolution=8, cache_dir=cache)
-    check(error, ["'validation'", "train, test", "--split"])
+    check(error, ["'validation'", "train, test", "`split`"])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "disk"])
@@ -348,7 +348,7 @@ def test_an_empty_split(kind, tmp_path, cache):
     source = store([], tmp_path / "source", kind)
     with pytest.raises(ValueError) as error:
         load_images(**source, resolution=8, cache_dir=cache)
-    check(error, [source["dataset_name"], "--split"])
+    check(error, [source["dataset_name"], "`split`"])
 
 
 def test_files_that_are_no_data_set(tmp_path, cache):
@@ -361,8 +361,8 @@ def test_files_that_are_no_data_set(tmp_path, cache):
 @pytest.mark.parametrize(
     ("odd", "words"),
     [
-        ((8, 10), ["Image 20 is 8x10", "the first is 8x8", "--center_crop"]),
-        ((10, 10), ["Image 20 is 10x10", "the first is 8x8", "--center_crop"]),  # square, but of another size
+        ((8, 10), ["Image 20 is 8x10", "the first is 8x8", "`center_crop`"]),
+        ((10, 10), ["Image 20 is 10x10", "the first is 8x8", "`center_crop`"]),  # square, but of another size
     ],
 )
 @pytest.mark.parametrize("chunk", [SEVERAL_CHUNKS, 2**26])  # the odd one with the first in its chunk, and not
@@ -379,7 +379,7 @@ def test_mixed_sizes(odd, words, chunk, tmp_path, cache, monkeypatch):
 def test_images_of_one_size_that_are_not_square(tmp_path, cache):
     with pytest.raises(ValueError) as error:
         load_images(**store(random_images(2, size=(9, 8)), tmp_path / "s"), resolution=8, cache_dir=cache)
-    check(error, ["Image 0 is 9x8", "square", "--center_crop"])
+    check(error, ["Image 0 is 9x8", "square", "`center_crop`"])
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -412,6 +412,15 @@ def test_a_damaged_image(damaged, tmp_path, cache):
     with pytest.raises(ValueError) as error:
         load_images(**source, resolution=8, cache_dir=cache)
     check(error, ["Image 3 ", "cannot be decoded", "repair or remove it", "synthetic-fashion"])
+
+
+def test_an_image_of_a_colour_space_without_conversion(tmp_path, cache):
+    buffer = io.BytesIO()
+    PILImage.new("LAB", (8, 8)).save(buffer, "tiff")
+    source = store([*random_images(3), {"bytes": buffer.getvalue(), "path": None}], tmp_path / "source")
+    with pytest.raises(ValueError) as error:
+        load_images(**source, resolution=8, channels=1, cache_dir=cache)
+    check(error, ["Image 3 ", "LAB", "convert it"])
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "gif", "webp"])
@@ -489,7 +498,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
         messages = run(script, env=env).splitlines()
     assert len(messages) == 2 and "offline" in messages[1].lower()
     for message in messages:
-        for words in ("cannot be reached", "'zalando-datasets/fashion_mnist'", "`--dataset_name synthetic-fashion`"):
+        for words in ("cannot be reached", "'zalando-datasets/fashion_mnist'", "`dataset_name` synthetic-fashion"):
             assert words in message
 
 

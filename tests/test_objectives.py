@@ -122,6 +122,19 @@ def test_min_snr_weights_are_the_closed_form(prediction_type):
     np.testing.assert_allclose(loss_weights(scheduler, timesteps, 5.0), expected, rtol=2e-3)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_finite_without_any_signal(prediction_type):
+    scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    weights = loss_weights(scheduler, torch.tensor([998, 999]), 5.0)
+    assert weights[1] == {"epsilon": 1, "v_prediction": 0}[prediction_type] and weights.isfinite().all()
+
+
+def test_a_prediction_type_that_is_none_is_refused():
+    scheduler = DDPMScheduler(prediction_type="flow")
+    with pytest.raises(ValueError, match="`prediction_type` is 'flow'; it must be epsilon, sample or v_prediction"):
+        training_target(scheduler, *[torch.zeros(1, 1, 2, 2)] * 2, torch.tensor([0]))
+
+
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_weights_are_one_without_gamma(prediction_type):
     weights = loss_weights(DDPMScheduler(prediction_type=prediction_type), torch.tensor([0, 3, 999]), None)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, randomize
+from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
@@ -169,6 +170,38 @@ def test_steps_that_a_scheduler_cannot_take_are_refused(tiny_pipe):
     tiny_pipe(1, 60)
 
 
+@pytest.mark.parametrize(
+    "scheduler, reason",
+    [
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "has no init_noise_sigma"),
+        (diffusers.ScoreSdeVeScheduler(), "has no step"),
+        (diffusers.RePaintScheduler(), "step needs original_image, mask, too"),
+        (None, "has no set_timesteps"),
+    ],
+)
+def test_a_scheduler_that_the_loop_cannot_call_is_refused(tiny_pipe, scheduler, reason):
+    name = type(scheduler).__name__
+    with pytest.raises(ValueError, match=f"{name} cannot be the pipeline's `scheduler`: .*{reason}"):
+        tiny_pipe.scheduler = scheduler
+    assert type(tiny_pipe.scheduler).__name__ == "DDPMScheduler"
+
+
+def test_numbers_may_be_of_numpy(tiny_pipe):
+    assert len(tiny_pipe(np.int64(2), np.int32(3), eta=np.float32(0)).images) == 2
+
+
+@pytest.mark.parametrize("network", ["ours", "stock"])
+def test_from_pipe_goes_both_ways(tiny_pipe, network):
+    if network == "stock":
+        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        tiny_pipe.unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 8), norm_num_groups=4, **blocks)
+    stock = DDPMPipeline(tiny_pipe.unet, tiny_pipe.scheduler)
+    ddim = make_scheduler("ddim", tiny_pipe.scheduler)
+    for pipe in (PixelDiffusionPipeline.from_pipe(stock), PixelDiffusionPipeline.from_pipe(tiny_pipe, scheduler=ddim)):
+        assert type(pipe) is PixelDiffusionPipeline and pipe.unet is tiny_pipe.unet
+    assert pipe.scheduler is ddim and tiny_pipe.scheduler is stock.scheduler
+
+
 def test_progress_bar_settings_are_used(tiny_pipe, capsys):
     tiny_pipe.set_progress_bar_config(disable=False, desc="sampling", ascii=True)
     tiny_pipe(1, 3)
@@ -187,7 +220,8 @@ def test_progress_bar_settings_are_used(tiny_pipe, capsys):
         ({"latents": torch.zeros(1, 1, 8, 9)}, r"`latents` has shape \(1, 1, 8, 9\); it must be \(1, 1, 8, 8\)"),
         ({"latents": [0.0]}, "`latents` must be a tensor of shape .* it is list"),
         ({"latents": torch.zeros(8)}, r"`latents` must be a tensor of shape .* it is of shape \(8,\)"),
-        ({"eta": 1.5}, r"`eta` is 1.5; it must be in \[0, 1\]"),
+        ({"eta": 1.5}, r"`eta` is 1.5; it must be a number in \[0, 1\]"),
+        ({"eta": "0.5"}, r"`eta` is '0.5'; it must be a number"),
         ({"eta": 0.5}, "`eta` is 0.5, but DDPMScheduler takes none"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"holds \['noise'\]; it may hold \['latents'\]"),
     ],

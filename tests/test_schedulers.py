@@ -204,11 +204,20 @@ def test_lcm_is_refused_for_a_reason():
         ("ddim", {}, {"beta_end": 0.012}, "`beta_end` is 0.02 in the scheduler that the network was trained with"),
         ("heun", {"rescale_betas_zero_snr": True}, {}, "rescale_betas_zero_snr"),
         ("heun", {"beta_schedule": "sigmoid"}, {}, "sigmoid"),
+        ("unipc", {}, {"use_flow_sigmas": True}, "`use_flow_sigmas` is False in the scheduler that the network was"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(name, kwargs, overrides, message):
     with pytest.raises(ValueError, match=message):
         make_scheduler(name, diffusers.DDPMScheduler(**kwargs), **overrides)
+
+
+def test_a_flow_is_followed_by_what_knows_it_alone():
+    flow = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0)
+    made = make_scheduler("unipc", flow)
+    assert made.config.use_flow_sigmas and made.config.flow_shift == 3.0
+    with pytest.raises(ValueError, match="DDIMScheduler cannot follow a schedule with `use_flow_sigmas=True`"):
+        make_scheduler("ddim", flow)
 
 
 def test_clipping_survives_a_scheduler_that_knows_none():

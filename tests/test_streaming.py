@@ -363,7 +363,7 @@ def test_data_sets_of_the_hub_are_read_by_workers_and_not_stored(start_script, t
     assert sorted(json.loads(parquet)) == sorted(pixels.reshape(24, 64).tolist())
     decoded = [np.asarray(PILImage.open(path)).flatten().tolist() for path in (tmp_path / "folder").iterdir()]
     assert sorted(json.loads(folder)) == sorted(decoded)  # not encoded anew on the way
-    assert "no data set 'user/nope'" in unknown and "`--train_data_dir`" in unknown
+    assert "no data set 'user/nope'" in unknown and "`train_data_dir`" in unknown
     assert not {path.suffix for path in (tmp_path / "hf").rglob("*")} & {".parquet", ".jpg", ".arrow"}
 
 
@@ -381,7 +381,7 @@ def test_a_hub_that_cannot_be_reached(start_script, tmp_path):
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         message = finish(start_script(script, HF_ENDPOINT=address, HF_HOME=str(tmp_path), NO_PROXY="127.0.0.1"))
-    for words in ("cannot be reached", "'user/parquet'", "`--dataset_name`"):
+    for words in ("cannot be reached", "'user/parquet'", "`dataset_name`"):
         assert words in message
 
 
@@ -396,14 +396,14 @@ def check(error, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"dataset_name": "synthetic-fashion"}, ["'synthetic-fashion' is drawn", "leave out `--streaming`"]),
-        ({"dataset_name": ""}, ["''", "`--dataset_name`"]),
-        ({"dataset_name": "./nope"}, ["'./nope'", "`--dataset_name`"]),
-        ({"train_data_dir": "./nope"}, ["'./nope'", "`--train_data_dir`"]),
-        ({"split": "test"}, ["test", "['train']", "`--split`"]),
+        ({"dataset_name": "synthetic-fashion"}, ["'synthetic-fashion' is drawn", "cannot be streamed"]),
+        ({"dataset_name": ""}, ["''", "`dataset_name`"]),
+        ({"dataset_name": "./nope"}, ["'./nope'", "`dataset_name`"]),
+        ({"train_data_dir": "./nope"}, ["'./nope'", "`train_data_dir`"]),
+        ({"split": "test"}, ["test", "['train']", "`split`"]),
         ({"dataset_config_name": "large"}, ["'large'", "['default']"]),
-        ({"image_column": "picture"}, ["'picture'", "image, label", "`--image_column`"]),
-        ({"image_column": "label"}, ["'label'", "int64", "not images", "`--image_column`"]),
+        ({"image_column": "picture"}, ["'picture'", "image, label", "`image_column`"]),
+        ({"image_column": "label"}, ["'label'", "int64", "not images", "`image_column`"]),
     ],
 )
 def test_sources_that_cannot_serve(arguments, words, tmp_path):
@@ -439,7 +439,7 @@ def test_a_data_set_without_images(kind, stored):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_more_parts_than_images(num_workers, stored):
     arguments = {"world_size": 4, "rank": 3, "num_workers": num_workers}
-    with pytest.raises(ValueError, match=r"Part \d of \d has no image .*: lower `--dataloader_num_workers` or"):
+    with pytest.raises(ValueError, match=r"Part \d of \d has no image .*: use fewer workers or"):
         list(islice(run_of(stored([3]), **arguments), 5))
 
 
@@ -456,8 +456,8 @@ def encoded(image, cut):
     [
         (encoded(numbered(20), 50), ["cannot be decoded", "repair or remove it"]),
         (None, ["missing (null)", "remove the row"]),
-        (PILImage.new("L", (8, 10)), ["is 8x10", "the first is 8x8", "--center_crop"]),
-        (PILImage.new("L", (10, 10)), ["is 10x10", "the first is 8x8", "--center_crop"]),
+        (PILImage.new("L", (8, 10)), ["is 8x10", "the first is 8x8", "`center_crop`"]),
+        (PILImage.new("L", (10, 10)), ["is 10x10", "the first is 8x8", "`center_crop`"]),
     ],
 )
 def test_an_image_that_cannot_serve_is_named(bad, words, num_workers, stored):

@@ -105,7 +105,7 @@ def test_two_processes_train_and_push_and_a_fresh_process_samples_the_same_bits(
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--hub_token", "hf_wrong"], "The token must not write to `--hub_model_id` user/refused"),
+    (["--hub_token", "hf_wrong"], "The token must not write to user/refused"),
     (["--hub_token", "hf_in two"], "The Hub token is empty or holds white space"),
     ([], "There is no token of the Hub"),
 ])  # fmt: skip

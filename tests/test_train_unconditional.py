@@ -273,7 +273,8 @@ def test_a_damaged_checkpoint_is_kept_under_another_name(train):
 def test_figures_in_the_card_of_a_finished_run_outlive_the_same_command(train):
     output_dir = train("--checkpointing_steps", "3")
     figure = {"dataset_type": "owner/images", "dataset_name": "images", "metric_type": "fid", "metric_value": 2.5}
-    card = add_figures(output_dir / "README.md", [figure])
+    card = add_figures((output_dir / "README.md").read_text(), [figure])
+    (output_dir / "README.md").write_text(card)
     train("--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
     assert (output_dir / "README.md").read_text() == card and "2.5" in card
 

@@ -299,15 +299,17 @@ def test_channels_last():
     torch.testing.assert_close(model(sample.to(memory_format=torch.channels_last), timestep).sample, expected)
 
 
-def test_layerwise_casting_keeps_norms_and_time_and_stays_near():
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("time", [{}, {"time_embedding_type": "linear"}])
+def test_layerwise_casting_keeps_norms_and_stays_near(compute_dtype, time):
     sample, timestep = inputs()
-    model = make()
+    model = make(**time)
     expected = model(sample, timestep).sample
-    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute_dtype)
     assert model.down_blocks[0].layers[0].conv1.weight.dtype == torch.float8_e4m3fn
-    assert model.time_embedding.linear_1.weight.dtype == torch.float32
     assert model.down_blocks[0].layers[0].norm1.weight.dtype == torch.float32
-    assert F.cosine_similarity(model(sample, timestep).sample.flatten(), expected.flatten(), dim=0) > 0.95
+    found = model(sample.to(compute_dtype), timestep).sample.float()
+    assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.95
 
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
@@ -366,6 +368,7 @@ def test_the_checkpoint_of_an_older_version_still_loads():
         ({"norm_type": "layer"}, "`norm_type` is 'layer'; it must be one of 'group', 'batch'"),
         ({"act_fn": "swish"}, "`act_fn` is 'swish'"),
         ({"downsample_type": None}, "`downsample_type` is None"),
+        ({"global_skip": "no"}, "`global_skip` is 'no'; it must be True or False"),
         ({"skip_type": "none"}, "`skip_type` is 'none'"),
         ({"block_out_channels": (8,)}, r"`block_out_channels` is \(8,\); it must hold at least two widths"),
         ({"block_out_channels": 8}, "`block_out_channels` is 8; it must hold at least two widths"),

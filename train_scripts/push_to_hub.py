@@ -5,8 +5,10 @@
 Checkpoints, logs and whatever else lies in the folder stay where they are.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from arguments import arg, parse_arguments
 
@@ -23,9 +25,19 @@ class PushArguments:
 
 def main(args: PushArguments) -> None:
     try:
-        print(push_folder(args.model, args.hub_model_id, args.hub_token, args.hub_private_repo or None))
-    except (PushError, ValueError) as error:
+        print(push(args.model, args.hub_model_id, args.hub_token, args.hub_private_repo))
+    except ValueError as error:
         sys.exit(str(error))
+
+
+def push(folder: str | Path, hub_model_id: str, hub_token: str | None, hub_private_repo: bool) -> str:
+    """The repository's URL; where the push fails, the end of the script with the command that tries again."""
+    try:
+        return push_folder(folder, hub_model_id, hub_token, hub_private_repo or None)
+    except PushError as error:
+        again = ["python", "train_scripts/push_to_hub.py", "--model", str(folder), "--hub_model_id", hub_model_id]
+        again += ["--hub_private_repo"] if hub_private_repo else []
+        raise SystemExit(f"{error}; to try again: {shlex.join(again)}") from None
 
 
 if __name__ == "__main__":

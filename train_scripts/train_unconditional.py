@@ -27,6 +27,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from interruption import StopRequest
 from launch import check_engine, check_processes, choose_precision, keep_freed_memory, let_go
+from push_to_hub import push
 from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_file, write_text
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
@@ -36,7 +37,7 @@ from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.checkpointing import load_checkpoint, plain_copy, save_checkpoint
 from ddpm_diffusers.data import ImageArrays, ShuffledBatches, as_batch, load_images
 from ddpm_diffusers.grid import image_grid
-from ddpm_diffusers.hub import PushError, model_card, prepare_repo, push_folder
+from ddpm_diffusers.hub import model_card, prepare_repo
 from ddpm_diffusers.objectives import draw_noise_and_timesteps, loss_weights, training_target
 from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
 from ddpm_diffusers.sampling import sample_images, to_pil
@@ -373,10 +374,7 @@ def main(args: TrainingArguments) -> None:
     let_go(accelerator)
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
-        try:
-            logger.info(f"Pushed: {push_folder(output_dir, repo_id, args.hub_token, args.hub_private_repo or None)}")
-        except PushError as error:
-            raise SystemExit(str(error)) from None
+        logger.info(f"Pushed: {push(output_dir, repo_id, args.hub_token, args.hub_private_repo)}")
 
 
 if __name__ == "__main__":

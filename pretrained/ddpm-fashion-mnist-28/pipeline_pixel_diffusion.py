@@ -10,6 +10,7 @@ table 1 shows why a sampler may scale its input and start from another spread th
 import contextlib
 import inspect
 import json
+import numbers
 import re
 import shutil
 import tempfile
@@ -22,21 +23,25 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, RepoUrl
 from huggingface_hub.utils import httpx
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 # what one scheduler must take over from another: the noise schedule of the network, and how its timesteps are used
-CARRIED_OVER = (
+TRAINED_WITH = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-    "rescale_betas_zero_snr", "timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range", "thresholding",
+    "rescale_betas_zero_snr", "use_flow_sigmas", "flow_shift",
+)  # fmt: skip
+SAMPLED_WITH = (
+    "timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range", "thresholding",
     "dynamic_thresholding_ratio", "sample_max_value",
 )  # fmt: skip
+CARRIED_OVER = TRAINED_WITH + SAMPLED_WITH
 
+COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetensors.index*.json", "*.py")
 README, SAMPLES = "README.md", "samples.png"  # the model card, and the grid of samples that it shows
 CARD = """---
-license: mit
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
 tags: [ddpm, diffusion, pixel-space, unconditional-image-generation]
@@ -92,9 +97,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     Args:
         unet (`ModelMixin`): Called as `unet(sample, timestep).sample`: `OptimizedUNet2DModel`, diffusers'
-            `UNet2DModel` or another with `in_channels` and `sample_size` in its config.
+            `UNet2DModel` or another with `in_channels` and `sample_size` in its config; in eval mode, as
+            `from_pretrained` leaves it.
         scheduler (`SchedulerMixin`): Any scheduler of the noise schedule and prediction type that the U-Net was
-            trained with. Swap it by `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`.
+            trained with. Swap it by `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`. What has
+            no such call as `step(model_output, timestep, sample)` (`FlowMatchEulerDiscreteScheduler`,
+            `RePaintScheduler`, ...) is refused with a ValueError.
     """
 
     model_cpu_offload_seq = "unet"
@@ -106,10 +114,18 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler":
+            check_scheduler(value)
             # `from_config` drops the arguments listed here, and the next class's own noise schedule would take over
             defaults = value.config.get("_use_default_values", [])
             value.register_to_config(_use_default_values=[key for key in defaults if key not in CARRIED_OVER])
+        if name == "unet" and getattr(value, "_orig_mod", value) is not self.__dict__.get("unet", value):
+            self.register_to_config(_name_or_path=None)  # the card there, and its figures, are of another network
         super().__setattr__(name, value)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PixelDiffusionPipeline":
+        """diffusers' method, for a U-Net of any class; it would take one of the annotated class alone."""
+        return super().from_pipe(pipeline, **{"unet": pipeline.unet, **kwargs})
 
     @property
     def num_timesteps(self) -> int:
@@ -165,12 +181,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         device = self._execution_device
         self._interrupt = False
 
-        try:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        except Exception as error:  # some have a least or largest number of steps, and say so in many ways
-            name = type(self.scheduler).__name__
-            raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
-        timesteps = self.scheduler.timesteps
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
         self._num_timesteps = len(timesteps)
 
         # sampled in float32 whatever the weights: the steps are small differences of large numbers
@@ -208,7 +219,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     ) -> tuple[int, int, int, int]:
         """The shape to sample, (batch_size, in_channels, height, width), or a clear error."""
         for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
         train_steps = self.scheduler.config.num_train_timesteps
         if num_inference_steps > train_steps:
@@ -229,8 +240,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             if not isinstance(g, torch.Generator):
                 raise TypeError(f"`generator` holds {g!r}; it must be a torch.Generator, or a list of one an image.")
         parameters = inspect.signature(self.scheduler.step).parameters
-        if not 0 <= eta <= 1:
-            raise ValueError(f"`eta` is {eta}; it must be in [0, 1].")
+        if not isinstance(eta, numbers.Real) or not 0 <= eta <= 1:
+            raise ValueError(f"`eta` is {eta!r}; it must be a number in [0, 1].")
         if eta > 0 and "eta" not in parameters:
             raise ValueError(
                 f"`eta` is {eta}, but {type(self.scheduler).__name__} takes none: leave it at 0, or use"
@@ -275,15 +286,17 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return step_kwargs
 
     def save_pretrained(
-        self, save_directory, *args, push_to_hub=False, repo_id=None, commit_message=None, private=None, token=None,
-        create_pr=False, subfolder=None, **kwargs,
+        self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None,
+        max_shard_size: int | str | None = None, push_to_hub: bool = False, *, repo_id: str | None = None,
+        commit_message: str | None = None, private: bool | None = None, token: str | None = None,
+        create_pr: bool = False, subfolder: str | None = None,
     ) -> huggingface_hub.CommitInfo | None:  # fmt: skip
-        """diffusers' method; the model card of what the pipeline was loaded from goes along, where it can be had.
+        """diffusers' method; the model card of what the network was loaded from goes along, where it can be had.
 
-        With `push_to_hub`, the index, the code, the components' folders and a card as by `push_to_hub()` are then
-        uploaded to `repo_id`, by default the folder's name; what else the folder holds is not.
+        With `push_to_hub`, the index, the code, the components' configs and weights and a card as by `push_to_hub()`
+        are then uploaded to `repo_id`, by default the folder's name; what else the folder holds is not.
         """
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
         if self.name_or_path and not card.exists():
             copy_card(self.name_or_path, save_directory, token)
@@ -291,8 +304,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             return None
         check_token(token)
         repo_id = repo_id or Path(save_directory).name
-        repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        files = ["model_index.json", f"{class_name_in_index(type(self))[0]}.py", *(f"{n}/*" for n in self.components)]
+        repo_id = create_repo(repo_id, private, token).repo_id
+        patterns = COMPONENT_FILES if safe_serialization else (*COMPONENT_FILES, "*.bin", "*.bin.index*.json")
+        files = ["model_index.json", f"{class_name_in_index(type(self))[0]}.py"]
+        folders = [Path(save_directory, name) for name in self.components]
+        files += [f"{folder.name}/{path.name}" for folder in folders for p in patterns for path in folder.glob(p)]
         if not subfolder and not huggingface_hub.file_exists(repo_id, README, token=token):
             text = card.read_text("utf-8") if card.exists() else str(model_card(self, repo_id, samples.exists()))
             card.write_text(with_repo_id(text, repo_id), "utf-8")
@@ -303,14 +319,15 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         )  # fmt: skip
 
     def push_to_hub(
-        self, repo_id, commit_message=None, private=None, token=None, create_pr=False, safe_serialization=True,
-        variant=None, subfolder=None,
+        self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token: str | None = None,
+        create_pr: bool = False, safe_serialization: bool = True, variant: str | None = None,
+        subfolder: str | None = None,
     ) -> huggingface_hub.CommitInfo:  # fmt: skip
         """diffusers' method, with a model card that says what this is in place of an empty one.
 
-        A card that the repository has is kept. Else it is that of what the pipeline was loaded from, its snippets
-        naming the new repository; else a new one. Raises ValueError on a token that cannot be one, and otherwise
-        what huggingface_hub raises.
+        A card that the repository has is kept. Else it is that of what the network was loaded from, its snippets
+        naming the new repository; else a new one. Raises ValueError on a token that cannot be one and, where `private`
+        is True, on a repository that is public; otherwise what huggingface_hub raises.
         """
         upload = {"repo_id": repo_id, "commit_message": commit_message, "private": private, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
@@ -342,6 +359,32 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if type(self).__module__ == __name__:
             index["_class_name"] = class_name_in_index(type(self))
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """ValueError on what the pipeline's loop cannot call."""
+    name, needed = type(scheduler).__name__, ("set_timesteps", "init_noise_sigma", "scale_model_input", "step")
+    reason = ", ".join(attribute for attribute in needed if not hasattr(scheduler, attribute))
+    reason = reason and f"it has no {reason}"
+    if not reason:
+        more = list(inspect.signature(scheduler.step).parameters.values())[3:]
+        more = [p.name for p in more if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        reason = more and f"its step needs {', '.join(more)}, too"
+    if reason:
+        raise ValueError(
+            f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one of a discrete noise schedule, such as"
+            " `make_scheduler` makes."
+        )
+
+
+def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=None) -> torch.Tensor:
+    """The scheduler's timesteps for so many steps, set in it; ValueError if it cannot take that number."""
+    try:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    except Exception as error:  # some have a least or largest number of steps, and say so in many ways
+        name = type(scheduler).__name__
+        raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
+    return scheduler.timesteps
 
 
 def as_list(generator) -> list:
@@ -396,6 +439,14 @@ def copy_card(source: str, folder: str | Path, token: str | None) -> None:
             if not Path(source).is_dir():
                 path = huggingface_hub.hf_hub_download(source, name, token=token)
             shutil.copyfile(path, Path(folder, name))
+
+
+def create_repo(repo_id: str, private: bool | None, token: str | None) -> RepoUrl:
+    """The repository, made where it does not exist; ValueError where `private` is True and it is public."""
+    repo = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
+    if private and not huggingface_hub.repo_info(repo.repo_id, token=token).private:
+        raise ValueError(f"{repo.repo_id} exists and is public: make it private on the Hub, or choose another id")
+    return repo
 
 
 def check_token(token: str | None) -> None:
