@@ -186,7 +186,7 @@ def clear_write_errors(failure: str, half_written: Path | None = None):
             shutil.rmtree(half_written, ignore_errors=True)
         raise OSError(
             f"{failure} ({error}). What was complete before is intact: make room or mend the folder's rights, then go"
-            " on from the latest checkpoint."
+            " on from there."
         ) from error
 
 

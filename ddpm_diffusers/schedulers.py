@@ -5,6 +5,7 @@ import inspect
 
 import diffusers
 import numpy as np
+import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import requires_backends
 
@@ -33,6 +34,8 @@ REFUSED = {
     "lcm": "LCMScheduler jumps to the image at each step, which needs a consistency-distilled network",
     "ipndm": "IPNDMScheduler has a noise schedule of its own and cannot take the network's",
 }
+
+REHEARSAL_STEPS = 20  # every scheduler can take as many
 
 # their step raises on prediction_type "sample"
 NO_SAMPLE_PREDICTION = ("pndm", "euler_ancestral", "dpmsolver_sde", "kdpm2", "kdpm2_ancestral")
@@ -99,3 +102,16 @@ def count_evaluations(scheduler: SchedulerMixin, num_inference_steps: int) -> in
         ValueError: If the scheduler cannot take that number of steps.
     """
     return len(set_timesteps(copy.deepcopy(scheduler), num_inference_steps))  # the caller's keeps the timesteps it has
+
+
+def rehearse(scheduler: SchedulerMixin, name: str) -> None:
+    """Raises ValueError if it cannot sample from a network that answers 0, as with an option's value that is wrong."""
+    scheduler, sample = copy.deepcopy(scheduler), torch.zeros(1, 1, 8, 8)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            scheduler.set_timesteps(min(REHEARSAL_STEPS, scheduler.config.num_train_timesteps))
+            for t in scheduler.timesteps:
+                scheduler.scale_model_input(sample, t)
+                sample = scheduler.step(torch.zeros_like(sample), t, sample).prev_sample
+    except Exception as error:  # each class has its own way
+        raise ValueError(f"Scheduler {name!r} cannot sample ({error}): change its options.") from error

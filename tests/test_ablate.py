@@ -70,10 +70,14 @@ def test_a_ladder_that_cannot_be_climbed_is_refused(script, tmp_path):
     path.write_text("a: {from: c}\n")
     with pytest.raises(ValueError, match="row 'a' is from 'c', which is no row and no .json file"):
         script.read_ladder(path)
+    path.write_text("a: 3\n")
+    with pytest.raises(ValueError, match="row 'a' holds 3; it must hold arguments of a U-Net by name"):
+        script.read_ladder(path)
     path.write_text("a: {widths: 3}\n")
     for flags, message in (
         ([], "'widths'.*no arguments of OptimizedUNet2DModel"),
         (["--rows", "b"], "no row 'b'; .*has a"),
+        (["--max_train_steps", "0"], "`--max_train_steps` is 0; it must be a whole number of at least 1"),
         (["--rows", "a", "a"], r"`--rows` is \['a', 'a'\]; it must hold different ones"),
     ):
         argv = ["--ladder", str(path), "--output_dir", str(tmp_path / "runs"), *flags]

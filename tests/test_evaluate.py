@@ -93,9 +93,23 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     assert record["feature_extractor"]["digest"] == load_feature_extractor().digest
     assert str(tmp_path) not in json.dumps(record) and str(Path(data).parent) not in json.dumps(record)
 
-    distance = record["figures"]["train"]["frechet_distance"]
+    of_train, to_floor = record["figures"]["train"], record["figures"]["to_floor"]
     row = (tmp_path / "evaluation" / "row.md").read_text()
-    assert f"{distance['mean']:.3f} ± {distance['sd']:.3f}" in row and row in capsys.readouterr().out
+    headings, cells = ([cell.strip() for cell in row.splitlines()[i].split("|")] for i in (0, 2))
+    shown = dict(zip(headings, cells, strict=True))
+    for heading, figure, form in (
+        ("distance", of_train["frechet_distance"], "{:.3f} ± {:.3f}"),
+        ("to floor", to_floor["frechet_distance"], "{:.1f} ± {:.1f}"),
+        ("precision", of_train["precision"], "{:.3f} ± {:.3f}"),
+        ("recall", of_train["recall"], "{:.3f} ± {:.3f}"),
+        ("CB2 dB", of_train["cb2_db"], "{:+.2f} ± {:.2f}"),
+        ("CB4 dB", of_train["cb4_db"], "{:+.2f} ± {:.2f}"),
+        ("HF dB", of_train["hf_db"], "{:+.2f} ± {:.2f}"),
+    ):
+        assert shown[heading] == form.format(figure["mean"], figure["sd"])
+    kernel = of_train["kernel_distance"]
+    assert shown["KID x 1000"] == f"{1000 * kernel['mean']:.2f} ± {1000 * kernel['sd']:.2f}"
+    assert row in capsys.readouterr().out
     assert "Sampled by DPMSolverMultistepScheduler (solver_order 1) in 3 steps" in row
     with Image.open(tmp_path / "evaluation" / "grid.png") as grid:
         assert grid.size == (8 * 64, 8 * 64)
@@ -104,7 +118,12 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
 
     results = ModelCard.load(model / "README.md").data.eval_results
     values = {result.metric_type: result.metric_value for result in results}
-    assert values["hf_db"] == round(record["figures"]["train"]["hf_db"]["mean"], 5)
+    expected = {
+        **{name: of_train[name] for name in ("frechet_distance", "kernel_distance", "precision", "recall", "cb2_db")},
+        "hf_db": of_train["hf_db"],
+        "frechet_distance_to_floor": to_floor["frechet_distance"],
+    }
+    assert values == {name: round(figure["mean"], 5) for name, figure in expected.items()}
     assert {result.dataset_type for result in results} == {"user/garments"}
     assert all(result.metric_args["solver_order"] == 1 for result in results)
 
@@ -140,6 +159,9 @@ def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, data, tmp_path
     assert record["num_images"] == 160
     assert record["per_seed"] == [expected]
 
+    Image.new("RGB", (16, 16), "red").save(folder / "000400.png")  # all are read in colour, and refused for it
+    with pytest.raises(ValueError, match="3 channels|3-channel|channels"):
+        evaluate("--images", str(folder), "--num_images", "1000", "--overwrite")
     Image.new("L", (20, 16)).save(folder / "000500.png")
     with pytest.raises(ValueError, match=r"000500.png is 20x16 and .*000000.png 16x16; all images must be square"):
         evaluate("--images", str(folder), "--num_images", "1000", "--overwrite")

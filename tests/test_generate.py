@@ -35,5 +35,11 @@ def test_images_do_not_depend_on_the_batch_size_and_nothing_is_overwritten(tiny_
     assert Image.open(tmp_path / "one" / "grid.png").size == (112, 112)
     again = generate(*common, "--output_dir", str(tmp_path / "one"))
     assert again.returncode != 0 and "is not empty: choose another, or pass `--overwrite`" in again.stderr
+    (tmp_path / "one" / "mine.png").write_bytes(b"")
+    fewer = generate(*common, "--num_images", "1", "--output_dir", str(tmp_path / "one"), "--overwrite")
+    left = {path.name for path in (tmp_path / "one").iterdir()}
+    assert fewer.returncode == 0 and left == {"000007.png", "grid.png", "mine.png"}
+    wrong = generate(*common, "--scheduler_config", '{"beta_end": "wide"}', "--output_dir", str(tmp_path / "x"))
+    assert "`beta_end` is 0.02 in the scheduler" in wrong.stderr
     wrong = generate("--model", str(tmp_path / "model"), "--scheduler", "eular", "--output_dir", str(tmp_path / "x"))
     assert "'eular' is unknown; it must be one of ddpm" in wrong.stderr and not (tmp_path / "x").exists()

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
+from ddpm_diffusers.schedulers import rehearse
 
 MEAN, STD = 0.2, 0.5
 STEPS = (10, 20, 50)
@@ -245,6 +246,15 @@ def requires_backends_mapping() -> dict:
 def test_a_scheduler_without_a_discrete_noise_schedule_cannot_be_followed():
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no discrete noise schedule to follow"):
         make_scheduler("ddim", diffusers.FlowMatchEulerDiscreteScheduler())
+
+
+def test_an_option_with_a_value_that_cannot_serve_shows_in_a_rehearsal():
+    wrong = make_scheduler("ddpm", diffusers.DDPMScheduler(), clip_sample_range="wide")
+    with pytest.raises(ValueError, match="Scheduler 'ddpm' cannot sample .*: change its options"):
+        rehearse(wrong, "ddpm")
+    fine = make_scheduler("ddpm", diffusers.DDPMScheduler())
+    rehearse(fine, "ddpm")
+    assert len(fine.timesteps) == 1000  # it is as it was
 
 
 def test_overrides_reach_the_scheduler():

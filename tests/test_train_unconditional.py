@@ -176,8 +176,9 @@ def test_the_folder_of_another_run_is_left_alone(train, tmp_path):
     (tmp_path / "run" / "model_index.json").write_text("mine")
     with pytest.raises(ValueError, match="is not empty: choose another"):
         train()
+    with pytest.raises(ValueError, match=r"holds files and no run\.json: .* may be something else"):
+        train("--overwrite_output_dir")
     assert [p.read_text() for p in (tmp_path / "run").iterdir()] == ["mine"]
-    train("--overwrite_output_dir")
 
 
 def test_overwriting_leaves_no_checkpoint_of_the_run_before(train):
@@ -299,7 +300,8 @@ def test_what_is_overwritten_does_not_pass_for_the_new_run(train):
         )
     assert {path.name for path in output_dir.iterdir() if path.is_file()} == {
         ".lock", "run.json", "metrics.jsonl", "speed.jsonl", "pipeline_pixel_diffusion.py"
-    } and not (output_dir / "samples").exists()  # fmt: skip
+    }  # fmt: skip
+    assert not [path for path in output_dir.iterdir() if path.is_dir()]
 
 
 def test_a_flag_that_is_unknown_is_named_without_its_value(script):
@@ -314,6 +316,28 @@ def test_a_half_written_line_of_metrics_does_not_stop_a_resume(train):
         file.write('{"step": 3, "lo')
     train("--checkpointing_steps", "2", "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
     assert [row["step"] for row in metrics_of(output_dir)] == [2, 4]
+
+
+def test_a_longer_run_goes_on_at_its_own_rate_without_the_card_of_the_shorter(train, script):
+    train("--checkpointing_steps", "1", "--max_train_steps", "2")  # whose rate has come to 0
+    output_dir = train("--checkpointing_steps", "1", "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    second, third = (load_file(output_dir / f"checkpoint-{step}" / WEIGHTS) for step in (2, 3))
+    assert not any(torch.equal(second[name], third[name]) for name in second if name.endswith("weight"))
+    assert "| max_train_steps | 4 |" in (output_dir / "README.md").read_text()
+    record = {"arguments": {"max_train_steps": 6}, "unet": {}}
+    script.open_run(output_dir, True, 4, record, ())
+    assert not (output_dir / "README.md").exists() and (output_dir / "model_index.json").exists()
+
+
+def test_a_network_may_be_a_mapping_of_a_file(script, tmp_path):
+    settings = {"dataset_name": "synthetic-fashion", "max_train_samples": 32, "resolution": 8, "max_train_steps": 1,
+                "mixed_precision": False, "unet_config": json.loads(UNET), "eval_batch_size": 1,
+                "ddpm_num_inference_steps": 1, "output_dir": str(tmp_path / "run")}  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(settings))  # False is what YAML takes `no` for
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    script.main(parse(script, str(tmp_path / "run.json")))
+    assert (tmp_path / "run" / WEIGHTS).is_file() and any((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
 
 
 def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(train):
@@ -340,12 +364,12 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--resolution", "0"], "`--resolution` is 0; it must be at least 1"),
+    (["--resolution", "0"], "`--resolution` is 0; it must be a whole number of at least 1"),
     (["--resolution", "9"], "`sample_size` is 9; it must be divisible by 2"),
     (["--learning_rate", "nan"], "`--learning_rate` is nan; it must be a positive number"),
     (["--prediction_type", "noise"], "`--prediction_type` is 'noise'; it must be one of epsilon, v_prediction"),
     (["--mixed_precision", "fp8"], "`--mixed_precision` is 'fp8'"),
-    (["--train_batch_size", "0"], "`--train_batch_size` is 0; it must be at least 1"),
+    (["--train_batch_size", "0"], "`--train_batch_size` is 0; it must be a whole number of at least 1"),
     (["--unet_config", '{"widths": [8]}'], r"`--unet_config` holds \['widths'\], which are no arguments"),
     (["--unet_config", '{"_class_name": "Transformer2DModel"}'], "must be one of OptimizedUNet2DModel, UNet2DModel"),
     (["--unet_config", "missing.json"], "`--unet_config` is 'missing.json', which is no file"),
@@ -358,6 +382,9 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
     (["--lr_warmup_steps", "9"], r"`--lr_warmup_steps` is 9; it must be in \[0, 3\]"),
     (["--ddpm_num_inference_steps", "2000"], "`--ddpm_num_inference_steps` is 2000; it must not exceed"),
     (["--seed", "-1"], "`--seed` is -1"),
+    (["--dataloader_num_workers", "-1"], "`--dataloader_num_workers` is -1; it must be a whole number of at least 0"),
+    (["--unet_config", str(SCRIPT.parent / "configs" / "stock.json"), "--resolution", "10"],
+     "cannot take images of `--resolution` 10"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_before_anything_is_written(train, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
@@ -372,6 +399,14 @@ def test_arguments_come_from_a_file_and_flags_win(script, tmp_path):
     args = parse(script, str(tmp_path / "run.yaml"), "--learning_rate", "0.002")
     assert (args.resolution, args.learning_rate, args.use_ema, args.num_epochs) == (28, 0.002, False, 5)
     assert script.make_unet(args.unet_config, 28, 500).config.num_train_timesteps == 500
-    (tmp_path / "run.json").write_text('{"resolutoin": 28}')
-    with pytest.raises(ValueError, match="resolutoin"):
+    for text, message in (
+        ('{"resolutoin": 28}', "resolutoin"),
+        ("[1]", "holds a list; it must hold arguments by name"),
+        ('{"train_batch_size": 16.0}', "is 16.0; it must be a whole number"),
+    ):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse(script, str(tmp_path / "run.json"))
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"There is no file .*run\.json"):
         parse(script, str(tmp_path / "run.json"))

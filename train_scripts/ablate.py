@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from arguments import arg, parse_arguments
+from arguments import TrainingArguments, arg, parse_arguments
 from diffusers import DDPMScheduler, ModelMixin
 from launch import choose_precision
 from PIL import Image
@@ -74,9 +74,13 @@ class AblateArguments:
             values = getattr(self, name)
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise ValueError(f"`--{name}` is {values}; it must hold different ones.")
-        self.mixed_precision = choose_precision(self.mixed_precision)  # the rows are of one, and are kept with it
         if self.jobs < 1:
             raise ValueError(f"`--jobs` is {self.jobs}; it must be at least 1.")
+        # the rows are of one precision, that of the machine that they run on, and are kept with it
+        use_cpu = yaml.safe_load(Path(self.accelerate_config).read_text()).get("use_cpu", False)
+        self.mixed_precision = choose_precision(self.mixed_precision, use_cpu)
+        for seed in self.train_seeds:
+            TrainingArguments(**training_arguments(self, seed), logger="none")  # refuses what a training would
 
 
 def main(args: AblateArguments) -> None:
@@ -135,6 +139,8 @@ def read_ladder(path: Path) -> dict[str, dict]:
             return json.loads((path.parent / name).read_text())
         if name not in rows:
             raise ValueError(f"{path}: row {followed[-1]!r} is from {name!r}, which is no row and no .json file.")
+        if not isinstance(rows[name], dict):
+            raise ValueError(f"{path}: row {name!r} holds {rows[name]!r}; it must hold arguments of a U-Net by name.")
         changes = dict(rows[name])
         source = changes.pop("from", None)
         return {**(resolve(source, (*followed, name)) if source else {}), **changes}
@@ -147,7 +153,9 @@ def run_folder(args: AblateArguments, name: str, seed: int) -> Path:
 
 
 def training_arguments(args: AblateArguments, seed: int) -> dict:
-    length = {"max_train_steps": args.max_train_steps} if args.max_train_steps else {"num_epochs": args.num_epochs}
+    length = {"num_epochs": args.num_epochs}
+    if args.max_train_steps is not None:
+        length = {"max_train_steps": args.max_train_steps}
     return {
         "dataset_name": args.dataset_name,
         "resolution": args.resolution,
@@ -234,6 +242,7 @@ def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config:
         "scheduler": args.scheduler,
         "num_inference_steps": args.num_inference_steps,
         "mixed_precision": args.mixed_precision,
+        "seeds": seed,  # the starting noise is as much chance as the training's
         "feature_extractor": args.feature_extractor,
         "output_dir": folder / "evaluation",
         "overwrite": True,  # what was killed before its end

@@ -95,16 +95,16 @@ class TrainingArguments:
             if not condition:
                 raise ValueError(f"`--{name}` is {getattr(self, name)!r}; it must {rule}.")
 
-        for name in ("resolution", "train_batch_size", "num_epochs", "gradient_accumulation_steps", "ddpm_num_steps",
-                     "logging_steps", "eval_batch_size", "ddpm_num_inference_steps", "max_train_samples",
-                     "max_train_steps", "validation_steps", "checkpointing_steps",
-                     "checkpoints_total_limit", "shuffle_buffer_size"):  # fmt: skip
-            check(getattr(self, name) is None or getattr(self, name) >= 1, name, "be at least 1")
+        least = {"seed": 0, "dataloader_num_workers": 0, "lr_warmup_steps": 0}
+        for name in [option.name for option in fields(self) if option.type in (int, int | None)]:
+            value, at_least = getattr(self, name), least.get(name, 1)
+            whole = isinstance(value, int) and not isinstance(value, bool)  # a file may hold anything
+            check(value is None or (whole and value >= at_least), name, f"be a whole number of at least {at_least}")
         for name in ("learning_rate", "max_grad_norm", "snr_gamma", "adam_epsilon"):
             value = getattr(self, name)
             check(value is None or (math.isfinite(value) and value > 0), name, "be a positive number")
         check(0 <= self.ema_max_decay < 1, "ema_max_decay", "be in [0, 1)")
-        check(0 <= self.seed < 2**32, "seed", "be in [0, 2^32)")
+        check(self.seed < 2**32, "seed", "be in [0, 2^32)")
         check(self.ddpm_num_inference_steps <= self.ddpm_num_steps, "ddpm_num_inference_steps",
               f"not exceed `--ddpm_num_steps`, {self.ddpm_num_steps}")  # fmt: skip
         for name, choices in {
@@ -114,7 +114,7 @@ class TrainingArguments:
             "mixed_precision": PRECISIONS,
             "logger": (*TRACKERS, "none"),
         }.items():
-            check(getattr(self, name) in choices, name, f"be one of {', '.join(map(str, choices))}")
+            check(getattr(self, name) in choices, name, f"be one of {', '.join(filter(None, choices))}")
         if self.dataset_id is not None and (self.train_data_dir is not None or not is_hub_id(self.dataset_id)):
             raise ValueError(
                 f"`--dataset_id` is {self.dataset_id!r}; it must be owner/name on the Hub, of what `--dataset_name` is"
@@ -152,7 +152,13 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
     """Flags, after an optional YAML or JSON file of the same names, as an `arguments_class`."""
     parser = HfArgumentParser(arguments_class, description=doc.splitlines()[0])
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        if not Path(argv[0]).is_file():
+            raise ValueError(f"There is no file {argv[0]}; what stands first may be a YAML or JSON file of arguments.")
         values = yaml.safe_load(Path(argv[0]).read_text()) or {}  # JSON is YAML
+        if not isinstance(values, dict):
+            raise ValueError(f"{argv[0]} holds a {type(values).__name__}; it must hold arguments by name.")
+        if values.get("mixed_precision") is False:
+            values["mixed_precision"] = "no"  # which YAML takes for False
         unknown = set(values) - {f.name for f in fields(arguments_class)}
         if unknown:
             raise ValueError(f"{argv[0]} holds {sorted(unknown)}, which are no arguments (see --help).")

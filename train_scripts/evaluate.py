@@ -31,7 +31,7 @@ from ddpm_diffusers.data import ImageArrays, decode_image, load_images
 from ddpm_diffusers.evaluation import evaluate_pipeline
 from ddpm_diffusers.evaluation.damage import DAMAGE
 from ddpm_diffusers.evaluation.plots import plot_spectra
-from ddpm_diffusers.evaluation.protocol import IMAGES_KEPT, Statistics, check_images, check_run, record_of
+from ddpm_diffusers.evaluation.protocol import IMAGES_KEPT, Statistics, check_count, check_images, check_run, record_of
 from ddpm_diffusers.grid import image_grid
 from ddpm_diffusers.hub import add_figures, is_hub_id
 from ddpm_diffusers.pipeline_pixel_diffusion import README
@@ -88,14 +88,16 @@ def main(args: EvaluateArguments) -> None:
         pipe = load_pipeline(args.model, args.variant, accelerator)
         options = swap_scheduler(pipe, args.scheduler, args.scheduler_config)
         check_run(pipe, None, args.num_images, args.seeds, args.batch_size)
+        extractor = open_extractor(args, accelerator, args.num_images)
         count_evaluations(pipe.scheduler, args.num_inference_steps)  # refuses steps that it cannot take
-        count, side, channels = args.num_images, pipe.unet.config.sample_size, pipe.unet.config.out_channels
+        side, channels = pipe.unet.config.sample_size, pipe.unet.config.out_channels
     else:
-        images = given_images(args)  # (N, C, H, W)
+        extractor = open_extractor(args, accelerator, args.num_images)
+        images = given_images(args, extractor.num_channels)  # (N, C, H, W)
+        check_count(len(images), extractor)
         if args.damage is not None:
             images = DAMAGE[args.damage](images, args.damage_amount)
-        count, side, channels = len(images), images.shape[-1], images.shape[1]
-    extractor = open_extractor(args, accelerator, count)
+        side, channels = images.shape[-1], images.shape[1]
     folder_lock = lock(output_dir) if accelerator.is_main_process else None
     reference = open_reference(args, accelerator, extractor, side, channels)
 
@@ -135,19 +137,20 @@ def main(args: EvaluateArguments) -> None:
     print(row)
 
 
-def given_images(args: EvaluateArguments) -> torch.Tensor:
-    """Up to `--num_images` of the data set's split or the folder, uint8 (N, C, H, W)."""
+def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
+    """Up to `--num_images` of the data set's split, in so many channels, or of the folder; uint8 (N, C, H, W)."""
     if args.images in (args.train_split, args.test_split):
         dataset = load_images(
             args.dataset_name,
             resolution=args.resolution,
+            channels=channels,
             dataset_config_name=args.dataset_config_name,
             split=args.images,
             image_column=args.image_column,
             center_crop=args.center_crop,
             cache_dir=args.cache_dir,
         )
-        images = ImageArrays(dataset, (1, args.resolution, args.resolution))
+        images = ImageArrays(dataset, (channels, args.resolution, args.resolution))
         count = min(args.num_images, len(images))
         return images.__getitems__(np.linspace(0, len(images) - 1, count).round().astype(int))
 
@@ -160,7 +163,7 @@ def given_images(args: EvaluateArguments) -> torch.Tensor:
             f" {args.train_split} and {args.test_split}."
         )
     images = [decode_image({"bytes": None, "path": str(path)}, i) for i, path in enumerate(files)]
-    mode = "L" if images[0].mode == "L" else "RGB"
+    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     for path, image in zip(files, images, strict=True):
         if image.size != images[0].size or image.width != image.height:
             raise ValueError(

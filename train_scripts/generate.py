@@ -54,6 +54,8 @@ def main(args: GenerateArguments) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite:
         raise ValueError(f"`--output_dir` {output_dir} is not empty: choose another, or pass `--overwrite`.")
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)  # fails before the work, if it does
     pipe = PixelDiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), variant=args.variant)
     pipe.to(args.device or accelerator.device)
     pipe.set_progress_bar_config(disable=True)
@@ -70,7 +72,8 @@ def main(args: GenerateArguments) -> None:
     )
     if not accelerator.is_main_process:
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
+    for path in output_dir.glob("[0-9]*.png"):  # with `--overwrite`, of other samples
+        path.unlink()
     images = to_pil(images)
     for i, image in enumerate(images):
         image.save(output_dir / f"{args.seed + i:06d}.png")

@@ -13,11 +13,12 @@ PRECISIONS = (None, "auto", "no", "fp16", "bf16")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
-def choose_precision(mixed_precision: str | None) -> str | None:
+def choose_precision(mixed_precision: str | None, use_cpu: bool | None = None) -> str | None:
     """For `auto`, bf16 where the GPU or the processor calculates with it, fp16 on another GPU, and else no."""
     if mixed_precision != "auto":
         return mixed_precision
-    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") if use_cpu is None else use_cpu
+    if torch.cuda.is_available() and not use_cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"

@@ -58,6 +58,11 @@ def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool)
             f"`--output_dir` {output_dir} is not empty: choose another, or pass `--resume_from_checkpoint latest` to"
             " go on from a checkpoint in it, or `--overwrite_output_dir`."
         )
+    if visible and not goes_on and not (output_dir / RUN_FILE).is_file():
+        raise ValueError(
+            f"`--output_dir` {output_dir} holds files and no {RUN_FILE}: `--overwrite_output_dir` clears what a"
+            " training wrote, and this may be something else. Choose another, or empty it."
+        )
     return resume_path, goes_on
 
 
@@ -115,8 +120,10 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
         if not goes_on:  # what is overwritten goes, so that none of it passes for this run's
             for name in ("model_index.json", README, SAMPLES, "metrics.jsonl", "speed.jsonl"):
                 (output_dir / name).unlink(missing_ok=True)
-            for name in ("samples", "logs"):
+            for name in ("samples", "logs", "unet", "scheduler"):  # with variants of the weights, if there are
                 shutil.rmtree(output_dir / name, ignore_errors=True)
+        elif step < record["arguments"]["max_train_steps"]:
+            (output_dir / README).unlink(missing_ok=True)  # of a run that had ended, and is now longer
         run |= record
         write_text(output_dir / RUN_FILE, json.dumps(run, indent=2) + "\n")
     return run

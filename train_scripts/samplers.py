@@ -3,6 +3,7 @@
 import json
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
+from ddpm_diffusers.schedulers import rehearse
 
 
 def swap_scheduler(pipe: PixelDiffusionPipeline, name: str | None, scheduler_config: str | None) -> dict:
@@ -20,4 +21,5 @@ def swap_scheduler(pipe: PixelDiffusionPipeline, name: str | None, scheduler_con
         name = own[0]
     if name is not None:
         pipe.scheduler = make_scheduler(name, pipe.scheduler, **overrides)
+        rehearse(pipe.scheduler, name)
     return overrides

@@ -8,6 +8,7 @@ goes on bit for bit. Data order, noise and timesteps are a function of the seed,
 batch, whatever the number of processes.
 """
 
+import json
 import logging
 import math
 import sys
@@ -162,6 +163,8 @@ def main(args: TrainingArguments) -> None:
                 " `--num_epochs` or `--max_train_steps`."
             )
         lr_scheduler.load_state_dict(state["lr_scheduler"])
+        for group, rate in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
+            group["lr"] = args.learning_rate * rate(state["step"])  # of this run's length, which may be another
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         step = state["step"]
@@ -213,7 +216,8 @@ def main(args: TrainingArguments) -> None:
         metrics_file = LogLines(output_dir / "metrics.jsonl", last_step=step)  # the same bits however often it resumes
         speed_file = LogLines(output_dir / "speed.jsonl", last_step=math.inf)
         if args.logger != "none":
-            accelerator.init_trackers("train_unconditional", run, init_kwargs(record["id"], step))
+            shown = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in run.items()}
+            accelerator.init_trackers("train_unconditional", shown, init_kwargs(record["id"], step))
     logger.info(
         f"{type(model).__name__}, {model.num_parameters():,} parameters, on"
         f" {accelerator.num_processes} x {device}, precision {accelerator.mixed_precision}; {data},"
@@ -361,6 +365,8 @@ def main(args: TrainingArguments) -> None:
 
     # save, and only then sample and push
     pipe = PixelDiffusionPipeline(averaged_unet(), scheduler)
+    if not all(parameter.isfinite().all() for parameter in pipe.unet.parameters()):
+        raise SystemExit("The weights are not finite after the last step: nothing was saved. Lower `--learning_rate`.")
     if accelerator.is_main_process:
         save_pipeline(pipe, output_dir)
     logger.info(f"Pipeline: {output_dir}")

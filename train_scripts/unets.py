@@ -4,6 +4,7 @@ import inspect
 import json
 from pathlib import Path
 
+import torch
 from diffusers import UNet2DModel
 
 from ddpm_diffusers import OptimizedUNet2DModel
@@ -38,4 +39,12 @@ def make_unet(unet_config: str | dict | None, resolution: int, num_train_timeste
             f"`in_channels` and `out_channels` in `--unet_config` are {channels[0]} and {channels[1]}; both must be 1"
             " (grey) or both 3 (RGB)."
         )
-    return unet
+    try:
+        with torch.no_grad():
+            unet.eval()(torch.zeros(1, channels[0], resolution, resolution), 0)
+    except Exception as error:  # the stock network looks at no shape before it
+        raise ValueError(
+            f"The network of `--unet_config` cannot take images of `--resolution` {resolution} ({error}): choose"
+            " another resolution or network, without classes or other conditions."
+        ) from error
+    return unet.train()

@@ -19,13 +19,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from tqdm.auto import tqdm
 
 from ..sampling import NotFiniteError
-from ..schedulers import SCHEDULERS, count_evaluations, make_scheduler
+from ..schedulers import SCHEDULERS, count_evaluations, make_scheduler, rehearse
 from .protocol import Reference, check_run, evaluate_pipeline, image_shape
 
 logger = logging.getLogger(__name__)
 
 EVALUATIONS = (5, 10, 15, 20, 50, 100)
-REHEARSAL_STEPS = 20  # every scheduler can take as many
 
 
 @dataclass(frozen=True)
@@ -133,19 +132,6 @@ def name_and_options(entry: str | tuple[str, dict] | SchedulerMixin, scheduler: 
     followed = make_scheduler(names[0], scheduler).config
     given = {key: value for key, value in entry.config.items() if not key.startswith("_") and key in followed}
     return names[0], {key: value for key, value in given.items() if not np.array_equal(value, followed[key])}
-
-
-def rehearse(scheduler: SchedulerMixin, name: str) -> None:
-    """Raises ValueError if it cannot sample from a network that answers 0, as with an option's value that is wrong."""
-    sample = torch.zeros(1, 1, 8, 8)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            scheduler.set_timesteps(min(REHEARSAL_STEPS, scheduler.config.num_train_timesteps))
-            for t in scheduler.timesteps:
-                scheduler.scale_model_input(sample, t)
-                sample = scheduler.step(torch.zeros_like(sample), t, sample).prev_sample
-    except Exception as error:  # each class has its own way
-        raise ValueError(f"Scheduler {name!r} cannot sample ({error}): change its options.") from error
 
 
 def most_steps(scheduler: SchedulerMixin, evaluations: int) -> int:
