@@ -73,11 +73,6 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_kills_change_no_bit(tmp_path):
-    assert kill_and_compare(tmp_path, kills=2, processes=1, seed=0) == []
-
-
-@pytest.mark.slow
 def test_ten_kills_change_no_bit(tmp_path):
     assert kill_and_compare(tmp_path, kills=10, processes=1, seed=1) == []
 
