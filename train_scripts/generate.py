@@ -54,12 +54,12 @@ def main(args: GenerateArguments) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite:
         raise ValueError(f"`--output_dir` {output_dir} is not empty: choose another, or pass `--overwrite`.")
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)  # fails before the work, if it does
     pipe = PixelDiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), variant=args.variant)
     pipe.to(args.device or accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     swap_scheduler(pipe, args.scheduler, args.scheduler_config)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)  # fails before the work, if it does
 
     start = time.perf_counter()
     images = sample_images(
