@@ -66,7 +66,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path | None:
-    """The folder that `resume_from_checkpoint` means: a path, or "latest" (None where there is none yet).
+    """The folder that is meant: by a name in the run's folder, a path, or "latest" (None where there is none yet).
 
     "latest" passes over damaged checkpoints with a warning, and takes the one before.
 
@@ -74,13 +74,16 @@ def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> P
         ValueError: If a path holds no complete checkpoint, or if all of a run's are damaged.
     """
     if resume_from_checkpoint != "latest":
-        damage = find_damage(Path(resume_from_checkpoint))
+        path = Path(output_dir, resume_from_checkpoint)
+        if not path.is_dir():
+            path = Path(resume_from_checkpoint)
+        damage = find_damage(path)
         if damage is not None:
             raise ValueError(
                 f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is no complete checkpoint: {damage}."
                 " Give a folder checkpoint-STEP, or 'latest'."
             )
-        return Path(resume_from_checkpoint)
+        return path
     checkpoints = list_checkpoints(output_dir)
     for path in reversed(checkpoints):
         damage = find_damage(path)

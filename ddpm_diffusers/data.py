@@ -27,11 +27,14 @@ from datasets import (
 from datasets import config as datasets_config
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.fingerprint import Hasher
+from diffusers.utils import logging
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image as PILImage
 from PIL import ImageOps
 
 from . import synthetic_fashion
+
+logger = logging.get_logger(__name__)
 
 SYNTHETIC = "synthetic-fashion"
 SYNTHETIC_SIZE = 20_000
@@ -183,11 +186,14 @@ def load_images(
     labels = {name: source.features[name] for name in kept[1:]}
     pixels = channels * resolution**2
     first = source.with_format("arrow")[:1].column(image_column)[0].as_py()
+    first = decode_image(first, 0)
+    if channels == 1 and first.mode == "RGB":
+        logger.warning("The images are in colour and are made grey; for colour, use a network with 3 `in_channels`.")
     settings = {
         "image_column": image_column,
         "resolution": resolution,
         "channels": channels,
-        "size": None if center_crop else decode_image(first, 0).size,
+        "size": None if center_crop else first.size,
     }
     decoded = (
         source.select_columns(kept)

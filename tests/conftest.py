@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, here and in the subprocesses
+os.environ.pop("HF_HUB_OFFLINE", None)  # the tests have a Hub of their own
+os.environ.pop("HF_ENDPOINT", None)
 
 from pathlib import Path
 

@@ -333,7 +333,7 @@ def test_a_folder_that_is_not_there_or_empty(name, tmp_path, cache, monkeypatch)
         if name or argument == "dataset_name":
             with pytest.raises(ValueError) as error:
                 load_images(**{argument: name}, resolution=8, cache_dir=cache)
-            check(error, [repr(name), f"--{argument}", "synthetic-fashion"])
+            check(error, [repr(name), f"`{argument}`", "synthetic-fashion"])
 
 
 def test_a_split_that_a_saved_data_set_lacks(tmp_path, cache):
@@ -412,6 +412,14 @@ def test_a_damaged_image(damaged, tmp_path, cache):
     with pytest.raises(ValueError) as error:
         load_images(**source, resolution=8, cache_dir=cache)
     check(error, ["Image 3 ", "cannot be decoded", "repair or remove it", "synthetic-fashion"])
+
+
+@pytest.mark.parametrize(("mode", "channels", "warned"), [("RGB", 1, True), ("RGB", 3, False), ("L", 1, False)])
+def test_colour_that_is_made_grey_is_told(mode, channels, warned, tmp_path, cache, caplog, monkeypatch):
+    monkeypatch.setattr(data.logger, "handlers", [caplog.handler])
+    source = store(random_images(2, mode), tmp_path / "source")
+    load_images(**source, resolution=8, channels=channels, cache_dir=cache)
+    assert ("are in colour and are made grey" in caplog.text) == warned
 
 
 def test_an_image_of_a_colour_space_without_conversion(tmp_path, cache):

@@ -340,6 +340,12 @@ def test_a_network_may_be_a_mapping_of_a_file(script, tmp_path):
     assert (tmp_path / "run" / WEIGHTS).is_file() and any((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
 
 
+def test_a_checkpoint_may_be_given_by_its_name_in_the_folder(train):
+    flags = ("--checkpointing_steps", "2", "--max_train_steps", "2")
+    weights = (train(*flags) / WEIGHTS).read_bytes()
+    assert (train(*flags, "--resume_from_checkpoint", "checkpoint-2") / WEIGHTS).read_bytes() == weights
+
+
 def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(train):
     train("--checkpointing_steps", "3")
     with pytest.raises(ValueError, match="is at step 3, beyond the 2 steps of this run"):

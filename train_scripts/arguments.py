@@ -52,7 +52,7 @@ class TrainingArguments:
     snr_gamma: float | None = arg(None, "Min-SNR loss weighting, 5.0 in its paper; none by default")
     # optimization
     output_dir: str = arg("ddpm-model", "folder of the pipeline, the checkpoints and the logs")
-    overwrite_output_dir: bool = arg(False, "write into a folder that is not empty")
+    overwrite_output_dir: bool = arg(False, "clear what a training wrote there before: weights, checkpoints, samples")
     seed: int = arg(0, "of the weights, the data order, the noise and the timesteps")
     train_batch_size: int = arg(64, "images a process and step")
     num_epochs: int = arg(5, "passes over the data")
@@ -150,7 +150,7 @@ def settings_for_card(run: dict) -> dict:
 
 def parse_arguments(arguments_class: type, argv: list[str], doc: str):
     """Flags, after an optional YAML or JSON file of the same names, as an `arguments_class`."""
-    parser = HfArgumentParser(arguments_class, description=doc.splitlines()[0])
+    parser = HfArgumentParser(arguments_class, description=doc.splitlines()[0], allow_abbrev=False)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         if not Path(argv[0]).is_file():
             raise ValueError(f"There is no file {argv[0]}; what stands first may be a YAML or JSON file of arguments.")

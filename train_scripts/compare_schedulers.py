@@ -237,7 +237,7 @@ def leading_cells(record: dict, yardstick: dict | None) -> dict:
         "options": label_of(record).partition(":")[2],
         "evaluations": record["evaluations"],
         "steps": record["num_inference_steps"],
-        "precision": record["mixed_precision"],
+        "mixed precision": record["mixed_precision"],
         "ms an image": format(1000 * record["seconds_per_image"], ".3g"),
     }
     return cells | ({"to yardstick": format(distance(record) / distance(yardstick), ".2f")} if yardstick else {})

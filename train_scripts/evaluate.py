@@ -69,6 +69,8 @@ class EvaluateArguments(EvaluationArguments):
         super().__post_init__()
         if (self.model is None) == (self.images is None):
             raise ValueError("Give either `--model`, a pipeline, or `--images`, images in place of its samples.")
+        if self.num_inference_steps < 1:
+            raise ValueError(f"`--num_inference_steps` is {self.num_inference_steps}; it must be at least 1.")
         if self.damage is not None and (self.images is None or self.damage not in DAMAGE):
             raise ValueError(f"`--damage` is {self.damage!r}; it must be one of {', '.join(DAMAGE)}, with `--images`.")
         if not 0 <= self.damage_amount <= 1:

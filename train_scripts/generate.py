@@ -37,7 +37,7 @@ class GenerateArguments:
     dtype: str = arg("float32", "float32, float16 or bfloat16: of the weights")
     variant: str | None = arg(None, "variant of the weights, such as fp16")
     device: str | None = arg(None, "accelerate's by default: a GPU a process if there are, else cpu")
-    overwrite: bool = arg(False, "write into a folder that is not empty")
+    overwrite: bool = arg(False, "write into a folder that is not empty, in place of the samples there")
 
     def __post_init__(self):
         for name in ("num_images", "batch_size", "num_inference_steps"):

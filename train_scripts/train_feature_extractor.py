@@ -69,6 +69,7 @@ from the train split alone. Two of three batches were first reduced to a random 
 class FeatureExtractorArguments:
     dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub name or local folder, with train, test and `label`")
     image_column: str = arg("image", "column that holds the images")
+    center_crop: bool = arg(False, "cut each image to its central square first")
     channels: int = arg(1, "1 for grey images, 3 for RGB")
     resolution: int = arg(28, "height and width that images are resized to, and the highest that is trained on")
     lowest_resolution: int = arg(12, "the lowest that is trained on")
@@ -107,6 +108,7 @@ def load_split(
         args.dataset_name,
         resolution=resolution,
         channels=args.channels,
+        center_crop=args.center_crop,
         split=split,
         image_column=args.image_column,
     )
