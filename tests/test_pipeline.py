@@ -191,7 +191,7 @@ def test_numbers_may_be_of_numpy(tiny_pipe):
 
 
 @pytest.mark.parametrize("network", ["ours", "stock"])
-def test_from_pipe_goes_both_ways(tiny_pipe, network):
+def test_from_pipe_takes_a_network_of_any_class(tiny_pipe, network):
     if network == "stock":
         blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
         tiny_pipe.unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 8), norm_num_groups=4, **blocks)

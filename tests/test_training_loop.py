@@ -1,4 +1,4 @@
-"""The training loop against one of plain torch and closed forms, no setting of which is a default."""
+"""The training loop against one of plain torch and closed forms, at settings other than the defaults."""
 
 import json
 import math
