@@ -4,8 +4,8 @@
 
 Each row of `--ladder` is a U-Net, trained by `train_unconditional.py` and judged by `evaluate.py`, on the same images
 in the same order, with the same noise. Run the same command again to go on: what `--results_dir` has is not run again,
-on whatever machine it was made, so that a row or a seed can be added to results that came with a clone. Several
-`--train_seeds` give means and standard deviations.
+on whatever machine and in whatever precision it was made, so that a row or a seed can be added to results that came
+with a clone; the table tells each row's precision. Several `--train_seeds` give means and standard deviations.
 """
 
 import json
@@ -76,7 +76,6 @@ class AblateArguments:
                 raise ValueError(f"`--{name}` is {values}; it must hold different ones.")
         if self.jobs < 1:
             raise ValueError(f"`--jobs` is {self.jobs}; it must be at least 1.")
-        # the rows are of one precision, that of the machine that they run on, and are kept with it
         use_cpu = yaml.safe_load(Path(self.accelerate_config).read_text()).get("use_cpu", False)
         self.mixed_precision = choose_precision(self.mixed_precision, use_cpu)
         for seed in self.train_seeds:
@@ -170,7 +169,7 @@ def training_arguments(args: AblateArguments, seed: int) -> dict:
 def settings_of(args: AblateArguments) -> dict:
     """What all rows have in common."""
     training = training_arguments(args, seed=0)
-    del training["seed"]
+    del training["seed"], training["mixed_precision"]  # each seed's record has its own
     training["dataset_name"] = args.dataset_id or args.dataset_name
     training["num_processes"] = num_processes(args)
     judging = {key: getattr(args, key) for key in ("num_images", "scheduler", "num_inference_steps")}
@@ -315,13 +314,16 @@ def markdown(rows: list[dict]) -> str:
                 "": row["name"],
                 "seeds": len(row["seeds"]),
                 "parameters": f"{row['num_parameters'] / 1e6:.2f} M",
+                "mixed precision": ", ".join(sorted({seed["mixed_precision"] for seed in row["seeds"].values()})),
                 "loss": f"{row['loss']['mean']:.4f}",
             },
             row["figures"],
         )
         for row in rows
     ]
-    return figures_table(cells) + "\n\n" + caption(next(iter(rows[0]["seeds"].values())))
+    first = dict(next(iter(rows[0]["seeds"].values())))
+    del first["mixed_precision"]
+    return figures_table(cells) + "\n\n" + caption(first)
 
 
 def first_row(grid: Path) -> Image.Image:

@@ -37,9 +37,10 @@ def caption(record: dict) -> str:
     if "scheduler" in record:
         options = ", ".join(f"{name} {value}" for name, value in record.get("scheduler_options", {}).items())
         options = options and f" ({options})"
+        precision = f", mixed precision {record['mixed_precision']}" if "mixed_precision" in record else ""
         lines.append(
             f"Sampled by {record['scheduler']}{options} in {record['num_inference_steps']} steps,"
-            f" {record['evaluations']} evaluations of the network, mixed precision {record['mixed_precision']}."
+            f" {record['evaluations']} evaluations of the network{precision}."
         )
     return " ".join(lines)
 
