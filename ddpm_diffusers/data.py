@@ -150,7 +150,7 @@ def load_images(
         channels: 1 for grey, 3 for RGB.
         dataset_config_name: Configuration of a data set that has several.
         train_data_dir: A folder of images, in place of `dataset_name`.
-        split: Which split to read.
+        split: Which split to read, or what part of it, such as `"train[:90%]"` (of `save_to_disk`'s the whole alone).
         image_column: The column that holds the images.
         center_crop: Cut each image to its central square first. Without it all images must be square and of one size.
         max_samples: Use the first so many images only; of the built-in set, draw so many.

@@ -54,7 +54,7 @@ Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffuser
 ## Network
 
 `{network}`: {parameters:,} parameters, for {images}. It was trained to predict {prediction} at
-{timesteps:,} timesteps of noise; `{scheduler}` is saved with it.
+{timesteps:,} timesteps of noise.
 
 ## Limits
 
@@ -118,8 +118,6 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             # `from_config` drops the arguments listed here, and the next class's own noise schedule would take over
             defaults = value.config.get("_use_default_values", [])
             value.register_to_config(_use_default_values=[key for key in defaults if key not in CARRIED_OVER])
-        if name == "unet" and getattr(value, "_orig_mod", value) is not self.__dict__.get("unet", value):
-            self.register_to_config(_name_or_path=None)  # the card there, and its figures, are of another network
         super().__setattr__(name, value)
 
     @classmethod
@@ -298,7 +296,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
-        if self.name_or_path and not card.exists():
+        if self.name_or_path and not card.exists() and is_part_of(self.unet, self.name_or_path):
             copy_card(self.name_or_path, save_directory, token)
         if not push_to_hub:
             return None
@@ -420,7 +418,6 @@ def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = F
         parameters=pipe.unet.num_parameters(),
         prediction=scheduler.get("prediction_type", "epsilon"),
         timesteps=timesteps,
-        scheduler=type(pipe.scheduler).__name__,
     )
     return ModelCard(card)
 
@@ -429,6 +426,13 @@ def with_repo_id(card: str, repo_id: str) -> str:
     """The text of a card, its snippets loading `repo_id` in place of what they load."""
     loaded = re.search(r'DiffusionPipeline\.from_pretrained\("([^"]+)"', card)
     return card.replace(f'"{loaded[1]}"', f'"{repo_id}"') if loaded else card
+
+
+def is_part_of(unet: ModelMixin, source: str) -> bool:
+    """Whether the network is that of this folder or repository, whose card and figures are of no other."""
+    loaded = Path(unet.config.get("_name_or_path") or "")
+    in_cache = f"models--{source}".replace("/", "--")  # the Hub's cache names a repository's folder so
+    return loaded.parent == Path(source) or in_cache in loaded.parts
 
 
 def copy_card(source: str, folder: str | Path, token: str | None) -> None:

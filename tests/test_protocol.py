@@ -189,6 +189,19 @@ def test_a_data_set_of_two_splits_is_read_as_training_reads_it(extractor, tmp_pa
     assert len(list((tmp_path / "cache" / "ddpm-diffusers").glob("statistics-*"))) == 2
 
 
+def test_a_folder_of_images_without_a_test_split_is_judged_by_two_parts(extractor, tmp_path):
+    images, folder = garment_images(50), tmp_path / "images"
+    folder.mkdir()
+    for number, image in enumerate(images.numpy()):
+        Image.fromarray(image[0]).save(folder / f"{number:02}.png")
+    reference = Reference.of_dataset(
+        str(folder), extractor, resolution=8, train_split="train[:60%]", test_split="train[60%:]",
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    for found, part in ((reference.train, images[:30]), (reference.test, images[30:])):
+        assert torch.equal(found.features, extractor(part))
+
+
 def test_a_record_holds_what_was_sampled_and_its_figures_seed_by_seed(tiny_pipe, reference, extractor):
     record = evaluate_pipeline(tiny_pipe, reference, 70, 3, seeds=(2, 0, 5), batch_size=32)
     images = [sample_images(tiny_pipe, 70, 3, batch_size=32, seed=70 * seed) for seed in (2, 0, 5)]
