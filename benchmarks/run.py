@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from networks import NETWORKS, PEER, installed
 from summary import SECTIONS as COMPARED
 from summary import write_summary
 
-from arguments import arg, parse_arguments  # isort: skip
+from arguments import arg, run_script  # isort: skip
 from launch import choose_precision  # isort: skip
 from run_folder import write_text  # isort: skip
 
@@ -133,4 +132,4 @@ def main(args: BenchmarkArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(BenchmarkArguments, sys.argv[1:], __doc__))
+    run_script(main, BenchmarkArguments, __doc__)

@@ -82,7 +82,7 @@ def test_a_ladder_that_cannot_be_climbed_is_refused(script, tmp_path):
     ):
         argv = ["--ladder", str(path), "--output_dir", str(tmp_path / "runs"), *flags]
         with pytest.raises(ValueError, match=message):
-            script.main(script.parse_arguments(script.AblateArguments, argv, script.__doc__))
+            script.main(sys.modules["arguments"].parse_arguments(script.AblateArguments, argv, script.__doc__))
     assert not (tmp_path / "runs").exists()
 
 

@@ -84,7 +84,7 @@ def train(tmp_path, monkeypatch):
                  "--unet_config", json.dumps(unet), "--train_batch_size", "8", "--max_train_steps", str(steps),
                  "--logging_steps", "100", "--logger", "none", "--eval_batch_size", "1",
                  "--ddpm_num_inference_steps", "1", "--output_dir", str(tmp_path / str(steps))]  # fmt: skip
-        script.main(script.parse_arguments(script.TrainingArguments, flags, script.__doc__))
+        script.main(sys.modules["arguments"].parse_arguments(script.TrainingArguments, flags, script.__doc__))
 
     return run
 

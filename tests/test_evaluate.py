@@ -72,7 +72,7 @@ def evaluate(script, data, tmp_path):
         GradientState._reset_state()
         output_dir = tmp_path / "evaluation"
         argv = ["--dataset_name", data, "--num_images", str(NUM_IMAGES), "--output_dir", str(output_dir), *flags]
-        script.main(script.parse_arguments(script.EvaluateArguments, argv, script.__doc__))
+        script.main(sys.modules["arguments"].parse_arguments(script.EvaluateArguments, argv, script.__doc__))
         return json.loads((output_dir / "evaluation.json").read_text())
 
     return run

@@ -232,7 +232,7 @@ def test_the_script_trains_one_that_loads_and_classifies_and_again_to_the_bit(dr
         text = (tmp_path / "a" / file).read_text()
         assert str(drawn_data) not in text and str(tmp_path) not in text
     for seed, same in (("0", True), ("1", False)):
-        parsed = script.parse_arguments(
+        parsed = sys.modules["arguments"].parse_arguments(
             script.FeatureExtractorArguments, [*flags, "--seed", seed, "--output_dir", str(tmp_path / seed)], "?"
         )
         script.main(parsed)

@@ -39,7 +39,7 @@ def script():
 
 
 def parse(script, *argv: str):
-    return script.parse_arguments(script.TrainingArguments, list(argv), script.__doc__)
+    return sys.modules["arguments"].parse_arguments(script.TrainingArguments, list(argv), script.__doc__)
 
 
 @pytest.fixture

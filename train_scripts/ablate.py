@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from arguments import TrainingArguments, arg, parse_arguments
+from arguments import TrainingArguments, arg, run_script
 from diffusers import DDPMScheduler, ModelMixin
 from launch import choose_precision
 from PIL import Image
@@ -333,4 +333,4 @@ def first_row(grid: Path) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(AblateArguments, sys.argv[1:], __doc__))
+    run_script(main, AblateArguments, __doc__)

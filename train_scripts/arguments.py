@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -146,6 +147,15 @@ def settings_for_card(run: dict) -> dict:
     }
     elsewhere |= {"overwrite_output_dir", "num_epochs", *names[names.index("logging_steps") :]}
     return {name: value for name, value in run.items() if name not in elsewhere and value is not False}
+
+
+def run_script(main: Callable, arguments_class: type, doc: str) -> None:
+    """`main` with the flags of the command line; wrong ones end the script with one line in place of a traceback."""
+    try:
+        args = parse_arguments(arguments_class, sys.argv[1:], doc)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    main(args)
 
 
 def parse_arguments(arguments_class: type, argv: list[str], doc: str):

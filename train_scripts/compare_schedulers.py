@@ -11,7 +11,6 @@ another machine too: each record tells its precision. Started by `accelerate lau
 import json
 import logging
 import re
-import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from arguments import arg, parse_arguments
+from arguments import arg, run_script
 from evaluation_arguments import (
     EvaluationArguments,
     load_pipeline,
@@ -258,4 +257,4 @@ def written(record: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(ComparisonArguments, sys.argv[1:], __doc__))
+    run_script(main, ComparisonArguments, __doc__)

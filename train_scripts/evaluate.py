@@ -7,13 +7,12 @@
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from arguments import arg, parse_arguments
+from arguments import arg, run_script
 from evaluation_arguments import (
     EvaluationArguments,
     load_pipeline,
@@ -210,4 +209,4 @@ def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(EvaluateArguments, sys.argv[1:], __doc__))
+    run_script(main, EvaluateArguments, __doc__)

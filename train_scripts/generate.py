@@ -6,14 +6,13 @@ Image i is drawn from generator seed + i, so that its starting noise does not de
 Started by `accelerate launch`, the processes share the batches; the images are the same, to the bit.
 """
 
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from arguments import arg, parse_arguments
+from arguments import arg, run_script
 from launch import check_processes, keep_freed_memory
 from samplers import swap_scheduler
 
@@ -86,4 +85,4 @@ def main(args: GenerateArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(GenerateArguments, sys.argv[1:], __doc__))
+    run_script(main, GenerateArguments, __doc__)

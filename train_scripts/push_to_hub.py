@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arguments import arg, parse_arguments
+from arguments import arg, run_script
 
 from ddpm_diffusers.hub import PushError, push_folder
 
@@ -41,4 +41,4 @@ def push(folder: str | Path, hub_model_id: str, hub_token: str | None, hub_priva
 
 
 if __name__ == "__main__":
-    main(parse_arguments(PushArguments, sys.argv[1:], __doc__))
+    run_script(main, PushArguments, __doc__)

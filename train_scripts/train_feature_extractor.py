@@ -11,7 +11,6 @@ import math
 import os
 import shlex
 import shutil
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from arguments import arg, parse_arguments
+from arguments import arg, run_script
 from datasets import ClassLabel
 from diffusers.optimization import get_scheduler
 from huggingface_hub import ModelCard, ModelCardData
@@ -237,4 +236,4 @@ def model_card(
 
 
 if __name__ == "__main__":
-    main(parse_arguments(FeatureExtractorArguments, sys.argv[1:], __doc__))
+    run_script(main, FeatureExtractorArguments, __doc__)

@@ -11,7 +11,6 @@ batch, whatever the number of processes.
 import json
 import logging
 import math
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
-from arguments import DEFINES_THE_RUN, TrainingArguments, parse_arguments, settings_for_card, settings_of
+from arguments import DEFINES_THE_RUN, TrainingArguments, run_script, settings_for_card, settings_of
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -384,4 +383,4 @@ def main(args: TrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(TrainingArguments, sys.argv[1:], __doc__))
+    run_script(main, TrainingArguments, __doc__)
