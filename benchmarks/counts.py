@@ -1,4 +1,4 @@
-"""What a call costs whatever the machine: operations, calls of aten, waits for the device."""
+"""What a call costs on any machine: operations, aten calls, allocations, waits for the device."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,19 +9,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-# views, and what only makes a tensor: no kernel runs
+# views, and operators that only make a tensor: they run no kernel
 NO_KERNEL = {"view", "_unsafe_view", "detach", "alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze",
              "select", "slice", "split", "split_with_sizes", "as_strided", "empty", "empty_like", "empty_strided",
              "new_empty_strided", "_reshape_alias", "lift_fresh"}  # fmt: skip
-# a GPU's host waits for each: of aten, and of torch's Python interface where aten does not see it
+# calls in which the host waits for the GPU: of aten, and of torch's Python API where aten does not see them
 SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
 PYTHON_SYNCS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
 
 
 class AtenCalls(TorchDispatchMode):
-    """Counts aten's calls by operator, those of the backward pass too, and the memory of what operators return.
+    """Counts aten calls by operator, including the backward pass, and the memory of the operators' results.
 
-    What `torch.tensor` makes, and what an operator takes and gives back while it runs, is not seen.
+    It does not see what `torch.tensor` allocates, nor what an operator allocates and frees while it runs.
     """
 
     def __init__(self):
@@ -35,21 +35,21 @@ class AtenCalls(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         for storage in storages(results):
             if storage.data_ptr() not in known:  # neither a view nor in place
-                known.add(storage.data_ptr())  # which several results may share
+                known.add(storage.data_ptr())  # several results may share it
                 self.allocations += 1
                 self.allocated_bytes += storage.nbytes()
         return results
 
 
 def storages(tree) -> Iterator[torch.UntypedStorage]:
-    """Those of its tensors that hold anything."""
+    """The storages of its non-empty tensors."""
     for leaf in tree_leaves(tree):
         if isinstance(leaf, torch.Tensor) and leaf.numel():
             yield leaf.untyped_storage()
 
 
 class PythonSyncs(TorchFunctionMode):
-    """Counts `tolist`, `cpu` and `numpy` of tensors."""
+    """Counts the calls of `tolist`, `cpu` and `numpy` on tensors."""
 
     def __init__(self):
         super().__init__()
@@ -61,8 +61,8 @@ class PythonSyncs(TorchFunctionMode):
 
 
 def aten_calls(call: Callable[[], object]) -> dict[str, int]:
-    """Of one call: `kernels`, aten's calls that are more than a view; `syncs`, for which a GPU's host waits; and the
-    `allocations` of their results with the `allocated_bytes`."""
+    """For one call: `kernels`, the aten calls that run a kernel; `syncs`, those in which the host waits for the GPU;
+    and the `allocations` of their results with the `allocated_bytes`."""
     with PythonSyncs() as python, AtenCalls() as aten:
         call()
     return {
@@ -74,9 +74,9 @@ def aten_calls(call: Callable[[], object]) -> dict[str, int]:
 
 
 def count(call: Callable[[], object]) -> dict[str, int]:
-    """`aten_calls`, and `operations`, of convolutions and matrix products: two for a multiply and add.
+    """`aten_calls`, and the `operations` of convolutions and matrix products, two per multiply-add.
 
-    The first call, which makes what is kept, is not counted.
+    A first call, which creates persistent state, is not counted.
     """
     call()
     with FlopCounterMode(display=False) as flops:

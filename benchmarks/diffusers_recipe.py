@@ -1,9 +1,9 @@
-"""The steps of diffusers' `train_unconditional.py` by public interfaces, what our training script is measured against.
+"""The training loop of diffusers' `train_unconditional.py` from public APIs: what our script is compared with.
 
-Here is what takes time in its step: images as PIL objects that are turned into RGB, resized, mirrored and normalised
-one by one as they are needed, a shuffled loader without workers (its default), AdamW, the loss as a number a step, and
-an average of the weights parameter by parameter (it has flags for mirroring and averaging). The network is
-`UNet2DModel` of the widths (64, 64, 128); that of the script has 113 M parameters.
+It has what takes time in a step there: PIL images that are converted to RGB, resized, mirrored and normalised one by
+one on access, a shuffled loader without workers (the default), AdamW, the loss read as a number at each step, and an
+EMA updated parameter by parameter (mirroring and EMA are flags there). The network is a `UNet2DModel` of the widths
+(64, 64, 128); the script's own has 113 M parameters.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 
 def transform(image: Image.Image, resolution: int) -> torch.Tensor:
-    """torchvision's transforms in the recipe: resized, mirrored at random, in [-1, 1], (3, resolution, resolution)."""
+    """The script's torchvision transforms: resized, mirrored at random, in [-1, 1], (3, resolution, resolution)."""
     image = image.convert("RGB").resize((resolution, resolution), Image.Resampling.BILINEAR)
     image = ImageOps.mirror(image) if random.random() < 0.5 else image
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

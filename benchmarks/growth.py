@@ -1,8 +1,8 @@
-"""7. Growth: what a step costs as one size grows, and what a data set of a million images takes.
+"""7. Growth: how cost grows with resolution, batch size, widths, images in the data set and processes.
 
     python benchmarks/growth.py 1000000 /tmp/cache
 
-reads batches of the built-in garments, so many of them, and prints memory and time, in a process of its own.
+reads batches from that many built-in garments, in a process of its own, and prints its memory and speed.
 """
 
 import json
@@ -69,7 +69,7 @@ def grow_step(args, device: torch.device) -> list[dict]:
 
 
 def read_in_process(num_images: int, cache: Path, device: torch.device) -> dict:
-    """Of the second process: the first one draws the images."""
+    """The result of `read` in a second process: the first one draws the images."""
     for _ in range(2):
         output = run([__file__, num_images, cache], device)
     return {"images": num_images, **json.loads(output.splitlines()[-1])}
@@ -91,7 +91,7 @@ def read(num_images: int, cache: str) -> dict:
 
 
 def resident_bytes() -> dict[str, int]:
-    """What is the process's own and, where the system tells them apart, pages of files, which it can drop."""
+    """Resident memory: the process's own and, where the system reports them, file pages, which it can drop."""
     memory = psutil.Process().memory_info()
     files = getattr(memory, "shared", 0)
     return {"own": memory.rss - files, "of files": files}
@@ -113,7 +113,7 @@ def grow_processes(args, folder: Path, device: torch.device) -> list[dict]:
 
 
 def train_with(num_processes: int, args, output_dir: Path, cache: Path, device: torch.device) -> float:
-    """Images a second of the training script on so many processes, which share the threads of one."""
+    """Images per second of the training script on `num_processes`, which share the threads of one."""
     values = {
         "dataset_name": "synthetic-fashion",
         "max_train_samples": 10_000,

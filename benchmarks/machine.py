@@ -1,4 +1,4 @@
-"""What the figures were measured on, and what it could do at most."""
+"""The machine that the figures were measured on, and its peak speed."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 def set_up() -> None:
-    """As the scripts do; and products as convolutions are by default, in TF32 on a GPU that has it."""
+    """Keep freed memory, as the scripts do, and allow TF32 in matrix products, as in convolutions by default."""
     keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -48,7 +48,7 @@ def processor() -> str:
 
 
 def matrix_peak(device: torch.device, precisions: list[str], windows: int, window_seconds: float) -> dict[str, dict]:
-    """Operations a second of square matrix products, by precision: what a network's share is taken of."""
+    """Operations per second of square matrix products, by precision: the peak to compare networks with."""
     size = 8192 if device.type == "cuda" else 2048
     factors = {name: torch.randn(2, size, size, device=device, dtype=DTYPES[name]) for name in precisions}
     arms = {name: lambda pair=pair: torch.mm(pair[0], pair[1]) for name, pair in factors.items()}

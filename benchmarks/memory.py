@@ -1,8 +1,8 @@
-"""5. Memory: the most that training and sampling take beyond a process that has its network and has calculated.
+"""5. Memory: the peak of training and sampling, beyond what a process holds with its network after a warm-up.
 
     python benchmarks/memory.py default training 16 128 bf16 cpu
 
-Each is measured once, in a process of its own: on a GPU what torch allocates, elsewhere the process's resident memory.
+Each is measured once, in a process of its own: torch's allocations on a GPU, elsewhere the process's resident memory.
 """
 
 import json
@@ -36,7 +36,7 @@ def measure(args, device: torch.device) -> dict:
 
 
 class Peak:
-    """`bytes`: the most that the process took within the `with` beyond what it had at its start."""
+    """`bytes`: the peak of the process's memory in the `with` block, beyond what it held at the start."""
 
     def __init__(self, device: torch.device):
         self.on_gpu, self.process, self.bytes = device.type == "cuda", psutil.Process(), 0
@@ -66,7 +66,7 @@ class Peak:
 
 
 def work(network, kind: str, resolution: int, batch_size: int, precision: str, device: torch.device) -> None:
-    """Some steps, or as many evaluations."""
+    """Run a few training steps, or as many network evaluations."""
     if kind == "sampling":
         sample = torch.randn(batch_size, 1, resolution, resolution, device=device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -83,7 +83,7 @@ def work(network, kind: str, resolution: int, batch_size: int, precision: str, d
 def main(name: str, kind: str, resolution: int, batch_size: int, precision: str, device: torch.device) -> None:
     set_up()
     network = make_network(name, resolution).to(device)
-    # pages of the libraries' code come with the first use
+    # the first use loads pages of the libraries' code
     work(OptimizedUNet2DModel(sample_size=8, **TINY).to(device), kind, 8, 1, precision, device)
     with Peak(device) as peak:
         work(network, kind, resolution, batch_size, precision, device)

@@ -1,4 +1,4 @@
-"""The networks that are compared, and what one step of their training is."""
+"""The networks that are compared, and their training step."""
 
 import sys
 import types
@@ -32,9 +32,9 @@ class Peer(nn.Module):
 
 
 def peer_class() -> type[nn.Module]:
-    """`Unet` of the package, whose file also imports what its trainer alone uses: torchvision and pytorch-fid.
+    """The package's `Unet`, whose file also imports what only its trainer uses: torchvision, pytorch-fid, ema-pytorch.
 
-    Where they are not installed, empty modules stand for them during the import.
+    Empty modules stand in for those that are not installed during the import.
     """
     needed = {
         "torchvision": ("transforms", "utils"),
@@ -56,7 +56,7 @@ def peer_class() -> type[nn.Module]:
 
 
 def make_network(name: str, resolution: int) -> nn.Module:
-    """One of `NETWORKS`, grey, with the widths (64, 64, 128), the same weights whenever it is made."""
+    """One of `NETWORKS`, for grey images, with the widths (64, 64, 128) and always the same initial weights."""
     torch.manual_seed(0)
     if name == PEER:
         return Peer()
@@ -65,19 +65,14 @@ def make_network(name: str, resolution: int) -> nn.Module:
 
 
 def installed(names: tuple[str, ...]) -> list[str]:
-    """Those that can be measured here: the peer's package is asked for by benchmarks/requirements.txt alone."""
+    """The names that can be measured here: only benchmarks/requirements.txt asks for the peer's package."""
     return [name for name in names if name != PEER or find_spec("denoising_diffusion_pytorch")]
 
 
 def training_step(
-    network: nn.Module,
-    batch_size: int,
-    resolution: int,
-    precision: str,
-    device: torch.device,
-    use_ema: bool = True,
+    network: nn.Module, batch_size: int, resolution: int, precision: str, device: torch.device
 ) -> Callable[[], None]:
-    """Forward, backward, AdamW and EMA on one batch that lies on the device: what no training loop can go below."""
+    """Forward, backward, AdamW and EMA on one batch on the device: the least that any training loop does."""
     network.to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     ema = EMAModel(network.parameters(), foreach=True)

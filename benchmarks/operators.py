@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 NETWORKS = ("default", "stock")
 STEPS = 5
-SHOWN = 12  # of each network's, those that take most
+SHOWN = 12  # per network, those that take most time
 
 
 def measure(args, device: torch.device) -> dict:
@@ -28,7 +28,7 @@ def measure(args, device: torch.device) -> dict:
                 step()
         for operator in profiler.key_averages():
             if operator.device_type != DeviceType.CPU or operator.is_user_annotation:
-                continue  # a GPU's kernels, whose time is their operators', and names for ranges
+                continue  # GPU kernels, whose time counts for their operators, and named ranges
             microseconds = operator.self_device_time_total if on_gpu else operator.self_cpu_time_total
             rows.append({
                 "network": name,

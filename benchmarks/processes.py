@@ -1,4 +1,4 @@
-"""Scripts in processes of their own."""
+"""Run scripts in processes of their own."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ def flags(values: dict) -> list[str]:
 
 
 def run(command: list, device: torch.device, **environment: str) -> str:
-    """Standard output of `python command`; RuntimeError with the end of its errors if it fails."""
+    """The standard output of `python command`; raises RuntimeError with the end of its stderr if it fails."""
     on_cpu = {"ACCELERATE_USE_CPU": str(device.type == "cpu").lower()}
     done = subprocess.run(
         [sys.executable, *map(str, command)],

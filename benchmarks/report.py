@@ -1,4 +1,4 @@
-"""Figures as Markdown."""
+"""Measured figures as Markdown."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,7 +12,7 @@ def thousands(value: float) -> str:
 
 
 def with_quartiles(result: dict | None, form: str = ".2f") -> str:
-    """ "median (first quartile to third)", and nothing for what was not measured."""
+    """ "median (first quartile to third)"; empty if it was not measured."""
     if result is None:
         return ""
     first, third = result["quartiles"]
@@ -20,7 +20,7 @@ def with_quartiles(result: dict | None, form: str = ".2f") -> str:
 
 
 def grouped(rows: Iterable[dict], *keys: str) -> Iterator[tuple[str, list[dict]]]:
-    """Rows of equal `keys`, in the order in which they come, under a title of these."""
+    """Groups of rows with equal `keys`, in order of appearance, each after a title made of these."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)

@@ -1,10 +1,10 @@
-"""Speed, memory and start of our networks and scripts, side by side with what people would use instead.
+"""Speed, memory and start-up time of our networks and scripts, beside what people would use instead.
 
     python benchmarks/run.py
 
-prints a table a section and keeps it, with the figures it is made of, in --output_dir; `--sections` chooses some. What
-is timed takes turns, window by window; memory, data sets and the long trainings are measured once. On a GPU if there
-is one.
+prints one table per section and saves it, with the figures behind it, in --output_dir; `--sections` selects some. The
+timings alternate, window by window; memory, data sets and the long trainings are measured once. It runs on a GPU if
+there is one.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from machine import describe, set_up  # it finds train_scripts
+from machine import describe, set_up  # this import makes train_scripts importable
 from networks import NETWORKS, PEER, installed
 from summary import SECTIONS as COMPARED
 from summary import write_summary
@@ -46,30 +46,30 @@ def listed(default: list | None, help: str):
 class BenchmarkArguments:
     sections: list[str] = listed(
         [name for name in SECTIONS if name not in LONG],
-        f"of {', '.join(SECTIONS)}; all but {', '.join(LONG)} by default",
+        f"some of {', '.join(SECTIONS)}; all but {', '.join(LONG)} by default",
     )
-    networks: list[str] = listed(list(NETWORKS), f"of training_step: {', '.join(NETWORKS)}")
-    resolutions: list[int] = listed([16, 28], "height and width; training_script and operators take the first alone")
+    networks: list[str] = listed(list(NETWORKS), f"training_step: some of {', '.join(NETWORKS)}")
+    resolutions: list[int] = listed([16, 28], "height and width; training_script and operators use only the first")
     batch_sizes: list[int] | None = listed(
-        None, "of training; 128, and on a GPU 1024 and 4096, by default; all but training_step take the first alone"
+        None, "for training; by default 128, on a GPU also 1024 and 4096; only training_step uses more than the first"
     )
     precisions: list[str] | None = listed(
-        None, "no, bf16; both by default where the hardware has bf16; some sections take the last alone"
+        None, "no, bf16 or both (the default if the hardware supports bf16); some sections use only the last"
     )
-    compile: bool = arg(False, "training_step: under torch.compile, too")
-    windows: int = arg(5, "timed windows an arm")
-    window_seconds: float = arg(2.0, "about how long each is")
-    script_steps: int | None = arg(None, "of the training script; 60 by default, 2,000 on a GPU")
-    data_sizes: list[int] = listed([10_000, 100_000, 1_000_000], "growth: images in a data set")
-    processes: list[int] | None = listed(None, "growth: of the training script; 1, and 2 where there are so many GPUs"
-                                         " or cores, by default")  # fmt: skip
-    epochs: list[float] = listed([2.5, 4.0, 5.0], "time_to_quality: budgets of the default network")
-    dataset_name: str = arg("zalando-datasets/fashion_mnist", "time_to_quality: Hub name or local folder")
-    dataset_id: str | None = arg(None, "time_to_quality: what a local data set is called on the Hub")
-    num_images: int = arg(5000, "time_to_quality: samples that are judged")
-    work_dir: str = arg("runs/time-to-quality", "time_to_quality: folder of the trainings")
-    device: str | None = arg(None, "cpu or cuda; the GPU if there is one")
-    output_dir: str = arg("runs/benchmarks", "folder of the results")
+    compile: bool = arg(False, "training_step: also measure with torch.compile")
+    windows: int = arg(5, "timed windows per arm (what is compared)")
+    window_seconds: float = arg(2.0, "approximate length of a window")
+    script_steps: int | None = arg(None, "steps of the training script; 60 by default, 2,000 on a GPU")
+    data_sizes: list[int] = listed([10_000, 100_000, 1_000_000], "growth: numbers of images in the data set")
+    processes: list[int] | None = listed(None, "growth: numbers of training processes; by default 1, and 2 if there"
+                                         " are 2 GPUs or threads")  # fmt: skip
+    epochs: list[float] = listed([2.5, 4.0, 5.0], "time_to_quality: budgets to train the default network with")
+    dataset_name: str = arg("zalando-datasets/fashion_mnist", "time_to_quality: Hub id or local folder")
+    dataset_id: str | None = arg(None, "time_to_quality: Hub id of a local data set")
+    num_images: int = arg(5000, "time_to_quality: number of samples to evaluate")
+    work_dir: str = arg("runs/time-to-quality", "time_to_quality: folder for the training runs")
+    device: str | None = arg(None, "cpu or cuda; by default the GPU if there is one")
+    output_dir: str = arg("runs/benchmarks", "folder for the results")
 
     def __post_init__(self):
         if self.device not in (None, "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
@@ -112,7 +112,7 @@ def main(args: BenchmarkArguments) -> None:
         section, start = importlib.import_module(name), time.perf_counter()
         try:
             result = section.measure(args, device)
-        except (RuntimeError, ValueError) as error:  # the other sections do not wait for this one
+        except (RuntimeError, ValueError) as error:  # the other sections go on
             failures.append(f"{name}: {error}")
             continue
         record = {

@@ -1,4 +1,4 @@
-"""4. Sampling: images a second, the time of one image, and what pipeline and scheduler take beside the network."""
+"""4. Sampling: images per second, the time of one image, and what pipeline and scheduler add to the network."""
 
 from collections.abc import Callable
 from itertools import product
@@ -13,7 +13,7 @@ from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
 
 FEW = "few steps"  # the pipeline's recommendation
 FEW_STEPS, FEW_OPTIONS = 15, {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
-DDPM_STEPS = 50  # of the 1,000: each takes as long
+DDPM_STEPS = 50  # of the 1,000, which all take equally long
 BATCH_SIZES = (1, 64)
 
 
@@ -52,7 +52,7 @@ def measure(args, device: torch.device) -> dict:
 
 
 def make_pipeline(name: str, resolution: int, precision: str, device: torch.device) -> PixelDiffusionPipeline:
-    """With untrained weights, which take as long as trained ones."""
+    """A pipeline with untrained weights, which take as long as trained ones."""
     network = make_network(name, resolution).to(device).eval()
     network.forward = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")(network.forward)
     pipe = PixelDiffusionPipeline(network, DDPMScheduler(timestep_spacing="trailing"))

@@ -15,7 +15,7 @@ from processes import flags, run
 from report import table, with_quartiles
 from windows import ratio, time_arms
 
-DIFFUSERS = "import diffusers with what it needs"  # what our modules take of it, and a network that is its own
+DIFFUSERS = "import diffusers with what it needs"  # what our modules import from it, and its own network
 CODE = {
     "import torch": "import torch",
     DIFFUSERS: "import einops.layers.torch; from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel",
@@ -29,7 +29,7 @@ def measure(args, device: torch.device) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         arms = {name: lambda code=code: run(["-c", code], device) for name, code in CODE.items()}
         arms["first step of the training script, cached data"] = first_step(Path(folder), device)
-        times = time_arms(arms, args.windows, window_seconds=0)  # one start a window
+        times = time_arms(arms, args.windows, window_seconds=0)  # one start per window
     imports = times[DIFFUSERS]["windows"]
     return {
         "rows": [
@@ -40,7 +40,7 @@ def measure(args, device: torch.device) -> dict:
 
 
 def first_step(folder: Path, device: torch.device) -> Callable[[], None]:
-    """Until its first line in speed.jsonl; the first call draws the images."""
+    """A call that runs the script until its first line in speed.jsonl; the first call draws the images."""
     script, errors = ROOT / "train_scripts" / "train_unconditional.py", folder / "errors"
     values = {"dataset_name": "synthetic-fashion", "max_train_samples": 2000, "cache_dir": folder / "cache"}
     values |= {"logging_steps": 1, "logger": "none", "output_dir": folder / "run"}

@@ -1,8 +1,8 @@
-"""What the sections' records say of the default network beside what people would use instead, in one table.
+"""One table from the sections' records: the default network beside what people would use instead.
 
     python benchmarks/summary.py runs/benchmarks
 
-writes its summary.md anew, as `run.py` does at its end.
+rewrites the summary.md in that folder, as `run.py` does at its end.
 """
 
 import json
@@ -26,7 +26,7 @@ def write_summary(folder: Path) -> None:
 
 
 def summary(folder: Path) -> str:
-    """Of those sections whose records are in the folder, with what each was measured on."""
+    """The table of the sections whose records are in the folder, with what each was measured on."""
     lines, machines = [], {}
     for name, compare in SECTIONS.items():
         path = folder / f"{name}.json"
@@ -46,7 +46,7 @@ def summary(folder: Path) -> str:
 def compared(
     what: str, ours: float, peer: str, theirs: float, times: Sequence[float], more_is_better: bool = True
 ) -> tuple:
-    """A line; `times` are the ratios of the rounds, or one where one was measured."""
+    """One line; `times` has the ratio of each round, or a single one if it was measured once."""
     median = quartiles(times)["median"] if len(times) > 1 else times[0]
     if min(times) <= 1 <= max(times) or abs(median - 1) <= 0.02:
         outcome = "alike"
@@ -79,7 +79,7 @@ def training_scripts(record: dict) -> Iterator[tuple]:
 
 
 def times_to_quality(record: dict) -> Iterator[tuple]:
-    """The least budget from which on all reach stock's distance."""
+    """The smallest budget that, like all larger ones, reaches stock's distance."""
     stock, *others = record["rows"]
     reached = None
     for row in sorted(others, key=lambda row: row["epochs"], reverse=True):
@@ -109,7 +109,7 @@ def memories(record: dict) -> Iterator[tuple]:
     rows = {(row["network"], row["kind"], row["resolution"]): row["bytes"] / 2**20 for row in record["rows"]}
     for (network, kind, resolution), ours in rows.items():
         theirs = rows["stock", kind, resolution]
-        if network == "default" and theirs:  # nothing is seen of what is too small
+        if network == "default" and theirs:  # 0 where too little was used to be seen
             what = f"memory of {kind}, {described(record | {'resolution': resolution})}, MiB"
             yield compared(what, ours, STOCK, theirs, [ours / theirs], more_is_better=False)
 
@@ -122,7 +122,7 @@ def startups(record: dict) -> Iterator[tuple]:
 
 
 def of_last_precision(record: dict) -> Iterator[dict]:
-    """bf16 where the hardware has it."""
+    """The rows of the last precision: by default bf16 if the hardware supports it."""
     return (row for row in record["rows"] if row["precision"] == record["arguments"]["precisions"][-1])
 
 

@@ -1,7 +1,7 @@
-"""3. Time to quality: how long a training takes to get as near as stock does in 5 epochs, by DDIM in 50 steps.
+"""3. Time to quality: training time to get as close to real images as stock in 5 epochs, by DDIM in 50 steps.
 
 Each budget of the default network is a training of its own, since the learning rate falls to zero over a whole run.
-Hours on a CPU: asked for by name. What `--work_dir` holds of it is not run again.
+It takes hours on a CPU, so it runs only if `--sections` names it. What `--work_dir` already has is not run again.
 """
 
 import json

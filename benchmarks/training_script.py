@@ -1,6 +1,6 @@
-"""2. The training script as a whole, beside its bare step, and beside diffusers' recipe with the network of its class.
+"""2. The whole training script, beside its bare step, and beside diffusers' recipe with a stock network as wide.
 
-All read the same images from the disk: PNGs in a data set of `datasets`.
+Scripts and recipe read the same images from disk: PNGs in a `datasets` data set.
 """
 
 import json
@@ -37,7 +37,7 @@ def measure(args, device: torch.device) -> dict:
     }
 
     def bare_step(name: str) -> float:
-        seconds_of(steps[name], 2)  # another process had the caches
+        seconds_of(steps[name], 2)  # warm-up: another process had the caches
         return settings["batch_size"] / seconds_of(steps[name], args.script_steps - LOGGING_STEPS)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def measure(args, device: torch.device) -> dict:
         if settings["precision"] != "no":
             in_float32 = asked | {"mixed_precision": "no"}
             arms[AS_IT_COMES] = lambda: run_recipe(data, in_float32, args.script_steps, device)
-        speeds = {name: [] for name in arms}  # images a second, each window
+        speeds = {name: [] for name in arms}  # images per second, by window
         for name in turns(list(arms), args.windows):
             speeds[name].append(arms[name]())
     rows = [
@@ -80,7 +80,7 @@ def measure(args, device: torch.device) -> dict:
 
 
 def save_images(folder: Path, cache: Path) -> None:
-    """The built-in garments at 28x28 as PNGs, as a data set of the Hub holds them."""
+    """Save the built-in garments at 28x28 as PNGs, as in a data set on the Hub."""
     garments = load_images("synthetic-fashion", resolution=28, max_samples=NUM_IMAGES, cache_dir=str(cache))
     images = to_pil(ImageArrays(garments, (1, 28, 28)).__getitems__(range(NUM_IMAGES)))
     Dataset.from_dict({"image": images}, features=Features({"image": Image()})).save_to_disk(folder)
@@ -89,7 +89,7 @@ def save_images(folder: Path, cache: Path) -> None:
 def run_script(
     name: str, data: Path, asked: dict, steps: int, output_dir: Path, cache: Path, device: torch.device
 ) -> float:
-    """Images a second of `train_unconditional.py`, from its first line of speed.jsonl to the last."""
+    """Images per second of `train_unconditional.py`, from its first line of speed.jsonl to the last."""
     values = {
         "dataset_name": data,
         "cache_dir": cache,

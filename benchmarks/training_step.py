@@ -1,4 +1,4 @@
-"""1. The training step: images a second of each network, and the share of the machine's matrix-product peak."""
+"""1. The training step: images per second of each network, and its share of the machine's matrix-product peak."""
 
 from itertools import product
 
@@ -20,7 +20,7 @@ def measure(args, device: torch.device) -> dict:
         networks = {name: make_network(name, resolution) for name in installed(args.networks)}
         arms = {name: training_step(network, device=device, **settings) for name, network in networks.items()}
         if args.compile:
-            torch._dynamo.reset()  # or it would compile for any shape after the first
+            torch._dynamo.reset()  # else it would compile for dynamic shapes after the first
             for name in networks:
                 compiled = torch.compile(make_network(name, resolution))
                 arms[f"{name}, compiled"] = training_step(compiled, device=device, **settings)

@@ -1,4 +1,4 @@
-"""Timing side by side: the arms' windows alternate, so that what else the machine does falls on all of them alike."""
+"""Side-by-side timing: the arms' windows alternate, so that other load on the machine affects all of them alike."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ import torch
 
 
 def synchronize() -> None:
-    """Wait for what the GPU, if there is one, still has to do."""
+    """Wait until the GPU, if there is one, has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -24,16 +24,16 @@ def seconds_of(arm: Callable[[], object], calls: int = 1) -> float:
 
 
 def time_arms(arms: dict[str, Callable[[], object]], windows: int, window_seconds: float) -> dict[str, dict]:
-    """Seconds a call of each arm.
+    """Seconds per call of each arm.
 
     Args:
-        arms: What is called, by name.
-        windows: Of each arm; one of every arm, then the next of every arm, each round starting with another one.
-        window_seconds: As many calls as take about so long are a window, at least one.
+        arms: The calls to time, by name.
+        windows: Number per arm; each round times one window of every arm, and starts with another arm.
+        window_seconds: A window is as many calls as take about this long, at least one.
 
     Returns:
-        Of each arm `first_call` (compilation, allocation), `calls` (a window), `windows` (seconds a call in each of
-        them), and `median` and `quartiles` of these.
+        For each arm `first_call` (with compilation and allocation), `calls` (per window), `windows` (seconds per call
+        in each of them), and their `median` and `quartiles`.
     """
     results = {name: {"first_call": seconds_of(arm)} for name, arm in arms.items()}
     for name, arm in arms.items():
@@ -46,7 +46,7 @@ def time_arms(arms: dict[str, Callable[[], object]], windows: int, window_second
 
 
 def turns(names: list[str], rounds: int) -> list[str]:
-    """All names, round after round, each round starting with another one."""
+    """All names, round after round, each round starting with the next name."""
     return [name for turn in range(rounds) for name in names[turn % len(names) :] + names[: turn % len(names)]]
 
 

@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python train_scripts/ablate.py --jobs 4 --mixed_precision bf16 --output_dir runs/ladder-16
 
-Each row of `--ladder` is a U-Net, trained by `train_unconditional.py` and judged by `evaluate.py`, on the same images
-in the same order, with the same noise. Run the same command again to go on: what `--results_dir` has is not run again,
-on whatever machine and in whatever precision it was made, so that a row or a seed can be added to results that came
-with a clone; the table tells each row's precision. Several `--train_seeds` give means and standard deviations.
+Each row of `--ladder` is a U-Net, trained by `train_unconditional.py` and evaluated by `evaluate.py`, on the same
+images in the same order, with the same noise. Run the same command again to continue: what `--results_dir` has is not
+run again, whatever machine and precision it came from, so rows and seeds can be added to the results in a clone; the
+table shows each row's precision. Several `--train_seeds` give means and standard deviations.
 """
 
 import json
@@ -40,34 +40,36 @@ PICTURED = ("baseline", "residual_blocks", "guide", "default", "stock")
 @dataclass
 class AblateArguments:
     # what is compared
-    ladder: str = arg(str(SCRIPTS / "configs" / "ladder.yaml"), "YAML file of the rows, each a U-Net")
+    ladder: str = arg(str(SCRIPTS / "configs" / "ladder.yaml"), "YAML file of the rows to compare, each a U-Net")
     rows: list[str] | None = field(default=None, metadata={"help": "names of rows to run; all by default"})
-    train_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "one training of each row a seed"})
+    train_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds to train each row with"})
     # the budget
-    dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub name or local folder")
-    dataset_id: str | None = arg(None, "what a local data set is called on the Hub, for the records")
+    dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub id or local folder")
+    dataset_id: str | None = arg(None, "Hub id of a local data set, for the records")
     resolution: int = arg(16, "height and width of the images")
     num_epochs: int = arg(5, "passes over the data")
     max_train_steps: int | None = arg(None, "optimizer steps, in place of --num_epochs")
-    train_batch_size: int = arg(64, "images a step")
+    train_batch_size: int = arg(64, "batch size per process")
     learning_rate: float = arg(2e-3, "peak learning rate of AdamW")
-    mixed_precision: str = arg("no", "auto, no, fp16 or bf16, of training and sampling")
-    # the judgement
-    num_images: int = arg(5000, "samples of each network")
-    scheduler: str = arg("dpmsolver++", "that samples them")
-    num_inference_steps: int = arg(20, "its steps")
-    feature_extractor: str = arg(FASHION_MNIST, "as in evaluate.py")
+    mixed_precision: str = arg("no", "auto, no, fp16 or bf16, for training and sampling")
+    # the evaluation
+    num_images: int = arg(5000, "number of samples per trained network")
+    scheduler: str = arg("dpmsolver++", "scheduler to sample with")
+    num_inference_steps: int = arg(20, "steps of the scheduler")
+    feature_extractor: str = arg(FASHION_MNIST, "name, folder or Hub id of the classifier whose features are compared")
     # output
-    output_dir: str = arg("ablation", "folder of the trainings")
+    output_dir: str = arg("ablation", "folder for the training runs")
     results_dir: str | None = arg(
-        None, "folder of what is kept: JSON and samples of each row, table and pictures; in --output_dir by default"
+        None, "folder for the results: JSON and samples of each row, table and pictures; --output_dir by default"
     )
     pictured: list[str] | None = field(
         default=None,
-        metadata={"help": f"rows in the spectra; by default, of those that there are, {', '.join(PICTURED)}"},
+        metadata={"help": f"rows to show in the spectra; by default {', '.join(PICTURED)}, if in the ladder"},
     )
-    jobs: int = arg(1, "trainings at a time")
-    accelerate_config: str = arg(str(SCRIPTS / "accelerate" / "cpu.yaml"), "of each training")
+    jobs: int = arg(1, "number of trainings to run at a time")
+    accelerate_config: str = arg(
+        str(SCRIPTS / "accelerate" / "cpu.yaml"), "accelerate config file for each training and evaluation"
+    )
 
     def __post_init__(self):
         for name in ("rows", "train_seeds"):
@@ -79,7 +81,7 @@ class AblateArguments:
         use_cpu = yaml.safe_load(Path(self.accelerate_config).read_text()).get("use_cpu", False)
         self.mixed_precision = choose_precision(self.mixed_precision, use_cpu)
         for seed in self.train_seeds:
-            TrainingArguments(**training_arguments(self, seed), logger="none")  # refuses what a training would
+            TrainingArguments(**training_arguments(self, seed), logger="none")  # raises what the training would
 
 
 def main(args: AblateArguments) -> None:
@@ -92,7 +94,7 @@ def main(args: AblateArguments) -> None:
     unets = {name: make_unet(config, args.resolution, 1000) for name, config in unet_configs.items()}
     extractor = load_feature_extractor(args.feature_extractor)
     check_count(args.num_images, extractor)
-    count_evaluations(make_scheduler(args.scheduler, DDPMScheduler()), args.num_inference_steps)  # refuses bad ones
+    count_evaluations(make_scheduler(args.scheduler, DDPMScheduler()), args.num_inference_steps)  # raises on bad ones
     settings = {**settings_of(args), "feature_extractor": {"name": extractor.name, "digest": extractor.digest}}
     results_dir = Path(args.results_dir or args.output_dir)
     folder_lock = lock(results_dir)
@@ -112,11 +114,11 @@ def main(args: AblateArguments) -> None:
                 try:
                     done.result()
                     keep(results_dir, rows[name], seed, run_folder(args, name, seed))
-                except RuntimeError as error:  # the other rows do not wait for this one
+                except RuntimeError as error:  # the other rows go on
                     failures.append(str(error))
                     tqdm.write(failures[-1])
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # those that run are let to their end
+            pool.shutdown(cancel_futures=True)  # those already running are left to finish
             raise
 
     if kept := [row for row in rows.values() if row["seeds"]]:
@@ -128,7 +130,7 @@ def main(args: AblateArguments) -> None:
 
 
 def read_ladder(path: Path) -> dict[str, dict]:
-    """The U-Net's arguments of each row, what it takes over from others included."""
+    """The U-Net arguments of each row, including those it inherits by `from`."""
     rows = yaml.safe_load(path.read_text())
 
     def resolve(name: str, followed: tuple[str, ...] = ()) -> dict:
@@ -181,7 +183,7 @@ def num_processes(args: AblateArguments) -> int:
 
 
 def open_row(results_dir: Path, name: str, unet: ModelMixin, settings: dict) -> dict:
-    """What is kept of a row, or a new one; ValueError where what is kept was made otherwise."""
+    """The row as kept in `results_dir`, or a new one; ValueError if the kept one was made with other settings."""
     settings = {"unet": json.loads(json.dumps(config_of(unet))), **settings}
     path = results_dir / f"{name}.json"
     if not path.is_file():
@@ -205,7 +207,7 @@ def show_some(values: dict, keys: list[str]) -> str:
 
 
 def check_training(args: AblateArguments, name: str, seed: int, row: dict) -> None:
-    """ValueError where a training that is there, finished or not, is another than was asked for."""
+    """Raises ValueError if the run folder holds a training, finished or not, with other settings than asked for."""
     path = run_folder(args, name, seed) / "run.json"
     if not path.is_file():
         return
@@ -241,10 +243,10 @@ def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config:
         "scheduler": args.scheduler,
         "num_inference_steps": args.num_inference_steps,
         "mixed_precision": args.mixed_precision,
-        "seeds": seed,  # the starting noise is as much chance as the training's
+        "seeds": seed,  # vary the sampling noise with the training: both are chance
         "feature_extractor": args.feature_extractor,
         "output_dir": folder / "evaluation",
-        "overwrite": True,  # what was killed before its end
+        "overwrite": True,  # what a killed evaluation left
     }
     run("evaluate.py", flags, args.accelerate_config, folder.with_suffix(".evaluate.log"))
 
@@ -254,7 +256,7 @@ def run(script: str, flags: dict, accelerate_config: str, log: Path) -> None:
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--quiet",  # the script's own error is the last line of its log
+        "--quiet",  # so that the script's own error is the log's last line
         "--config_file",
         accelerate_config,
         SCRIPTS / script,
@@ -269,7 +271,7 @@ def run(script: str, flags: dict, accelerate_config: str, log: Path) -> None:
 
 
 def keep(results_dir: Path, row: dict, seed: int, folder: Path) -> None:
-    """Add a training and its evaluation to the row, with the means over its seeds, and write it."""
+    """Add a training and its evaluation to the row, update its means over seeds, and write it."""
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     speeds = [json.loads(line)["images_per_second"] for line in (folder / "speed.jsonl").read_text().splitlines()]
     record = json.loads((folder / "evaluation" / "evaluation.json").read_text())
@@ -296,7 +298,7 @@ def take_means(figures: dict | None):
 
 
 def write_report(results_dir: Path, rows: list[dict], pictured: list[str]) -> None:
-    """table.md, grids.png, radial.png and rings.png, of the rows that are kept."""
+    """Write table.md, grids.png, radial.png and rings.png for the kept rows."""
     write_text(results_dir / "table.md", markdown(rows) + "\n")
     strips = {row["name"]: Image.open(results_dir / f"{row['name']}.png") for row in rows}
     write_file(results_dir / "grids.png", lambda path: plot_rows(strips, path))
@@ -327,7 +329,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def first_row(grid: Path) -> Image.Image:
-    """The first 8 of the 64 images."""
+    """The grid's top row: the first 8 of its 64 images."""
     with Image.open(grid) as image:
         return image.crop((0, 0, image.width, image.height // 8))
 

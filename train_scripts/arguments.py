@@ -1,4 +1,4 @@
-"""The flags of the scripts, named as in diffusers' own where it has them, and their rules."""
+"""The training script's flags and their rules, with diffusers' names where it has them; parsing for all scripts."""
 
 import importlib.util
 import math
@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 from ddpm_diffusers.hub import is_hub_id
 
-# what must not change between a checkpoint and the run that goes on from it; the first three are made by the script
+# must not change between a checkpoint and the run resumed from it; the script sets the first three itself
 DEFINES_THE_RUN = (
     "data", "global_batch_size", "mixed_precision", "resolution", "random_flip", "prediction_type", "ddpm_num_steps",
     "ddpm_beta_schedule", "snr_gamma", "seed", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay",
@@ -29,67 +29,67 @@ def arg(default, help):
 @dataclass
 class TrainingArguments:
     # data
-    dataset_name: str = arg(
-        "zalando-datasets/fashion_mnist", "Hub name, local folder, or synthetic-fashion (built in)"
-    )
+    dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub id, local folder, or synthetic-fashion (built in)")
     dataset_config_name: str | None = arg(None, "configuration of a data set that has several")
-    dataset_id: str | None = arg(None, "what a local data set is called on the Hub, for the card")
+    dataset_id: str | None = arg(None, "Hub id of a local data set, for the model card")
     train_data_dir: str | None = arg(None, "folder of images, in place of --dataset_name")
     split: str = arg("train", "split of the data set")
     image_column: str = arg("image", "column that holds the images")
-    max_train_samples: int | None = arg(None, "use the first so many images only")
+    max_train_samples: int | None = arg(None, "use only the first N images")
     resolution: int = arg(16, "height and width that images are resized to")
-    center_crop: bool = arg(False, "cut each image to its central square first")
-    random_flip: bool = arg(False, "mirror images at random; hurts where things face one way, as shoes do")
-    cache_dir: str | None = arg(None, "cache of datasets")
-    streaming: bool = arg(False, "read the data as it comes, for what does not fit the disk; needs --max_train_steps")
-    shuffle_buffer_size: int = arg(10_000, "images that --streaming shuffles at a time, each process and worker")
-    dataloader_num_workers: int = arg(0, "worker processes; a batch is one gather, so 0 is mostly fastest")
+    center_crop: bool = arg(False, "crop each image to its central square first")
+    random_flip: bool = arg(False, "flip images horizontally at random; hurts if objects face one way, as shoes do")
+    cache_dir: str | None = arg(None, "cache folder for data sets and decoded images")
+    streaming: bool = arg(False, "stream the data set, for one that does not fit on disk; needs --max_train_steps")
+    shuffle_buffer_size: int = arg(10_000, "with --streaming: images shuffled at a time, per process and worker")
+    dataloader_num_workers: int = arg(0, "data-loading worker processes; 0 is usually fastest without --streaming")
     # model and noise schedule
-    unet_config: str | None = arg(None, "JSON file or text with arguments of the U-Net (train_scripts/configs)")
-    prediction_type: str = arg("epsilon", "epsilon, v_prediction or sample: what the network predicts")
+    unet_config: str | None = arg(None, "U-Net arguments, as a JSON file (see train_scripts/configs) or JSON text")
+    prediction_type: str = arg("epsilon", "what the network predicts: epsilon, v_prediction or sample")
     ddpm_num_steps: int = arg(1000, "timesteps of the noise schedule")
     ddpm_beta_schedule: str = arg("scaled_linear", "linear, scaled_linear or squaredcos_cap_v2")
-    snr_gamma: float | None = arg(None, "Min-SNR loss weighting, 5.0 in its paper; none by default")
+    snr_gamma: float | None = arg(None, "gamma of Min-SNR loss weighting, 5.0 in its paper; no weighting by default")
     # optimization
-    output_dir: str = arg("ddpm-model", "folder of the pipeline, the checkpoints and the logs")
-    overwrite_output_dir: bool = arg(False, "clear what a training wrote there before: weights, checkpoints, samples")
-    seed: int = arg(0, "of the weights, the data order, the noise and the timesteps")
-    train_batch_size: int = arg(64, "images a process and step")
+    output_dir: str = arg("ddpm-model", "folder for the pipeline, checkpoints and logs")
+    overwrite_output_dir: bool = arg(False, "delete an earlier training's weights, checkpoints, samples, logs there")
+    seed: int = arg(0, "seed for weights, data order, noise and timesteps")
+    train_batch_size: int = arg(64, "batch size per process")
     num_epochs: int = arg(5, "passes over the data")
-    max_train_steps: int | None = arg(None, "optimizer steps, in place of --num_epochs")
-    gradient_accumulation_steps: int = arg(1, "batches an optimizer step")
+    max_train_steps: int | None = arg(None, "total optimizer steps, in place of --num_epochs")
+    gradient_accumulation_steps: int = arg(1, "batches per optimizer step")
     learning_rate: float = arg(2e-3, "peak learning rate of AdamW")
     lr_scheduler: str = arg(
-        "cosine", "cosine, linear, constant, constant_with_warmup or polynomial, over optimizer steps"
+        "cosine", "schedule over optimizer steps: cosine, linear, constant, constant_with_warmup or polynomial"
     )
-    lr_warmup_steps: int | None = arg(None, "optimizer steps of linear warm-up; a tenth of all by default")
-    adam_beta1: float = arg(0.9, "AdamW")
-    adam_beta2: float = arg(0.999, "AdamW")
-    adam_weight_decay: float = arg(1e-2, "AdamW")
-    adam_epsilon: float = arg(1e-8, "AdamW")
-    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
-    use_ema: bool = arg(True, "average the weights over steps; the average is what is saved")
-    ema_max_decay: float = arg(0.999, "decay of that average; 0.9999 for runs of over 50,000 steps")
+    lr_warmup_steps: int | None = arg(None, "optimizer steps of linear warm-up; by default a tenth of all steps")
+    adam_beta1: float = arg(0.9, "beta1 of AdamW")
+    adam_beta2: float = arg(0.999, "beta2 of AdamW")
+    adam_weight_decay: float = arg(1e-2, "weight decay of AdamW")
+    adam_epsilon: float = arg(1e-8, "epsilon of AdamW")
+    max_grad_norm: float = arg(1.0, "clip gradients to this norm")
+    use_ema: bool = arg(True, "keep an exponential moving average (EMA) of the weights, and save it in the pipeline")
+    ema_max_decay: float = arg(0.999, "maximum decay of the EMA; 0.9999 for runs of over 50,000 steps")
     mixed_precision: str | None = arg(
-        None, "auto (bf16 where the hardware has it), no, fp16 or bf16; accelerate's setting by default"
+        None, "auto (bf16 if the hardware supports it), no, fp16 or bf16; accelerate's setting by default"
     )
-    compile: bool = arg(False, "torch.compile the network; for GPUs, a CPU gains nothing")
-    gradient_checkpointing: bool = arg(False, "less memory for a fifth more time")
+    compile: bool = arg(False, "torch.compile the network; for GPUs: no gain on a CPU")
+    gradient_checkpointing: bool = arg(False, "save memory, at the cost of time")
     # output
-    logging_steps: int = arg(20, "optimizer steps between two lines of metrics.jsonl")
-    logger: str = arg("tensorboard", "tracker: tensorboard, wandb, trackio or none, beside metrics.jsonl")
-    validation_steps: int | None = arg(None, "optimizer steps between two sample grids; only at the end by default")
-    eval_batch_size: int = arg(64, "images of a sample grid")
-    ddpm_num_inference_steps: int = arg(20, "DPM-Solver++ steps of a sample grid")
-    checkpointing_steps: int | None = arg(None, "optimizer steps between two checkpoints; none by default")
-    checkpoints_total_limit: int | None = arg(None, "how many checkpoints to keep")
-    resume_from_checkpoint: str | None = arg(None, "a folder checkpoint-STEP, or latest")
+    logging_steps: int = arg(20, "optimizer steps between lines of metrics.jsonl")
+    logger: str = arg("tensorboard", "tracker besides metrics.jsonl: tensorboard, wandb, trackio or none")
+    validation_steps: int | None = arg(None, "optimizer steps between sample grids; by default one grid at the end")
+    eval_batch_size: int = arg(64, "images per sample grid")
+    ddpm_num_inference_steps: int = arg(20, "DPM-Solver++ steps for the sample grids")
+    checkpointing_steps: int | None = arg(
+        None, "optimizer steps between checkpoints; by default only Ctrl-C or SIGTERM writes one"
+    )
+    checkpoints_total_limit: int | None = arg(None, "how many checkpoints to keep; all by default")
+    resume_from_checkpoint: str | None = arg(None, "checkpoint-STEP folder to resume from, or latest")
     # the Hub
-    push_to_hub: bool = arg(False, "push the pipeline and its card when the training is done")
+    push_to_hub: bool = arg(False, "push the pipeline and its model card after training")
     hub_model_id: str | None = arg(None, "repository to push to; the name of --output_dir by default")
-    hub_token: str | None = arg(None, "better by `hf auth login` or HF_TOKEN: others can see a command line")
-    hub_private_repo: bool = arg(False, "make the repository private")
+    hub_token: str | None = arg(None, "Hub token; prefer `hf auth login` or HF_TOKEN: others can see a command line")
+    hub_private_repo: bool = arg(False, "create the repository as private")
 
     def __post_init__(self):
         def check(condition: bool, name: str, rule: str) -> None:
@@ -130,12 +130,12 @@ class TrainingArguments:
 
 
 def settings_of(args: TrainingArguments) -> dict:
-    """All but the token, for files, trackers and cards."""
+    """All arguments but the token, for files, trackers and model cards."""
     return {name: value for name, value in asdict(args).items() if name != "hub_token"}
 
 
 def settings_for_card(run: dict) -> dict:
-    """What of a run's record tells how the model was trained."""
+    """The settings in a run's record that say how the model was trained."""
     names = [field.name for field in fields(TrainingArguments)]
     elsewhere = {
         "dataset_id",
@@ -150,7 +150,7 @@ def settings_for_card(run: dict) -> dict:
 
 
 def run_script(main: Callable, arguments_class: type, doc: str) -> None:
-    """`main` with the flags of the command line; wrong ones end the script with one line in place of a traceback."""
+    """Run `main` with the command line's flags; wrong ones end the script with one line instead of a traceback."""
     try:
         args = parse_arguments(arguments_class, sys.argv[1:], doc)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -159,7 +159,7 @@ def run_script(main: Callable, arguments_class: type, doc: str) -> None:
 
 
 def parse_arguments(arguments_class: type, argv: list[str], doc: str):
-    """Flags, after an optional YAML or JSON file of the same names, as an `arguments_class`."""
+    """Parse an optional YAML or JSON file of arguments, then flags, which override it, into an `arguments_class`."""
     parser = HfArgumentParser(arguments_class, description=doc.splitlines()[0], allow_abbrev=False)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         if not Path(argv[0]).is_file():
@@ -168,7 +168,7 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
         if not isinstance(values, dict):
             raise ValueError(f"{argv[0]} holds a {type(values).__name__}; it must hold arguments by name.")
         if values.get("mixed_precision") is False:
-            values["mixed_precision"] = "no"  # which YAML takes for False
+            values["mixed_precision"] = "no"  # YAML reads `no` as False
         unknown = set(values) - {f.name for f in fields(arguments_class)}
         if unknown:
             raise ValueError(f"{argv[0]} holds {sorted(unknown)}, which are no arguments (see --help).")
@@ -177,9 +177,9 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
             action.required = action.required and action.dest not in values
         argv = argv[1:]
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:  # their values, which may be tokens, are not shown
+    if unknown:  # without their values, which may be tokens
         flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
         raise ValueError(f"{', '.join(flags) or 'What stands without a flag'} is no flag of this script (see --help).")
-    if getattr(args, "hub_token", None):  # wandb keeps the command line that it finds here
+    if getattr(args, "hub_token", None):  # wandb records the command line it finds here
         sys.argv[:] = [text.replace(args.hub_token, "<token>") for text in sys.argv]
     return args

@@ -1,11 +1,11 @@
-"""Compare samplers of one trained network at equal numbers of its evaluations: a table, a plot, rows of samples.
+"""Compare samplers of one network at equal numbers of network evaluations: a table, a plot, rows of samples.
 
     python train_scripts/compare_schedulers.py --model runs/first --evaluations 5 10 20 \\
       --schedulers ddim unipc dpmsolver++ dpmsolver++:use_karras_sigmas=true,timestep_spacing=linspace
 
 All samplers start from the same noise, and DDPM with many steps is the yardstick. comparison.json grows record by
-record: the same command goes on where it was stopped, and one with more schedulers or evaluations adds them, on
-another machine too: each record tells its precision. Started by `accelerate launch`, the processes share the sampling.
+record: the same command continues where it stopped, and one with more schedulers or evaluations adds them, also on
+another machine (each record notes its precision). Under `accelerate launch` the processes share the sampling.
 """
 
 import json
@@ -53,19 +53,19 @@ class ComparisonArguments(EvaluationArguments):
     model: str = field(kw_only=True, metadata={"help": "folder or Hub id of a pipeline"})
     schedulers: list[str] = field(
         default_factory=lambda: list(SCHEDULERS),
-        metadata={"help": "names, with options if any as in ddim:clip_sample=false,timestep_spacing=leading; all by"
+        metadata={"help": "names, with any options as in ddim:clip_sample=false,timestep_spacing=leading; all by"
                   f" default: {', '.join(SCHEDULERS)}"},
     )  # fmt: skip
     evaluations: list[int] = field(
         default_factory=lambda: list(comparison.EVALUATIONS),
-        metadata={"help": "of the network: each scheduler takes the most steps that need no more"},
+        metadata={"help": "budgets of network evaluations; each scheduler takes as many steps as fit"},
     )
     ddpm_steps: int = arg(1000, "steps of DDPM, the yardstick; 0 for none")
-    grid_evaluations: int = arg(10, "of the samples in grid.png, or the next fewer")
+    grid_evaluations: int = arg(10, "evaluations of the samples shown in grid.png, or the next fewer")
     # other defaults
-    num_images: int = arg(2_000, "samples a seed")
-    output_dir: str = arg("comparison", "folder of what is written; a comparison that it holds is gone on with")
-    overwrite: bool = arg(False, "start again in a folder that is not empty")
+    num_images: int = arg(2_000, "samples per seed")
+    output_dir: str = arg("comparison", "folder for the results; a comparison in it is continued")
+    overwrite: bool = arg(False, "start over in a folder that is not empty")
 
     def __post_init__(self):
         overwrite = self.overwrite
@@ -80,8 +80,8 @@ def main(args: ComparisonArguments) -> None:
     entries = [parse_scheduler(text) for text in args.schedulers]
     accelerator, output_dir = make_accelerator(args), Path(args.output_dir)
     logging.basicConfig(format="%(message)s", level=logging.WARNING if accelerator.is_main_process else logging.ERROR)
-    diffusers.logging.set_verbosity_error()  # what schedulers say of their own defaults, each time they are made
-    warnings.filterwarnings("ignore", module="torchsde")  # of rounding in its time interval
+    diffusers.logging.set_verbosity_error()  # schedulers comment on their defaults each time they are made
+    warnings.filterwarnings("ignore", module="torchsde")  # about rounding in its time interval
     pipe = load_pipeline(args.model, args.variant, accelerator)
     left_out = []
     if args.schedulers == list(SCHEDULERS):
@@ -118,7 +118,7 @@ def main(args: ComparisonArguments) -> None:
 
 
 def parse_scheduler(text: str) -> tuple[str, dict]:
-    """`name`, or `name:option=value,option=value` with values as in YAML."""
+    """Parse `name`, or `name:option=value,option=value` with YAML values."""
     name, _, listed = text.partition(":")
     options = {}
     for option in listed.split(",") if listed else []:
@@ -130,7 +130,7 @@ def parse_scheduler(text: str) -> tuple[str, dict]:
 
 
 def usable(entries: list[tuple[str, dict]], scheduler) -> tuple[list[tuple[str, dict]], list[dict]]:
-    """Those that can follow the network's noise schedule here, and the others with the reason."""
+    """The schedulers that can follow the network's noise schedule here, and the others with the reason."""
     kept, left_out = [], []
     for name, options in entries:
         try:
@@ -145,7 +145,7 @@ def usable(entries: list[tuple[str, dict]], scheduler) -> tuple[list[tuple[str, 
 def defining_settings(args: ComparisonArguments, accelerator: Accelerator, pipe, reference) -> dict:
     """What all records of one comparison have in common."""
     common = provenance(args, accelerator, pipe)
-    del common["mixed_precision"]  # it moves the figures by far less than another seed, and each record has its own
+    del common["mixed_precision"]  # it changes figures far less than another seed does; each record has its own
     splits = ((args.train_split, reference.train), (args.test_split, reference.test))
     return {
         **common,
@@ -159,10 +159,10 @@ def defining_settings(args: ComparisonArguments, accelerator: Accelerator, pipe,
 
 
 def open_results(output_dir: Path, args: ComparisonArguments, defines: dict, left_out: list[dict]) -> dict:
-    """What the folder holds of this comparison, or the start of one.
+    """The comparison that the folder holds, or a new one.
 
     Raises:
-        ValueError: If it holds one of other settings, whose differences the message lists.
+        ValueError: If it holds one with other settings; the message lists the differences.
     """
     path = output_dir / RESULT
     results = {"settings": defines, "records": [], "left_out": left_out}
@@ -186,7 +186,7 @@ def key_of(record: dict) -> tuple[str, int | None]:
 
 
 def add(record: dict, results: dict, output_dir: Path) -> None:
-    """Into comparison.json, its first samples before it: a record that is there is complete."""
+    """Add a record to comparison.json after writing its first samples: a record there is complete."""
     if "left_out" in record:
         logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
         results["left_out"].append(record)
@@ -200,7 +200,7 @@ def add(record: dict, results: dict, output_dir: Path) -> None:
 
 
 def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yardstick_keys: list) -> None:
-    """comparison.md, distances.png and grid.png, of all records."""
+    """Write comparison.md, distances.png and grid.png for all records."""
     records = [record for record in results["records"] if key_of(record) not in yardstick_keys]
     yardstick = next((record for record in results["records"] if key_of(record) in yardstick_keys), None)
     if not results["records"]:
@@ -222,7 +222,7 @@ def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yar
         report.append("\n".join(f"- {name_of(record)}: {record['left_out']}" for record in results["left_out"]))
     write_text(output_dir / "comparison.md", "\n\n".join(report) + "\n")
     write_file(output_dir / "distances.png", lambda path: plot_distances(records, path, yardstick))
-    few = {label_of(r): r for r in shown if r["evaluations"] <= args.grid_evaluations}  # the last of each stays
+    few = {label_of(r): r for r in shown if r["evaluations"] <= args.grid_evaluations}  # keeps the last of each
     rows = {f"{label_of(r)} ({r['evaluations']})": Image.open(output_dir / r["samples"])
             for r in ([yardstick] if yardstick else []) + list(few.values())}  # fmt: skip
     if rows:

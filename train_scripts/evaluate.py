@@ -1,9 +1,9 @@
-"""Judge a saved pipeline, or any folder of images, by a data set: distances, precision and recall, spectra.
+"""Evaluate a saved pipeline, or any folder of images, against a data set: distances, precision, recall, spectra.
 
     python train_scripts/evaluate.py --model runs/first --scheduler dpmsolver++ --num_inference_steps 20
 
-`--images` judges images in place of a pipeline's samples: a folder, or `test`, the data set's own, with or without
-`--damage`, which shows what the figures are worth. Started by `accelerate launch`, the processes share the sampling.
+`--images` evaluates a folder, or the data set's split `train` or `test`, in place of a pipeline's samples; `--damage`
+shows what the figures are worth. Under `accelerate launch` the processes share the sampling.
 """
 
 import json
@@ -51,18 +51,18 @@ CARD_FIGURES = {
 
 @dataclass
 class EvaluateArguments(EvaluationArguments):
-    # what is judged
+    # what is evaluated
     model: str | None = arg(None, "folder or Hub id of a pipeline")
     scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}; the pipeline's own by default")
-    scheduler_config: str | None = arg(None, 'JSON of its arguments, such as {"use_karras_sigmas": true}')
+    scheduler_config: str | None = arg(None, 'scheduler arguments as JSON, such as {"use_karras_sigmas": true}')
     num_inference_steps: int = arg(100, "steps of the scheduler")
-    images: str | None = arg(None, "in place of --model: a folder of images, or train or test of the data set")
-    resolution: int = arg(28, "with --images train or test: the size to which the data set is read")
-    damage: str | None = arg(None, f"with --images: {', '.join(DAMAGE)}")
-    damage_amount: float = arg(0.1, "how much of it: a share of the way (blur), or of the range of values")
+    images: str | None = arg(None, "in place of --model: a folder of images, or the data set's split train or test")
+    resolution: int = arg(28, "with --images train or test: height and width to resize the images to")
+    damage: str | None = arg(None, f"with --images: damage to apply, one of {', '.join(DAMAGE)}")
+    damage_amount: float = arg(0.1, "amount in [0, 1]: share of the full blur, or of the range of pixel values")
     # output
-    name: str | None = arg(None, "of the row in the table; the last part of --model or --images by default")
-    write_card: bool = arg(False, "put the figures into the card of the --model folder")
+    name: str | None = arg(None, "name of the table row; the last part of --model or --images by default")
+    write_card: bool = arg(False, "write the figures into the model card in the --model folder")
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,7 +90,7 @@ def main(args: EvaluateArguments) -> None:
         options = swap_scheduler(pipe, args.scheduler, args.scheduler_config)
         check_run(pipe, None, args.num_images, args.seeds, args.batch_size)
         extractor = open_extractor(args, accelerator, args.num_images)
-        count_evaluations(pipe.scheduler, args.num_inference_steps)  # refuses steps that it cannot take
+        count_evaluations(pipe.scheduler, args.num_inference_steps)  # raises on steps that it cannot take
         side, channels = pipe.unet.config.sample_size, pipe.unet.config.out_channels
     else:
         extractor = open_extractor(args, accelerator, args.num_images)
@@ -130,7 +130,7 @@ def main(args: EvaluateArguments) -> None:
     for kind, file in (("radial", "spectrum.png"), ("rings", "rings.png")):
         curves = {"real": record["spectrum"]["real"][kind], name: record["spectrum"]["samples"][kind]}
         write_file(output_dir / file, lambda path, c=curves, k=kind: plot_spectra(c, path, k))
-    write_text(output_dir / "evaluation.json", json.dumps(record, indent=2) + "\n")  # the last: then all is there
+    write_text(output_dir / "evaluation.json", json.dumps(record, indent=2) + "\n")  # last: it means that all is there
     if args.write_card:
         card = Path(args.model, README)
         write_text(card, add_figures(card.read_text("utf-8"), card_figures(record, args)))
@@ -139,7 +139,7 @@ def main(args: EvaluateArguments) -> None:
 
 
 def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
-    """Up to `--num_images` of the data set's split, in so many channels, or of the folder; uint8 (N, C, H, W)."""
+    """Up to `--num_images` of the data set's split, with `channels`, or of the folder; uint8 (N, C, H, W)."""
     if args.images in (args.train_split, args.test_split):
         dataset = load_images(
             args.dataset_name,
@@ -157,7 +157,7 @@ def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
 
     folder = Path(args.images)
     files = sorted(path for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    files = [path for path in files if path.name != "grid.png"][: args.num_images]  # generate.py's
+    files = [path for path in files if path.name != "grid.png"][: args.num_images]  # the grid of generate.py
     if not files:
         raise ValueError(
             f"`--images` {args.images} is no folder with images ({', '.join(IMAGE_SUFFIXES)}), nor one of the splits"
@@ -183,7 +183,7 @@ def leading_cells(record: dict) -> dict:
 
 
 def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
-    """For `model-index`: the figures of the table, and how they were measured."""
+    """The figures for the card's `model-index`, and how they were measured."""
     extractor = record["feature_extractor"]
     measured_with = {
         "samples": record["num_images"],

@@ -1,4 +1,4 @@
-"""The flags that the evaluating scripts share, and what they make of them."""
+"""The flags that the evaluation scripts share, and what is made from them."""
 
 import hashlib
 import importlib.metadata
@@ -21,26 +21,26 @@ from ddpm_diffusers.evaluation.protocol import check_count
 @dataclass
 class EvaluationArguments:
     # the real images
-    dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub name or local folder of the real images")
+    dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub id or local folder of the real images")
     dataset_config_name: str | None = arg(None, "configuration of a data set that has several")
-    dataset_id: str | None = arg(None, "what a local data set is called on the Hub, for records and cards")
+    dataset_id: str | None = arg(None, "Hub id of a local data set, for records and model cards")
     image_column: str = arg("image", "column that holds the images")
-    center_crop: bool = arg(False, "cut each image to its central square first")
+    center_crop: bool = arg(False, "crop each image to its central square first")
     train_split: str = arg("train", "split that the network was trained on")
-    test_split: str = arg("test", "split that it has not seen")
-    cache_dir: str | None = arg(None, "cache of datasets, and of the real images' statistics")
+    test_split: str = arg("test", "split that the network has not seen")
+    cache_dir: str | None = arg(None, "cache folder for data sets, decoded images and their statistics")
     feature_extractor: str = arg(FASHION_MNIST, "name, folder or Hub id of the classifier whose features are compared")
     # the samples
-    num_images: int = arg(10_000, "samples a seed: 10,000 for a figure to quote, 2,000 while developing")
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "of the samples' noise, one or more"})
-    batch_size: int = arg(100, "images sampled at a time; many more are slower on a CPU")
+    num_images: int = arg(10_000, "samples per seed: 10,000 for figures to quote, 2,000 during development")
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "one or more seeds of sampling noise"})
+    batch_size: int = arg(100, "images sampled at a time; much larger batches are slower on a CPU")
     mixed_precision: str | None = arg(
         None,
-        "auto (bf16 where the hardware has it), no, fp16 or bf16, of the network; accelerate's setting by default",
+        "of the network: auto (bf16 if the hardware supports it), no, fp16 or bf16; accelerate's setting by default",
     )
     variant: str | None = arg(None, "variant of the weights, such as fp16")
     # output
-    output_dir: str = arg("evaluation", "folder of what is written")
+    output_dir: str = arg("evaluation", "folder for the results")
     overwrite: bool = arg(False, "write into a folder that is not empty")
 
     def __post_init__(self):
@@ -57,7 +57,7 @@ class EvaluationArguments:
 
 
 def make_accelerator(args: EvaluationArguments) -> Accelerator:
-    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # for one that decodes and extracts
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while one decodes and extracts
     keep_freed_memory()
     accelerator = Accelerator(mixed_precision=choose_precision(args.mixed_precision), kwargs_handlers=[waiting])
     check_processes(accelerator)
@@ -73,7 +73,7 @@ def open_extractor(args: EvaluationArguments, accelerator: Accelerator, num_imag
 def open_reference(
     args: EvaluationArguments, accelerator: Accelerator, extractor: FeatureExtractor, resolution: int, channels: int
 ) -> Reference:
-    with accelerator.main_process_first():  # it fills the caches
+    with accelerator.main_process_first():  # it fills the caches for the others
         return Reference.of_dataset(
             args.dataset_name,
             extractor,
@@ -91,7 +91,7 @@ def open_reference(
 def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> PixelDiffusionPipeline:
     pipe = PixelDiffusionPipeline.from_pretrained(model, variant=variant, dtype=torch.float32).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
-    # the network alone in lower precision: autocast would reach into the arithmetic of a scheduler, too
+    # lower precision for the network alone: autocast around all would reach the scheduler's arithmetic, too
     pipe.unet = accelerator.prepare_model(pipe.unet, evaluation_mode=True)
     side = pipe.unet.config.sample_size
     if not isinstance(side, int):
@@ -102,7 +102,7 @@ def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> 
 
 
 def provenance(args: EvaluationArguments, accelerator: Accelerator, pipe: PixelDiffusionPipeline | None) -> dict:
-    """What a figure depends on besides its record: data, weights, precision, versions. No paths of this machine."""
+    """What a figure depends on beyond its record: data, weights, precision, versions. No local paths."""
     local = Path(args.dataset_name)
     record = {
         "dataset": args.dataset_id or (local.name if local.exists() else args.dataset_name),

@@ -1,9 +1,9 @@
-"""Sample images from a saved pipeline, a folder or a Hub id, into PNG files and one grid.
+"""Sample images from a saved pipeline (a folder or a Hub id) into PNG files and a grid.
 
     python train_scripts/generate.py --model runs/first --scheduler dpmsolver++ --num_inference_steps 20
 
-Image i is drawn from generator seed + i, so that its starting noise does not depend on the batch size or the device.
-Started by `accelerate launch`, the processes share the batches; the images are the same, to the bit.
+Image i is sampled with a generator of seed + i, so its starting noise does not depend on batch size or device. Under
+`accelerate launch` the processes share the batches; the images are bit-identical however many processes there are.
 """
 
 import time
@@ -26,17 +26,17 @@ GRID_IMAGES = 64
 @dataclass
 class GenerateArguments:
     model: str = field(metadata={"help": "folder or Hub id of a pipeline with a U-Net and a scheduler"})
-    output_dir: str = arg("samples", "folder of the PNG files and of grid.png, which shows the first 64")
-    num_images: int = arg(16, "how many images")
+    output_dir: str = arg("samples", "folder for the PNG files and grid.png, which shows the first 64")
+    num_images: int = arg(16, "number of images to sample")
     batch_size: int = arg(64, "images sampled at a time")
     scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}; the pipeline's own by default")
-    scheduler_config: str | None = arg(None, 'JSON of its arguments, such as {"use_karras_sigmas": true}')
+    scheduler_config: str | None = arg(None, 'scheduler arguments as JSON, such as {"use_karras_sigmas": true}')
     num_inference_steps: int = arg(100, "steps of the scheduler")
-    seed: int = arg(0, "of the first image")
-    dtype: str = arg("float32", "float32, float16 or bfloat16: of the weights")
+    seed: int = arg(0, "seed of the first image; image i gets seed + i")
+    dtype: str = arg("float32", "dtype of the weights: float32, float16 or bfloat16")
     variant: str | None = arg(None, "variant of the weights, such as fp16")
-    device: str | None = arg(None, "accelerate's by default: a GPU a process if there are, else cpu")
-    overwrite: bool = arg(False, "write into a folder that is not empty, in place of the samples there")
+    device: str | None = arg(None, "by default accelerate's choice: one GPU per process if available, else cpu")
+    overwrite: bool = arg(False, "write into a folder that is not empty, replacing the samples there")
 
     def __post_init__(self):
         for name in ("num_images", "batch_size", "num_inference_steps"):
@@ -58,7 +58,7 @@ def main(args: GenerateArguments) -> None:
     pipe.set_progress_bar_config(disable=True)
     swap_scheduler(pipe, args.scheduler, args.scheduler_config)
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)  # fails before the work, if it does
+        output_dir.mkdir(parents=True, exist_ok=True)  # if it fails, then before the sampling
 
     start = time.perf_counter()
     images = sample_images(
@@ -71,7 +71,7 @@ def main(args: GenerateArguments) -> None:
     )
     if not accelerator.is_main_process:
         return
-    for path in output_dir.glob("[0-9]*.png"):  # with `--overwrite`, of other samples
+    for path in output_dir.glob("[0-9]*.png"):  # earlier samples, with `--overwrite`
         path.unlink()
     images = to_pil(images)
     for i, image in enumerate(images):

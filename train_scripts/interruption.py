@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a training after its step, not in the middle of one."""
+"""SIGTERM and Ctrl-C end a training after the current step, not in the middle of it."""
 
 import signal
 import time
@@ -10,8 +10,8 @@ import torch.distributed as dist
 class StopRequest:
     """Notes the first SIGTERM or Ctrl-C; a Ctrl-C more than a second later ends the process at once.
 
-    With several processes one may be told before the others, so they agree after each step: by one integer over gloo,
-    which waits for no GPU.
+    With several processes, the signal may reach one before the others, so they agree after each step: by one integer
+    over gloo, which does not wait for the GPU.
     """
 
     def __init__(self, num_processes: int):
@@ -22,11 +22,11 @@ class StopRequest:
     def note(self, number, frame) -> None:
         if self.signal is None:
             self.signal, self.since = signal.Signals(number), time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.since > 1:  # launchers repeat the first at once
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1:  # launchers repeat the first one at once
             raise KeyboardInterrupt
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that any of the processes was sent. Every process must call it."""
+        """The signal that any process received, or None. Every process must call it."""
         if self.group is not None:
             number = torch.tensor(self.signal or 0)
             dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
@@ -34,6 +34,6 @@ class StopRequest:
         return self.signal
 
     def restore(self) -> None:
-        """Signals act as before."""
+        """Restore the previous signal handlers."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)

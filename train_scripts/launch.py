@@ -1,4 +1,4 @@
-"""What a process is set to before it starts, and that the launcher was told what the flags say."""
+"""Setup and shutdown of a process, and checks that the launcher's settings agree with the flags."""
 
 import ctypes
 import os
@@ -14,20 +14,20 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
 def choose_precision(mixed_precision: str | None, use_cpu: bool | None = None) -> str | None:
-    """For `auto`, bf16 where the GPU or the processor calculates with it, fp16 on another GPU, and else no."""
+    """Resolve `auto`: bf16 if the GPU or the CPU computes in it natively, else fp16 on a GPU and no on a CPU."""
     if mixed_precision != "auto":
         return mixed_precision
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") if use_cpu is None else use_cpu
     if torch.cuda.is_available() and not use_cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # in newer versions of torch
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep what a step frees for the next one, which it would give back to the system block by block.
+    """Make glibc keep the memory that a step frees for the next one, rather than return each block to the system.
 
-    The pages would have to be cleared again each time (benchmarks/README.md).
+    The system would have to clear the pages again each time (benchmarks/README.md).
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -37,7 +37,7 @@ def keep_freed_memory() -> None:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Raises ValueError if the processes that were launched do not know of each other."""
+    """Raises ValueError if accelerate does not connect all the launched processes."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -47,10 +47,10 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def let_go(accelerator: Accelerator) -> None:
-    """Before `accelerator.end_training()`, and after `del` of what was prepared.
+    """Free what was prepared. Call it after `del` of the prepared objects, before `accelerator.end_training()`.
 
-    At the end of a process, torch's data-parallel reducer would take gloo's process group with it while it holds
-    Python's lock, for which gloo's thread may wait to drop its last tensors: neither would end.
+    Otherwise torch's DDP reducer would destroy gloo's process group at exit while holding the GIL, which gloo's thread
+    may be waiting for to drop its last tensors: a deadlock.
     """
     accelerator.free_memory()
     accelerator.wait_for_everyone()
@@ -58,7 +58,7 @@ def let_go(accelerator: Accelerator) -> None:
 
 
 def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int, max_grad_norm: float) -> None:
-    """After `accelerator.prepare`: raises ValueError if it does not do what its config or the flags say."""
+    """Call after `accelerator.prepare`: raises ValueError if accelerate departs from its config or the flags."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("The accelerate config asks for FSDP, which accelerate has on GPUs alone: use another.")
     if accelerator.gradient_accumulation_steps != gradient_accumulation_steps:

@@ -1,8 +1,8 @@
-"""Upload a saved pipeline and its model card, such as a run whose push failed, to the Hub.
+"""Upload a saved pipeline and its model card to the Hub, for example after a failed push.
 
     python train_scripts/push_to_hub.py --model runs/first --hub_model_id user/first
 
-Checkpoints, logs and whatever else lies in the folder stay where they are.
+Checkpoints, logs and any other files in the folder are not uploaded.
 """
 
 import shlex
@@ -19,8 +19,8 @@ from ddpm_diffusers.hub import PushError, push_folder
 class PushArguments:
     model: str = field(metadata={"help": "folder of a saved pipeline, such as the --output_dir of a training"})
     hub_model_id: str = field(metadata={"help": "repository: owner/name, or a name in your own namespace"})
-    hub_token: str | None = arg(None, "token with write access; HF_TOKEN, or that of `hf auth login`, by default")
-    hub_private_repo: bool = arg(False, "create the repository as a private one")
+    hub_token: str | None = arg(None, "token with write access; by default HF_TOKEN, or that of `hf auth login`")
+    hub_private_repo: bool = arg(False, "create the repository as private")
 
 
 def main(args: PushArguments) -> None:
@@ -31,7 +31,7 @@ def main(args: PushArguments) -> None:
 
 
 def push(folder: str | Path, hub_model_id: str, hub_token: str | None, hub_private_repo: bool) -> str:
-    """The repository's URL; where the push fails, the end of the script with the command that tries again."""
+    """Push, and return the repository's URL; if it fails, end the script with the command to try again."""
     try:
         return push_folder(folder, hub_model_id, hub_token, hub_private_repo or None)
     except PushError as error:

@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, its configuration, its log lines, and the pipeline that it ends with."""
+"""The output folder of a run: which run owns it, its configuration, its log lines and its final pipeline."""
 
 import json
 import os
@@ -24,10 +24,10 @@ RUN_FILE = "run.json"
 
 
 def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> tuple[Path | None, bool]:
-    """The checkpoint to start from, and whether the folder is of the run that goes on; nothing is written.
+    """The checkpoint to start from, and whether the run continues in this folder; nothing is written.
 
     Raises:
-        ValueError: If the folder holds another run, or anything else.
+        ValueError: If the folder holds another run and `overwrite` is false, or anything else.
     """
     resume_path = None
     if resume_from_checkpoint is not None:
@@ -45,7 +45,7 @@ def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool)
             " `--output_dir` to start from it again, or remove those after it."
         )
     if resume_from_checkpoint == "latest" and resume_path is None:
-        # a run that was killed before its first checkpoint starts again
+        # a run that was killed before its first checkpoint starts over
         goes_on = (output_dir / RUN_FILE).is_file() and not (output_dir / "model_index.json").exists()
     visible = output_dir.is_dir() and any(not path.name.startswith(".") for path in output_dir.iterdir())
     if visible and not goes_on and not overwrite:
@@ -67,11 +67,11 @@ def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool)
 
 
 def lock(output_dir: Path) -> FileLock:
-    """Make the folder and keep other processes from training in it, as long as what is returned lives.
+    """Make the folder, and keep other processes from writing into it for as long as the returned lock lives.
 
     Raises:
-        ValueError: If another does already.
-        OSError: If it cannot be written to.
+        ValueError: If another process holds the lock.
+        OSError: If the folder cannot be written to.
     """
     with clear_write_errors(f"{output_dir} cannot be written to"):
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -84,18 +84,18 @@ def lock(output_dir: Path) -> FileLock:
 
 
 def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_the_run: tuple[str, ...]) -> dict:
-    """Make the folder this run's, and return its record with its id, as in `run.json`.
+    """Prepare the folder for this run, and return the run's record with its id, as in `run.json`.
 
     Args:
         output_dir: The folder, locked.
-        goes_on: As `claim` gave it; else what the folder holds is overwritten.
-        step: Where the run goes on.
-        record: "arguments" and "unet", its config.
-        defines_the_run: The arguments that must be as they were.
+        goes_on: As `claim` returned it; if false, what a run left in the folder is deleted.
+        step: Optimizer step at which the run starts.
+        record: "arguments", and "unet", the U-Net's config.
+        defines_the_run: Names of the arguments that must not have changed.
 
     Raises:
-        ValueError: If it holds a run of other arguments, whose differences the message lists.
-        OSError: If it cannot be written to.
+        ValueError: If the folder holds a run with other arguments; the message lists the differences.
+        OSError: If the folder cannot be written to.
     """
     with clear_write_errors(f"{RUN_FILE} cannot be written to {output_dir}"):
         if goes_on and (output_dir / RUN_FILE).is_file():
@@ -113,24 +113,24 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
         for path in list_checkpoints(output_dir):
             if not goes_on:
                 remove_checkpoint(path)
-            elif int(path.name[11:]) > step:  # "latest" has passed over it
+            elif int(path.name[11:]) > step:  # damaged, so "latest" skipped it
                 damaged = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(damaged, ignore_errors=True)
                 path.rename(damaged)
-        if not goes_on:  # what is overwritten goes, so that none of it passes for this run's
+        if not goes_on:  # delete what might be taken for this run's
             for name in ("model_index.json", README, SAMPLES, "metrics.jsonl", "speed.jsonl"):
                 (output_dir / name).unlink(missing_ok=True)
-            for name in ("samples", "logs", "unet", "scheduler"):  # with variants of the weights, if there are
+            for name in ("samples", "logs", "unet", "scheduler"):  # with any variants of the weights
                 shutil.rmtree(output_dir / name, ignore_errors=True)
         elif step < record["arguments"]["max_train_steps"]:
-            (output_dir / README).unlink(missing_ok=True)  # of a run that had ended, and is now longer
+            (output_dir / README).unlink(missing_ok=True)  # of a run that had ended and is now extended
         run |= record
         write_text(output_dir / RUN_FILE, json.dumps(run, indent=2) + "\n")
     return run
 
 
 class LogLines:
-    """A file of one JSON object a line; lines after `last_step`, or half written, are dropped on opening."""
+    """A file of one JSON object per line; opening cuts it at the first line past `last_step` or half written."""
 
     def __init__(self, path: Path, last_step: float):
         self.path, kept = path, 0
@@ -149,18 +149,18 @@ class LogLines:
             self.file.flush()
 
     def flush(self) -> None:
-        """Down to the disk: a checkpoint must not outlive the lines before it."""
+        """Flush to disk: a checkpoint must not outlive the lines before it."""
         os.fsync(self.file.fileno())
 
 
 def save_pipeline(pipe, output_dir: Path) -> None:
-    """`save_pretrained`, file by file whole: one that is there stays until the next one is complete."""
+    """`save_pretrained`, replacing files atomically: each old file stays until its successor is complete."""
     partial = output_dir / ".pipeline.partial"
     with clear_write_errors(f"The pipeline cannot be written to {output_dir}", partial):
         shutil.rmtree(partial, ignore_errors=True)
         pipe.save_pretrained(partial)
         files = [path for path in partial.rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: path.name == "model_index.json"):  # it makes a pipeline of them
+        for path in sorted(files, key=lambda path: path.name == "model_index.json"):  # last: it makes them a pipeline
             flush(path)
             target = output_dir / path.relative_to(partial)
             target.parent.mkdir(exist_ok=True)
@@ -169,13 +169,13 @@ def save_pipeline(pipe, output_dir: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the text to `path`, completely or not at all."""
     write_file(path, lambda partial: partial.write_text(text))
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """What `write` writes to the path that it is given, whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")  # its ending tells PIL the format
+    """Have `write` make the file under a temporary name: it appears completely or not at all."""
+    partial = path.with_name(f".partial-{path.name}")  # with the suffix, from which PIL takes the format
     with clear_write_errors(f"{path} cannot be written"):
         path.parent.mkdir(exist_ok=True)
         write(partial)

@@ -1,4 +1,4 @@
-"""From `--scheduler` and `--scheduler_config` to a pipeline's scheduler."""
+"""Give a pipeline the scheduler that `--scheduler` and `--scheduler_config` describe."""
 
 import json
 
@@ -7,7 +7,7 @@ from ddpm_diffusers.schedulers import rehearse
 
 
 def swap_scheduler(pipe: PixelDiffusionPipeline, name: str | None, scheduler_config: str | None) -> dict:
-    """The scheduler called `name`, or the pipeline's own, with the arguments in the JSON text, which are returned."""
+    """Give `pipe` the scheduler `name`, or its own, with the arguments in the JSON text, and return these."""
     try:
         overrides = json.loads(scheduler_config or "{}")
     except json.JSONDecodeError as error:

@@ -1,8 +1,8 @@
-"""Figures as Markdown."""
+"""Measured figures as Markdown."""
 
 from ddpm_diffusers.hub import table
 
-# heading, where in a record's figures, how it is written, its unit
+# heading, place in a record's figures, number format, unit
 COLUMNS = (
     ("distance", ("train", "frechet_distance"), ".3f", 1),
     ("to floor", ("to_floor", "frechet_distance"), ".1f", 1),
@@ -16,7 +16,7 @@ COLUMNS = (
 
 
 def figures_table(rows: list[tuple[dict, dict]]) -> str:
-    """One row for each (leading cells by heading, "figures" of a record)."""
+    """A table with one row per (leading cells by heading, "figures" of a record)."""
     lines = [
         (*leading.values(), *(show(figures[group][name], form, unit) for _, (group, name), form, unit in COLUMNS))
         for leading, figures in rows
@@ -25,7 +25,7 @@ def figures_table(rows: list[tuple[dict, dict]]) -> str:
 
 
 def caption(record: dict) -> str:
-    """What a record's figures were measured with."""
+    """How a record's figures were measured."""
     floor, extractor = record["figures"]["floor"], record["feature_extractor"]
     a_seed = " a seed" if len(record.get("seeds", [])) > 1 else ""
     lines = [
@@ -46,7 +46,7 @@ def caption(record: dict) -> str:
 
 
 def show(figure: dict | None, form: str, unit: float = 1) -> str:
-    """ "mean" or "mean ± sd", and nothing for what could not be measured."""
+    """ "mean" or "mean ± sd"; empty if it could not be measured."""
     if figure is None:
         return ""
     sd = [format(figure["sd"] / unit, form.strip("+"))] if "sd" in figure else []

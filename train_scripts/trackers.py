@@ -1,4 +1,4 @@
-"""What accelerate's trackers need that differs between them. None of them is imported unless it is asked for."""
+"""What differs between accelerate's trackers. None of them is imported unless it is asked for."""
 
 import numpy as np
 from PIL import Image
@@ -7,7 +7,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def init_kwargs(run_id: str, step: int) -> dict:
-    """So that a run that goes on from `step` goes on in the tracker, too."""
+    """Tracker arguments with which a run resumed at `step` continues in the tracker, too."""
     return {
         "tensorboard": {"purge_step": step + 1},
         "wandb": {"id": run_id, "name": run_id, "resume": "allow"},

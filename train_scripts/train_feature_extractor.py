@@ -1,9 +1,9 @@
-"""Train a small classifier of images, in whose features generated images are compared with real ones.
+"""Train a small image classifier whose features serve to compare generated images with real ones.
 
     python train_scripts/train_feature_extractor.py --output_dir runs/classifier
 
-It learns from the data set's train split, at many resolutions, so that its features serve generators of each. The test
-split gives the accuracies of its card and nothing else. The same command gives the same weights to the bit, with the
+It is trained on the data set's train split, at many resolutions, so that its features suit generators of any of them.
+The test split is used only for the accuracies on its model card. The same command gives bit-identical weights with the
 same versions, kind of processor and number of threads.
 """
 
@@ -66,21 +66,23 @@ from the train split alone. Two of three batches were first reduced to a random 
 
 @dataclass
 class FeatureExtractorArguments:
-    dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub name or local folder, with train, test and `label`")
+    dataset_name: str = arg(
+        "zalando-datasets/fashion_mnist", "Hub id or local folder, with splits train and test and a column `label`"
+    )
     image_column: str = arg("image", "column that holds the images")
-    center_crop: bool = arg(False, "cut each image to its central square first")
+    center_crop: bool = arg(False, "crop each image to its central square first")
     channels: int = arg(1, "1 for grey images, 3 for RGB")
-    resolution: int = arg(28, "height and width that images are resized to, and the highest that is trained on")
-    lowest_resolution: int = arg(12, "the lowest that is trained on")
-    image_size: int = arg(48, "height and width of what the network sees, whatever the resolution")
-    output_dir: str = arg("feature-extractor", "folder of the model and its card")
-    seed: int = arg(0, "of the weights, the data order and the resolutions")
-    train_batch_size: int = arg(128, "images a step")
+    resolution: int = arg(28, "height and width that images are resized to, and the highest resolution to train on")
+    lowest_resolution: int = arg(12, "lowest resolution to train on")
+    image_size: int = arg(48, "height and width of the network's input, whatever the resolution")
+    output_dir: str = arg("feature-extractor", "folder for the model and its card")
+    seed: int = arg(0, "seed for weights, data order and resolutions")
+    train_batch_size: int = arg(128, "batch size")
     num_epochs: int = arg(12, "passes over the data")
-    learning_rate: float = arg(2e-3, "peak learning rate of AdamW; cosine, a tenth of the steps to warm up")
-    adam_weight_decay: float = arg(0.5, "AdamW")
+    learning_rate: float = arg(2e-3, "peak learning rate of AdamW; cosine schedule, a tenth of the steps as warm-up")
+    adam_weight_decay: float = arg(0.5, "weight decay of AdamW")
     mixed_precision: str | None = arg(
-        None, "auto (bf16 where the hardware has it), no, fp16 or bf16; accelerate's setting by default"
+        None, "auto (bf16 if the hardware supports it), no, fp16 or bf16; accelerate's setting by default"
     )
 
     def __post_init__(self):
@@ -144,7 +146,7 @@ def main(args: FeatureExtractorArguments) -> None:
         raise ValueError("The splits train and test have different classes: their `label` columns must agree.")
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)  # now: that it cannot be written should not show after the training
+    partial.mkdir(parents=True)  # now, so that an unwritable folder fails before the training
 
     set_seed(args.seed)
     config = ResNetConfig(
@@ -169,7 +171,7 @@ def main(args: FeatureExtractorArguments) -> None:
     progress_bar = tqdm(order, desc="Steps")
     for step, indices in enumerate(progress_bar):
         batch, targets = images[indices].to(accelerator.device), labels[indices].to(accelerator.device)
-        if step % 3:  # as an image of fewer pixels would be, rounding and all
+        if step % 3:  # as an image of lower resolution would be, rounding included
             size = (int(resolutions[step]),) * 2
             batch = F.interpolate(batch.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
             batch = batch.round().to(torch.uint8)
@@ -193,7 +195,7 @@ def main(args: FeatureExtractorArguments) -> None:
     card.save(partial / "README.md")
     for path in partial.iterdir():
         flush(path)
-    os.replace(partial, output_dir)  # whole or not at all
+    os.replace(partial, output_dir)  # completely or not at all
     for size, value in accuracies.items():
         print(f"Test accuracy at {size}x{size}: {value:.4f}")
     print(f"Feature extractor: {args.output_dir}, digest {digest[:12]}")

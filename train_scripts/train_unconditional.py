@@ -2,10 +2,10 @@
 
     accelerate launch train_scripts/train_unconditional.py --dataset_name synthetic-fashion --output_dir runs/first
 
-Flags are named as in diffusers' own script where it has them. They may also stand in a YAML or JSON file, given as the
-first argument; flags after it win. To resume, run the same command again with `--resume_from_checkpoint latest`: it
-goes on bit for bit. Data order, noise and timesteps are a function of the seed, the step and the place in the global
-batch, whatever the number of processes.
+Flags are named as in diffusers' own script where it has them. They can also be given in a YAML or JSON file as the
+first argument; flags after it override it. To resume, run the same command again with `--resume_from_checkpoint
+latest`: the run continues bit-identically. Noise and timesteps, and without `--streaming` also the data order, depend
+only on the seed, the step and the place in the global batch, not on the number of processes.
 """
 
 import json
@@ -61,7 +61,7 @@ def main(args: TrainingArguments) -> None:
         mixed_precision=choose_precision(args.mixed_precision),
         dynamo_backend="inductor" if args.compile else None,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # all wait while one decodes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # the others wait while one decodes
         log_with=None if args.logger == "none" else args.logger,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "logs")
@@ -136,7 +136,7 @@ def main(args: TrainingArguments) -> None:
         raise ValueError(
             f"`--lr_warmup_steps` is {warmup_steps}; it must be in [0, {max_train_steps}], the run's steps."
         )
-    # a function of optimizer steps, whatever the accumulation and the processes: so it is not prepared
+    # not prepared: it counts optimizer steps, whatever the accumulation and the number of processes
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_train_steps
     )
@@ -163,7 +163,7 @@ def main(args: TrainingArguments) -> None:
             )
         lr_scheduler.load_state_dict(state["lr_scheduler"])
         for group, rate in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
-            group["lr"] = args.learning_rate * rate(state["step"])  # of this run's length, which may be another
+            group["lr"] = args.learning_rate * rate(state["step"])  # by this run's length, which may differ
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         step = state["step"]
@@ -201,18 +201,18 @@ def main(args: TrainingArguments) -> None:
             worker_init_fn=LeaveSignalsToMain(),
         )
 
-    # the stop may have come before the grid of its step
+    # the run may have stopped before sampling the grid of this step
     sample_first = args.validation_steps and step % args.validation_steps == 0 and 0 < step < max_train_steps
     sample_first = sample_first and not (goes_on and samples_path(output_dir, step).exists())
 
-    accelerator.wait_for_everyone()  # none writes before all have looked
+    accelerator.wait_for_everyone()  # no process writes before all have checked the folder
     if accelerator.is_main_process:
-        folder_lock = lock(output_dir)  # noqa: F841 (until the run ends, however it does)
+        folder_lock = lock(output_dir)  # noqa: F841 (held until the run ends, however it does)
         if claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir) != claimed:
             raise ValueError(f"`--output_dir` {output_dir} has changed while this run started: start it again.")
         config = {key: value for key, value in model.config.items() if not key.startswith("_")}
         record = open_run(output_dir, goes_on, step, {"arguments": run, "unet": config}, DEFINES_THE_RUN)
-        metrics_file = LogLines(output_dir / "metrics.jsonl", last_step=step)  # the same bits however often it resumes
+        metrics_file = LogLines(output_dir / "metrics.jsonl", last_step=step)  # bit-identical however often it resumes
         speed_file = LogLines(output_dir / "speed.jsonl", last_step=math.inf)
         if args.logger != "none":
             shown = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in run.items()}
@@ -227,7 +227,7 @@ def main(args: TrainingArguments) -> None:
         return {} if num_images is None else {"epoch": step * global_batch_size / num_images}
 
     def averaged_unet():
-        """Whole, even where the model is sharded, in every process."""
+        """The U-Net with averaged weights, if any, whole in every process even if the model is sharded."""
         return plain_copy(model, None if ema is None else ema.shadow_params)
 
     def write_samples() -> Path:
@@ -238,7 +238,7 @@ def main(args: TrainingArguments) -> None:
         if accelerator.is_main_process:
             grid = image_grid(to_pil(images))
             write_file(path, grid.save)
-            write_file(output_dir / SAMPLES, grid.save)  # the last one, for the card
+            write_file(output_dir / SAMPLES, grid.save)  # the latest one, for the model card
             log_image(accelerator.trackers, "samples", grid, step)
         return path
 
@@ -264,7 +264,7 @@ def main(args: TrainingArguments) -> None:
                 draws = draw_noise_and_timesteps((global_batch_size, *image_shape), args.ddpm_num_steps, generator)
                 flips = torch.rand(global_batch_size, 1, 1, 1, generator=generator, device=device) < 0.5
             first = (part * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
-            rows = slice(first, first + args.train_batch_size)  # of this batch in the global one
+            rows = slice(first, first + args.train_batch_size)  # of this batch within the global one
             noise, timesteps = draws[0][rows], draws[1][rows]
             clean = batch.to(device, non_blocking=True).float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
             if args.random_flip:
@@ -272,7 +272,7 @@ def main(args: TrainingArguments) -> None:
             noisy = scheduler.add_noise(clean, noise, timesteps)
             target = training_target(scheduler, clean, noise, timesteps)
 
-            torch.manual_seed(seed_of(args.seed, step, first))  # of dropout, where the network has it
+            torch.manual_seed(seed_of(args.seed, step, first))  # for dropout, if the network has any
             prediction = unet(noisy, timesteps, return_dict=False)[0]  # (B, C, H, W)
             errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
             losses = errors * loss_weights(scheduler, timesteps, args.snr_gamma)
@@ -282,7 +282,7 @@ def main(args: TrainingArguments) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-        # sum and count of the losses: of all timesteps, and of each quarter of them
+        # sum and count of the losses, over all timesteps and over each quarter of them
         in_quartile = timesteps * 4 // args.ddpm_num_steps == quartiles  # (4, B)
         members = torch.cat([torch.ones_like(losses)[None], in_quartile])  # (5, B)
         window += torch.stack([members @ losses.detach(), members.sum(1)])
@@ -370,7 +370,7 @@ def main(args: TrainingArguments) -> None:
         save_pipeline(pipe, output_dir)
     logger.info(f"Pipeline: {output_dir}")
     logger.info(f"Samples: {write_samples()}")
-    # a card that a finished run has may have got figures since
+    # keep the card of a run that had finished before: it may have gained figures
     if accelerator.is_main_process and not (first_step == max_train_steps and (output_dir / README).exists()):
         dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
         card = model_card(pipe, repo_id, dataset_name=dataset_name, settings=settings_for_card(run), has_samples=True)

@@ -1,4 +1,4 @@
-"""From `--unet_config` to a network."""
+"""Build the network that `--unet_config` describes."""
 
 import inspect
 import json
@@ -42,7 +42,7 @@ def make_unet(unet_config: str | dict | None, resolution: int, num_train_timeste
     try:
         with torch.no_grad():
             unet.eval()(torch.zeros(1, channels[0], resolution, resolution), 0)
-    except Exception as error:  # the stock network looks at no shape before it
+    except Exception as error:  # UNet2DModel does not check shapes up front
         raise ValueError(
             f"The network of `--unet_config` cannot take images of `--resolution` {resolution} ({error}): choose"
             " another resolution or network, without classes or other conditions."
