@@ -1,8 +1,8 @@
-"""Training checkpoints: folders of safetensors and JSON, complete or absent, no pickle.
+"""Training checkpoints: folders of safetensors and JSON, without pickle, written completely or not at all.
 
-`checkpoint-STEP/` holds `unet/` and `unet_ema/` (both for `from_pretrained`), `optimizer.safetensors`,
+`checkpoint-STEP/` holds `unet/` and, with EMA, `unet_ema/` (both for `from_pretrained`), `optimizer.safetensors`,
 `training_state.json` (position, learning-rate schedule, gradient scaler, optimizer settings, the run's configuration,
-versions) and `manifest.json`: every other file's size and SHA-256, by which damage is found.
+versions) and `manifest.json`, which lists the size and SHA-256 of every other file, so that damage is detected.
 """
 
 import hashlib
@@ -29,23 +29,23 @@ MANIFEST = "manifest.json"
 
 
 def versions() -> dict:
-    """Of what decides the last bits of a run."""
+    """The software versions and the CPU thread count, on which the last bits of a run depend."""
     packages = ("torch", "diffusers", "accelerate", "numpy")
     found = {"python": platform.python_version(), **{package: version(package) for package in packages}}
-    return {**found, "CPU threads": torch.get_num_threads()}  # they part the sums
+    return {**found, "CPU threads": torch.get_num_threads()}  # sums are split over them
 
 
-# which checkpoints there are
+# finding checkpoints
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; of one that is damaged `find_damage` tells."""
+    """The checkpoints of a run in the order of their steps, damaged ones included (see `find_damage`)."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def find_damage(path: Path) -> str | None:
-    """What is missing or wrong in a checkpoint, or None where every file is as it was written."""
+    """What is missing or wrong in a checkpoint, or None if every file is as it was written."""
     try:
         if not (path / MANIFEST).is_file():
             return f"it has no {MANIFEST}, so it is incomplete"
@@ -66,12 +66,12 @@ def find_damage(path: Path) -> str | None:
 
 
 def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path | None:
-    """The folder that is meant: by a name in the run's folder, a path, or "latest" (None where there is none yet).
+    """The checkpoint's folder, given its name in the run's folder, a path, or "latest" (None if there is none yet).
 
-    "latest" passes over damaged checkpoints with a warning, and takes the one before.
+    "latest" skips damaged checkpoints with a warning and takes the newest intact one.
 
     Raises:
-        ValueError: If a path holds no complete checkpoint, or if all of a run's are damaged.
+        ValueError: If the name or path is not a complete checkpoint, or if "latest" finds only damaged ones.
     """
     if resume_from_checkpoint != "latest":
         path = Path(output_dir, resume_from_checkpoint)
@@ -99,12 +99,12 @@ def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> P
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; its name goes first, so that what a kill leaves is not taken for a whole one."""
+    """Delete a checkpoint, renaming it first so that what a kill leaves behind is not taken for a complete one."""
     shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete what a run that was killed had not finished to write or to delete."""
+    """Delete what a killed run had not finished writing or deleting."""
     for leftover in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(leftover)
 
@@ -122,21 +122,21 @@ def save_checkpoint(
     total_limit: int | None = None,
     is_main_process: bool = True,
 ) -> Path:
-    """Write `checkpoint-STEP` whole or not at all, then delete the oldest ones beyond `total_limit`.
+    """Write `checkpoint-STEP` completely or not at all, then delete the oldest checkpoints beyond `total_limit`.
 
-    Every process must call it: of what is sharded each holds a part. The main one writes.
+    Every process must call it, since each holds a part of any sharded tensors; the main process writes.
 
     Args:
         output_dir: Folder of the run.
-        step: Optimizer steps done.
+        step: Number of optimizer steps done.
         unet: The model, as `accelerator.unwrap_model` gives it.
         ema: diffusers' `EMAModel` of its parameters, or None.
-        optimizer: Of `unet.parameters()`; saved as tensors, and its settings as JSON.
-        state: JSON-able rest: "arguments" (see `load_checkpoint`), schedule, scaler.
+        optimizer: Optimizer of `unet.parameters()`; its tensors are saved as safetensors, all else as JSON.
+        state: The rest, JSON-serializable: "arguments" (see `load_checkpoint`), schedule, scaler.
         total_limit: How many checkpoints to keep, or None for all.
 
     Raises:
-        OSError: If the folder cannot be written to; the checkpoints before are as they were.
+        OSError: If the folder cannot be written to; earlier checkpoints stay intact.
     """
     copies = {"unet": plain_copy(unet)}
     if ema is not None:
@@ -169,7 +169,7 @@ def save_checkpoint(
         if final.exists():
             final.rename(removed)
         partial.rename(final)
-        flush(final.parent)  # the new name, too, survives a power cut
+        flush(final.parent)  # so that the new name survives a power cut, too
     remove_leftovers(final.parent)
 
     if total_limit is not None:
@@ -181,7 +181,7 @@ def save_checkpoint(
 
 @contextmanager
 def clear_write_errors(failure: str, half_written: Path | None = None):
-    """A write that fails says how to go on, after what it had written is removed."""
+    """Turn a failed write into an OSError that says how to continue, and remove what was half written."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -194,9 +194,9 @@ def clear_write_errors(failure: str, half_written: Path | None = None):
 
 
 def plain_copy(unet, parameters: Iterable[torch.Tensor] | None = None):
-    """A copy of the model on the CPU, whole, in memory of its own; with `parameters` in place of the model's own.
+    """A full copy of the model on the CPU, sharing no memory with it; `parameters`, if given, replace its own.
 
-    Every process must call it, and gets one.
+    Every process must call it; each gets a copy.
     """
     with torch.device("meta"):
         copy = unsharded_class(unet).from_config(unet.config)
@@ -209,7 +209,7 @@ def plain_copy(unet, parameters: Iterable[torch.Tensor] | None = None):
 
 
 def unsharded_class(unet) -> type:
-    """FSDP makes a model an instance of a subclass of its own."""
+    """The class that a model had before FSDP replaced it with a subclass."""
     return next(c for c in type(unet).__mro__ if not issubclass(c, FSDPModule))
 
 
@@ -222,7 +222,7 @@ def checksum(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """What is written at `path`, a file or a folder, survives a power cut."""
+    """Flush `path`, a file or a folder, to disk, so that it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -232,15 +232,15 @@ def flush(path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, unet, ema, optimizer, arguments: dict) -> dict:
-    """Put a checkpoint's weights and optimizer state back; returns its `state`. Every process must call it.
+    """Restore a checkpoint's weights and optimizer state and return its `state`; every process must call it.
 
     Args:
         path: Folder of the checkpoint.
         unet, ema, optimizer: As given to `save_checkpoint`; changed in place.
-        arguments: What the checkpoint's `state["arguments"]` must agree with: data, objective, seed …
+        arguments: What the checkpoint's `state["arguments"]` must match: data, objective, seed …
 
     Raises:
-        ValueError: If the checkpoint is of another U-Net config or of other arguments; the message lists the
+        ValueError: If the checkpoint has another U-Net config or other arguments; the message lists the
             differences.
     """
     path = Path(path)

@@ -1,7 +1,7 @@
-"""Data sets to uint8 arrays to batches: every image is decoded once, into the Arrow cache, and read memory-mapped.
+"""From data sets to batches: each image is decoded once, to uint8 in the Arrow cache, and read memory-mapped.
 
-A batch is a gather of rows of those arrays: no Python an image, nothing decoded twice, and a data set may be larger
-than memory.
+A batch gathers rows of those arrays: no Python code runs per image, nothing is decoded twice, and a data set may be
+larger than memory.
 """
 
 import hashlib
@@ -38,14 +38,14 @@ logger = logging.get_logger(__name__)
 
 SYNTHETIC = "synthetic-fashion"
 SYNTHETIC_SIZE = 20_000
-CHUNK_BYTES = 2**26  # of one record batch: large, so that a batch gathers from few; bounded, so that memory is
+CHUNK_BYTES = 2**26  # per record batch: large, so that a batch gathers from few; bounded, to bound memory
 
 
 class ImageArrays(torch.utils.data.Dataset):
     """The images of a data set as uint8 tensors.
 
     Args:
-        dataset: With an `image` column of fixed-size uint8 rows, as `load_images` returns it.
+        dataset: Data set with an `image` column of fixed-size uint8 rows, as returned by `load_images`.
         shape: (C, H, W) of one row.
     """
 
@@ -59,13 +59,13 @@ class ImageArrays(torch.utils.data.Dataset):
         self.ends = np.cumsum([len(chunk) for chunk in self.chunks])
 
     def __reduce__(self):
-        return ImageArrays, (self.dataset, self.shape)  # worker processes map the file, and get no copy of the images
+        return ImageArrays, (self.dataset, self.shape)  # worker processes map the file: the images are not copied
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def fingerprint(self) -> str:
-        """Of the content, wherever it lies: the number of images, and the bytes of up to 4,096 spread over them."""
+        """Identify the content, wherever stored, by count, shape and a hash of up to 4,096 evenly spaced images."""
         spread = np.unique(np.linspace(0, len(self) - 1, 4096).astype(int))
         digest = hashlib.sha256(f"{len(self)} {self.shape}".encode())
         digest.update(self.__getitems__(spread).numpy())
@@ -76,7 +76,7 @@ class ImageArrays(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        """The images of a batch, uint8 (B, C, H, W): what torch's DataLoader calls, once a batch."""
+        """The images of a batch, uint8 (B, C, H, W); torch's DataLoader calls this once per batch."""
         indices = np.asarray(indices)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(
@@ -91,15 +91,15 @@ class ImageArrays(torch.utils.data.Dataset):
 
 
 class ShuffledBatches(torch.utils.data.Sampler):
-    """The indices of one process's batches of a run, a `batch_sampler`; batch i is a function of (seed, i) alone.
+    """A `batch_sampler` of one process's batches of a run; for given sizes, batch i depends on (seed, i) alone.
 
-    The epochs' orders stand end to end and are cut into batches: each epoch visits every image exactly once, in
-    another order, and a batch may hold the end of one epoch and the start of the next, so that none is left out.
+    The shuffled epochs are concatenated and cut into batches: each epoch visits every image exactly once, in a new
+    order, and a batch may contain the end of one epoch and the start of the next, so that no image is left out.
 
     Args:
-        num_images: Of the data set.
-        batch_size: Indices a batch.
-        seed: Of the orders.
+        num_images: Number of images in the data set.
+        batch_size: Indices per batch.
+        seed: Seed of the orders.
         batches: Which of the run's batches this process takes, such as `range(start + rank, stop, num_processes)`.
     """
 
@@ -123,7 +123,7 @@ class ShuffledBatches(torch.utils.data.Sampler):
 
 
 def as_batch(images: torch.Tensor) -> torch.Tensor:
-    """`collate_fn` for `ImageArrays`: a batch is one tensor already."""
+    """`collate_fn` for `ImageArrays`: a batch is already one tensor."""
     return images
 
 
@@ -141,29 +141,29 @@ def load_images(
     seed: int = 0,
     cache_dir: str | None = None,
 ) -> Dataset:
-    """A data set decoded to one resolution. Transparent pixels show black; 16-bit grey is scaled to 8 bits.
+    """Load a data set, decoded to one resolution. Transparency becomes black; 16-bit grey is scaled to 8 bits.
 
     Args:
-        dataset_name: A data set of the Hub, a local folder (parquet, images, or `save_to_disk`'s Arrow), or
+        dataset_name: A data set on the Hub, a local folder (parquet, images, or Arrow from `save_to_disk`), or
             `"synthetic-fashion"`, the built-in set of drawn garments.
         resolution: Height and width to resize to (bilinear, antialiased).
         channels: 1 for grey, 3 for RGB.
-        dataset_config_name: Configuration of a data set that has several.
-        train_data_dir: A folder of images, in place of `dataset_name`.
-        split: Which split to read, or what part of it, such as `"train[:90%]"` (of `save_to_disk`'s the whole alone).
-        image_column: The column that holds the images.
-        center_crop: Cut each image to its central square first. Without it all images must be square and of one size.
-        max_samples: Use the first so many images only; of the built-in set, draw so many.
-        seed: Of the built-in set.
-        cache_dir: Of `datasets`, and of what is decoded.
+        dataset_config_name: Configuration to use, if the data set has several.
+        train_data_dir: Folder of images, used instead of `dataset_name`.
+        split: Split to read, or a part of it, such as `"train[:90%]"` (with `save_to_disk` data, whole splits only).
+        image_column: Column that holds the images.
+        center_crop: Crop each image to its central square first. Without it, all must be square and of one size.
+        max_samples: Use only this many images, the first ones; of the built-in set, draw this many.
+        seed: Seed of the built-in set.
+        cache_dir: Cache folder of `datasets` and of the decoded images.
 
     Returns:
-        A `Dataset` with `image`, rows of channels * resolution^2 uint8 in (C, H, W) order, and `label` where there is
-        one.
+        A `Dataset` with `image`, rows of channels * resolution^2 uint8 in (C, H, W) order, and `label` if the data set
+        has one.
 
     Raises:
-        ValueError: On a data set, split, column, image or size that cannot serve; the message says what to do.
-        ConnectionError: Where the Hub cannot be reached.
+        ValueError: If a data set, split, column, image or size cannot be used; the message says what to do.
+        ConnectionError: If the Hub cannot be reached.
     """
     for name, value in (("resolution", resolution), ("max_samples", 1 if max_samples is None else max_samples)):
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
@@ -230,7 +230,7 @@ def check_image_column(features: Features, image_column: str) -> None:
 def open_dataset(
     dataset_name, dataset_config_name, train_data_dir, split, cache_dir, streaming=False
 ) -> Dataset | IterableDataset:
-    """`load_dataset`, with errors that say what to do; a folder of images or a saved data set is never streamed."""
+    """`load_dataset` with errors that say what to do; `train_data_dir` and saved data sets are never streamed."""
     advice = "pass a data set of the Hub or a local folder as `dataset_name`, or a folder of images as"
     advice += f" `train_data_dir`, and one of its splits as `split`; or use `dataset_name` {SYNTHETIC}, built in"
     name = train_data_dir or dataset_name
@@ -250,7 +250,7 @@ def open_dataset(
         raise ValueError(f"There is no data set {name!r} that can be read ({error}): {advice}.") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
         raise ConnectionError(f"The Hub cannot be reached for data set {name!r} ({error}): {advice}.") from error
-    except IndexError as error:  # what `datasets` makes of no rows on disk, and of no name
+    except IndexError as error:  # what `datasets` raises for no rows on disk, and for an empty name
         raise ValueError(f"Data set {name!r} is empty: {advice}.") from error
     except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
         raise ValueError(f"Data set {name!r} cannot be read ({error}): {advice}.") from error
@@ -263,7 +263,7 @@ def select_split(loaded: DatasetDict, split: str) -> Dataset:
 
 
 def decode_images(table: pa.Table, indices: list[int], image_column, resolution, channels, size) -> pa.Table:
-    """Encoded images of a table to rows of uint8, (C, H, W) each; all of `size`, or where None cut to the centre."""
+    """Decode a table's images to uint8 rows, (C, H, W) each; all must be of `size`, or if None are center-cropped."""
     pixels = np.empty((len(table), channels, resolution, resolution), np.uint8)
     for row, (index, encoded) in enumerate(zip(indices, table.column(image_column), strict=True)):
         image = decode_image(encoded.as_py(), index)
@@ -287,13 +287,13 @@ def decode_images(table: pa.Table, indices: list[int], image_column, resolution,
 
 
 def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
-    """The PIL image of an Arrow row (bytes, or the path of a file), upright, opaque and of 8 bits a channel."""
+    """Decode an Arrow row (bytes, or a file's path) to a PIL image: upright, opaque, 8 bits per channel."""
     if encoded is None:
         raise ValueError(f"Image {index} of the data set is missing (null): remove the row, or choose another column.")
     try:
         image = PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
-        ImageOps.exif_transpose(image, in_place=True)  # decodes it, too
-    except Exception as error:  # PIL raises many kinds on damaged files
+        ImageOps.exif_transpose(image, in_place=True)  # also decodes it
+    except Exception as error:  # PIL raises many types for damaged files
         raise ValueError(
             f"Image {index} of the data set cannot be decoded ({error}): repair or remove it, or use the built-in set,"
             f" `dataset_name` {SYNTHETIC}."
@@ -312,13 +312,13 @@ def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
 
 
 def pixel_table(pixels: np.ndarray, others: pa.Table) -> pa.Table:
-    """Rows of uint8 as an Arrow column `image`, without a copy, beside other columns."""
+    """Append uint8 pixels to a table as an Arrow column `image`, one row per image, without copying them."""
     rows = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels[0].size)
     return others.append_column("image", rows)
 
 
 def cache_file(cache_dir: str | None, *content) -> str:
-    """Where rows are cached: named after their content and this code, and not beside the source, often read-only."""
+    """Cache file for rows, named after their content and this code, not beside the source, which may be read-only."""
     code = [Path(file).read_bytes() for file in (__file__, synthetic_fashion.__file__)]
     folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / "ddpm-diffusers"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One picture of many images."""
+"""Many images in one picture."""
 
 import math
 
@@ -7,12 +7,13 @@ from PIL import Image
 
 
 def image_grid(images: list[Image.Image], columns: int | None = None, min_side: int = 56) -> Image.Image:
-    """The images row by row, the last row filled up with black.
+    """Arrange images row by row, the last row padded with black.
 
     Args:
         images: At least one, all of one size and mode.
-        columns: Images a row; as near to a square as possible by default.
-        min_side: Smaller images are enlarged to at least this many pixels by whole factors, without smoothing.
+        columns: Images per row; by default, the grid is as close to a square as possible.
+        min_side: If the shorter side is below this many pixels, images are enlarged to at least it, by a whole factor
+            and without smoothing.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)

@@ -1,7 +1,7 @@
-"""What a trained pipeline's repository on the Hub gets: the model card with its training and figures, and the push.
+"""Publish a trained pipeline on the Hub: its model card, with training settings and figures, and the push.
 
-A push sends a list of files, never a folder as it lies, in one commit; it is tried again where that can help, and ends
-in one sentence where it cannot.
+A push sends a list of files, never a whole folder, in one commit. It is retried where that can help, and otherwise
+fails with one sentence.
 """
 
 import json
@@ -32,12 +32,12 @@ logger = logging.get_logger(__name__)
 WAITS = (1, 4, 16)  # seconds before the second, third and fourth try of a push
 TASK = {"task_type": "unconditional-image-generation", "task_name": "unconditional image generation"}
 
-# what the Hub's client raises: refusals, broken connections, the same out of its upload threads, metadata refused
+# what the Hub's client raises: refusals, broken connections, both also from its upload threads, rejected metadata
 CLIENT_ERRORS = (httpx.HTTPError, OSError, RuntimeError, ValueError)
 
 
 class PushError(RuntimeError):
-    """A push that failed: what the Hub answered, and that the folder is kept."""
+    """A failed push; the message gives the Hub's answer and says that the folder is kept."""
 
 
 def model_card(
@@ -49,19 +49,19 @@ def model_card(
     figures: Iterable[dict] = (),
     has_samples: bool = False,
 ) -> ModelCard:
-    """The pipeline's card for `repo_id`, with what only the training knows; `.save(path)` writes it.
+    """The pipeline's card for `repo_id`, including what only the training knows; `.save(path)` writes it.
 
     Args:
         pipe: The pipeline to describe.
         repo_id: "owner/name", which the card's snippets load.
-        dataset_name: As given to the training. It is named only where it is the id of a data set on the Hub, or the
-            built-in one.
-        settings: Of the training, shown as a table; None, and what may be a path or a token, is left out.
+        dataset_name: As given to the training. The card names it only if it is a Hub id (no local path) or the
+            built-in set.
+        settings: Training settings, shown as a table; those that are None, or may be a path or a token, are left out.
         figures: As in `add_figures`.
-        has_samples: The repository has a grid of samples, `samples.png`.
+        has_samples: Whether the repository has a grid of samples, `samples.png`.
 
     Raises:
-        ValueError: On figures that `add_figures` refuses.
+        ValueError: If `add_figures` refuses the figures.
     """
     card = pipeline_pixel_diffusion.model_card(pipe, repo_id, has_samples)
     if dataset_name == SYNTHETIC:
@@ -79,19 +79,19 @@ def model_card(
 
 
 def add_figures(card: str, figures: Iterable[dict]) -> str:
-    """Put measured figures into a card in place of earlier ones: `model-index` in its metadata, a table in its body.
+    """Put measured figures into a card, replacing earlier ones: `model-index` in its metadata, a table in its body.
 
     Args:
         card: The text of a card.
-        figures: One dict a figure, of the arguments of `huggingface_hub.EvalResult`: at least `dataset_type` (the data
-            set's id), `dataset_name` (its name to show), `metric_type` and `metric_value`; `metric_name`,
-            `dataset_split` and `metric_args` (how it was measured) are shown too. No figures remove the earlier ones.
+        figures: One dict per figure, of arguments for `huggingface_hub.EvalResult`: at least `dataset_type` (the data
+            set's id), `dataset_name` (its display name), `metric_type` and `metric_value`; `metric_name`,
+            `dataset_split` and `metric_args` (how it was measured) are shown, too. If empty, earlier ones are removed.
 
     Returns:
         The text of the card.
 
     Raises:
-        ValueError: On a figure that lacks one of these or has unknown ones, names a local path, or is not finite.
+        ValueError: If a figure lacks a required argument, has an unknown one, names a local path, or is not finite.
     """
     results = [eval_result(figure) for figure in figures]
     card = ModelCard(card)
@@ -113,19 +113,19 @@ def add_figures(card: str, figures: Iterable[dict]) -> str:
 
 
 def prepare_repo(repo_id: str, token: str | None = None, private: bool | None = None) -> str:
-    """Create the repository, unless it exists, and try the right to write: before a training, not after it.
+    """Create the repository if it does not exist, and check write access: before a training, not after it.
 
     Args:
         repo_id: "owner/name", or a name in the token's own namespace.
-        token: Of the Hub; that of `HF_TOKEN` or `hf auth login` by default.
-        private: Of a new repository; True is also asked of one that exists.
+        token: Hub token; by default, that of `HF_TOKEN` or `hf auth login`.
+        private: Whether a new repository is private; if True, an existing one must be, too.
 
     Returns:
-        The full id. Where the Hub cannot be reached, or has trouble of its own, a warning and `repo_id` as it is.
+        The full id. If the Hub cannot be reached or has a temporary error, logs a warning and returns `repo_id` as is.
 
     Raises:
-        PermissionError: Without a token, or with one that is refused or must not write there.
-        ValueError: On what cannot be a token or an id, and on a public repository where `private` is True.
+        PermissionError: If there is no token, or it is refused or may not write there.
+        ValueError: If the token or the id is malformed, or `private` is True and the repository is public.
     """
     validate_repo_id(repo_id)
     check_token(token)
@@ -158,25 +158,25 @@ def push_folder(
     commit_message: str = "Upload pipeline",
     waits: Sequence[float] = WAITS,
 ) -> str:
-    """Upload a saved pipeline in one commit (in none where nothing has changed), and nothing that lies beside it.
+    """Upload a saved pipeline, and no other files of its folder, in one commit (none if nothing has changed).
 
     Its files are the card, the grid of samples, `model_index.json`, the pipeline's code, and the components' configs,
-    weights (safetensors) and code. The card's snippets then load `repo_id`.
+    weights (safetensors) and code. The uploaded card's snippets load `repo_id`.
 
     Args:
-        folder: As `save_pretrained` leaves it. It is only read.
-        repo_id: "owner/name", or a name in the token's own namespace; created where it does not exist.
-        token: Of the Hub; that of `HF_TOKEN` or `hf auth login` by default.
-        private: Of a new repository; True is also asked of one that exists.
-        commit_message: Of the commit.
-        waits: Seconds before each further try after a broken connection, a time-out or trouble of the Hub's own.
+        folder: Folder that `save_pretrained` wrote; it is only read.
+        repo_id: "owner/name", or a name in the token's own namespace; created if it does not exist.
+        token: Hub token; by default, that of `HF_TOKEN` or `hf auth login`.
+        private: Whether a new repository is private; if True, an existing one must be, too.
+        commit_message: Message of the commit.
+        waits: Seconds before each retry after a broken connection, a timeout or a temporary error of the Hub.
 
     Returns:
         The repository's URL.
 
     Raises:
-        ValueError: Before any work, on what cannot be a token or an id, and on a folder that is no whole pipeline.
-        PushError: Where the push failed.
+        ValueError: Before any work, if the token or the id is malformed or the folder is not a complete pipeline.
+        PushError: If the push failed.
     """
     files = pipeline_files(folder)
     validate_repo_id(repo_id)
@@ -206,7 +206,7 @@ def push_folder(
 
 
 def pipeline_files(folder: str | Path) -> list[str]:
-    """What of a folder is the pipeline, as paths in it, or a ValueError where a part is missing."""
+    """The files of a folder that make up the pipeline, as relative paths; ValueError if a part is missing."""
     folder = Path(folder)
     try:
         index = json.loads((folder / "model_index.json").read_text("utf-8"))
@@ -230,7 +230,7 @@ def pipeline_files(folder: str | Path) -> list[str]:
 
 
 def describe(error: Exception, token: str | None) -> tuple[int | None, str]:
-    """The status of the Hub's answer, if there was one, and a text for people; never with the token."""
+    """The HTTP status of the Hub's answer, if there was one, and a readable text, in which the token never appears."""
     error = cause(error)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status is not None:
@@ -250,20 +250,20 @@ def is_transient(error: Exception) -> bool:
     error = cause(error)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 409, 412, 429) or error.response.status_code >= 500
-    # a page of a proxy where JSON should be; what Xet's client raises is a RuntimeError, or one of a connection
+    # a proxy's page instead of JSON is a JSONDecodeError; Xet's client raises a RuntimeError or a ConnectionError
     transient = (httpx.HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
     return isinstance(error, transient) and not isinstance(error, OfflineModeIsEnabled)
 
 
 def cause(error: Exception) -> Exception:
-    """What lies behind the error of an upload thread."""
+    """The HTTP error behind that of an upload thread; any other error as it is."""
     in_thread = isinstance(error, RuntimeError) and isinstance(error.__cause__, httpx.HTTPError)
     return error.__cause__ if in_thread else error
 
 
 def eval_result(figure: dict) -> EvalResult:
     try:
-        # JSON knows Python's numbers alone, as does the YAML of a card, and none that are not finite
+        # like a card's YAML, JSON takes only Python's own numbers; `allow_nan=False` refuses non-finite ones
         result = EvalResult(**{**TASK, **json.loads(json.dumps(figure, allow_nan=False))})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{figure!r} is no figure ({error}): it needs finite arguments of EvalResult.") from error
@@ -273,7 +273,7 @@ def eval_result(figure: dict) -> EvalResult:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form of an id and is not a path here."""
+    """Whether `name` has the form of a Hub id and is not a local path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -282,7 +282,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_publishable(name: str, value) -> bool:
-    """Whether a setting can be shown to all: not a token, nor anything that may be a path here."""
+    """Whether a setting can be made public: neither a token nor anything that may be a local path."""
     if "token" in name or name.endswith("_dir"):
         return False
     if isinstance(value, (list, tuple)):
@@ -298,7 +298,7 @@ def table(header: tuple, rows: Iterable[tuple]) -> str:
 
 
 def with_section(text: str, heading: str, body: str | None) -> str:
-    """The text of a card with this section in place of an earlier one of that heading; without it if None."""
+    """A card's text with this section, which replaces one of the same heading; without it if `body` is None."""
     text = re.sub(rf"^## {heading}\n.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
     if body is None:
         return text

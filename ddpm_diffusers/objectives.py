@@ -1,4 +1,4 @@
-"""What the network learns: the noised batch, the target, and the weight of each timestep.
+"""What the network learns: the noise and timesteps drawn, the target, and the weight of each timestep.
 
 References: DDPM, Ho et al. 2020 (arXiv:2006.11239), eq. 14; progressive distillation, Salimans and Ho 2022
 (arXiv:2202.00512), section 4 (v); Min-SNR, Hang et al. 2023 (arXiv:2303.09556), eq. 5.
@@ -13,8 +13,8 @@ def draw_noise_and_timesteps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise of variance 1, float32 (B, C, H, W), and timesteps, int64 (B,), stratified over [0, num_train_timesteps).
 
-    One timestep falls in each B-th of the range, in random order, so that the loss of a batch varies less than with
-    independent draws while each image meets every timestep alike. On the generator's device.
+    One timestep falls in each B-th of the range, in random order, so that a batch's loss varies less than with
+    independent draws, while every timestep is equally likely for each image. Both are on the generator's device.
     """
     noise = torch.randn(shape, generator=generator, device=generator.device)
     strata = torch.arange(shape[0], device=generator.device) + torch.rand(
@@ -26,7 +26,7 @@ def draw_noise_and_timesteps(
 
 
 def training_target(scheduler, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the scheduler's `prediction_type` asks the network for, (B, C, H, W) in float32.
+    """What the scheduler's `prediction_type` asks the network to predict, (B, C, H, W) in float32.
 
     Raises:
         ValueError: If it is not "epsilon", "sample" or "v_prediction".
@@ -44,13 +44,13 @@ def training_target(scheduler, images: torch.Tensor, noise: torch.Tensor, timest
 def loss_weights(scheduler, timesteps: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:
     """Weight of the squared error at each timestep, (B,): 1, or Min-SNR for the scheduler's `prediction_type`.
 
-    With SNR = alpha^2 / sigma^2, the weight in terms of the image is min(SNR, gamma); the squared errors of noise and
-    velocity are SNR and SNR + 1 times that of the image.
+    With SNR = alpha^2 / sigma^2, the squared error of the image has the weight min(SNR, gamma); the squared errors of
+    noise and velocity are SNR and SNR + 1 times that of the image.
     """
     if snr_gamma is None:
         return torch.ones_like(timesteps, dtype=torch.float32)
     snr = compute_snr(scheduler, timesteps)
     if scheduler.config.prediction_type == "epsilon":
-        return (snr_gamma / snr).clamp(max=1)  # at zero terminal SNR, too
+        return (snr_gamma / snr).clamp(max=1)  # 1 at zero terminal SNR, too
     divisor = {"v_prediction": snr + 1, "sample": 1}[scheduler.config.prediction_type]
     return snr.clamp(max=snr_gamma) / divisor

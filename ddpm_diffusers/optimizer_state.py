@@ -1,8 +1,8 @@
-"""An optimizer's state by its parameters' names, whole, however the processes hold it.
+"""An optimizer's full state by parameter name, however it is distributed over the processes.
 
-Plain and data-parallel training hold all of it in each process, FSDP2 a shard of each tensor (torch's `DTensor`), and
-DeepSpeed's ZeRO a piece of all tensors laid end to end. Every process must call these functions, which exchange the
-parts.
+In plain and data-parallel training, each process holds all of it; with FSDP2, a shard of each tensor (torch's
+`DTensor`); with DeepSpeed's ZeRO, a piece of all tensors concatenated. Every process must call these functions, which
+exchange the parts.
 """
 
 import torch
@@ -10,24 +10,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU, of a sharded tensor all of it."""
+    """A full copy on the CPU, also of a sharded tensor."""
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.detach().to("cpu", copy=True)
 
 
 def sharded_like(value, parameter: torch.Tensor):
-    """A whole value of the parameter's shape as the parameter's shard; another value, such as a count, as it is."""
+    """Shard a full tensor like a sharded parameter of its shape; any other value, such as a count, stays as it is."""
     if isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value
 
 
 def gather_optimizer_state(unet, optimizer) -> tuple[dict[str, torch.Tensor], dict, list[dict]]:
-    """Tensors and other values by "PARAMETER.KEY", and the settings of the parameter groups.
+    """The state's tensors and its other values, both by "PARAMETER.KEY", and the parameter groups' settings.
 
     Args:
         unet: The model, unwrapped.
-        optimizer: Of `unet.parameters()`, in one group, as `accelerator.prepare` returns it or plain.
+        optimizer: Optimizer of `unet.parameters()` in one group, plain or as returned by `accelerator.prepare`.
     """
     if is_deepspeed(optimizer):
         return gather_deepspeed_state(unet, optimizer)
@@ -43,7 +43,7 @@ def gather_optimizer_state(unet, optimizer) -> tuple[dict[str, torch.Tensor], di
 
 
 def restore_optimizer_state(unet, optimizer, tensors: dict, scalars: dict, param_groups: list[dict]) -> None:
-    """Put back what `gather_optimizer_state` gave, after the parameters are in place."""
+    """Restore what `gather_optimizer_state` returned; the parameters must be restored first."""
     values = {}
     for key, value in {**tensors, **scalars}.items():
         name, _, key = key.rpartition(".")
@@ -58,7 +58,7 @@ def restore_optimizer_state(unet, optimizer, tensors: dict, scalars: dict, param
     optimizer.load_state_dict({"state": state, "param_groups": param_groups})
 
 
-# ZeRO-2: the optimizer inside DeepSpeed's holds, a group, one flat tensor, this process's piece of all parameters
+# ZeRO-2: the optimizer inside DeepSpeed's holds one flat tensor per group, this process's piece of all parameters
 
 
 def is_deepspeed(optimizer) -> bool:
@@ -76,7 +76,7 @@ def gather_deepspeed_state(unet, optimizer):
     for name, parameter in unet.named_parameters():
         for key in moments:
             tensors[f"{name}.{key}"] = whole(safe_get_full_optimizer_state(parameter, key))
-        for key in state.keys() - set(moments):  # the step, one for all
+        for key in state.keys() - set(moments):  # the step, the same for all
             tensors[f"{name}.{key}"] = whole(state[key])
     count = len(list(unet.parameters()))
     return tensors, {}, [{**group, "params": list(range(count))}]  # as torch numbers them
@@ -95,7 +95,7 @@ def restore_deepspeed_state(unet, optimizer, values, param_groups):
     zero.optimizer.state[flat] = {
         key: torch.zeros_like(flat) if key in moments else value.to(flat.device) for key, value in first.items()
     }
-    zero._lazy_init_hp_params_optimizer_state()  # private: it makes known where each parameter's moments lie
+    zero._lazy_init_hp_params_optimizer_state()  # private: tells each parameter where its moments are
     for name, parameter in unet.named_parameters():
         safe_set_full_fp32_param(parameter, parameter.detach().clone())
         for key in moments:

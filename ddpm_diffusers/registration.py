@@ -1,8 +1,8 @@
 """Make the package's classes known to diffusers, so that `DiffusionPipeline.from_pretrained` uses the installed ones.
 
-A saved pipeline names its classes by the files that lie in its folder (`pipeline_pixel_diffusion.py`,
-`unet/unet_2d_optimized.py`). Without this module diffusers would load those copies, and rightly ask for
-`trust_remote_code=True` first. With it, no code of a repository is run where the package is installed.
+A saved pipeline names its classes by the files in its folder (`pipeline_pixel_diffusion.py`,
+`unet/unet_2d_optimized.py`). Without this module, diffusers would load those copies, and rightly ask for
+`trust_remote_code=True` first. With it, no code from a repository is run once the package is imported.
 """
 
 import diffusers
@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 def register() -> None:
     """Register the U-Net's and the pipeline's module and class on `diffusers` (idempotent)."""
     for module in (unet_2d_optimized, pipeline_pixel_diffusion):
-        # by the name in an index that our pipeline writes, and by the one that a stock pipeline writes
+        # under the name in an index that our pipeline writes, and under the one that a stock pipeline writes
         setattr(diffusers.pipelines, module.__name__.rpartition(".")[2], module)
         setattr(diffusers.pipelines, module.__name__, module)
     diffusers.PixelDiffusionPipeline = PixelDiffusionPipeline

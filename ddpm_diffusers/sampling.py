@@ -1,4 +1,4 @@
-"""Many images from one pipeline, the batches split over processes; the images do not depend on the split."""
+"""Sample many images from a pipeline, with batches split over processes; the split does not affect the images."""
 
 import math
 
@@ -13,7 +13,7 @@ from .pipeline_pixel_diffusion import PixelDiffusionPipeline
 
 
 class NotFiniteError(ValueError):
-    """Samples with NaN, or infinity, in them."""
+    """Samples contain NaN or infinity."""
 
 
 @torch.no_grad()
@@ -26,19 +26,19 @@ def sample_images(
     seed: int = 0,
     progress: bool = False,
 ) -> torch.Tensor:
-    """Images 0 to num_images - 1 of `pipe`, uint8 (num_images, C, H, W) on the CPU.
+    """Sample images 0 to num_images - 1 of `pipe`, uint8 (num_images, C, H, W) on the CPU.
 
-    Every process must call it, and gets all of them. Image i starts from `torch.Generator().manual_seed(seed + i)`.
-    Batch k always holds images k * batch_size and on, and is sampled whole by one process, so that not even the
-    rounding depends on the number of processes.
+    Every process must call it, and gets all images. Image i starts from `torch.Generator().manual_seed(seed + i)`.
+    Batch k always starts with image k * batch_size and is sampled by a single process, so that not even rounding
+    depends on the number of processes.
 
     Args:
         pipe: A `PixelDiffusionPipeline`.
         num_images: At least 1.
-        num_inference_steps: Steps of the scheduler.
-        batch_size: Images sampled at a time. Part of what decides their last bits.
-        seed: Of the first image.
-        progress: Show a bar of the main process's batches.
+        num_inference_steps: Number of scheduler steps.
+        batch_size: Images sampled at a time; their last bits depend on it.
+        seed: Seed of the first image.
+        progress: Show a progress bar of the main process's batches.
 
     Raises:
         ValueError: If a number is below 1.
@@ -50,7 +50,7 @@ def sample_images(
     state = PartialState()
     batch_size = min(batch_size, num_images)
     rounds = math.ceil(num_images / (batch_size * state.num_processes))
-    batches = []  # as many in each process, the last ones beyond the images
+    batches = []  # equally many in each process; the last may exceed `num_images`
     for turn in tqdm(range(rounds), desc="Batches", disable=not (progress and state.is_main_process)):
         first = (turn * state.num_processes + state.process_index) * batch_size
         generators = [torch.Generator().manual_seed(seed + i) for i in range(first, first + batch_size)]
@@ -63,12 +63,12 @@ def sample_images(
         batches.append(((latents / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
     images = torch.stack(batches)  # (rounds, B, C, H, W)
     images = gather(images).unflatten(0, (state.num_processes, rounds)).transpose(0, 1)
-    # gloo's thread lets go of the tensors while this one waits; at the process's end they would block each other
+    # lets gloo's thread release the tensors while this one waits; at process exit the two would block each other
     state.wait_for_everyone()
     return images.reshape(-1, *images.shape[-3:])[:num_images].cpu()
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """uint8 (B, C, H, W) as PIL images, grey ones in mode "L"."""
+    """Convert uint8 (B, C, H, W) to PIL images, grey ones in mode "L"."""
     return [Image.fromarray(np.squeeze(image, -1) if image.shape[-1] == 1 else image)
             for image in images.permute(0, 2, 3, 1).numpy()]  # fmt: skip

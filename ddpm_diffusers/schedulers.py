@@ -35,9 +35,9 @@ REFUSED = {
     "ipndm": "IPNDMScheduler has a noise schedule of its own and cannot take the network's",
 }
 
-REHEARSAL_STEPS = 20  # every scheduler can take as many
+REHEARSAL_STEPS = 20  # every scheduler can take this many
 
-# their step raises on prediction_type "sample"
+# their step raises an error for prediction_type "sample"
 NO_SAMPLE_PREDICTION = ("pndm", "euler_ancestral", "dpmsolver_sde", "kdpm2", "kdpm2_ancestral")
 
 
@@ -46,14 +46,14 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
 
     Args:
         name: A key of `SCHEDULERS`.
-        scheduler: The scheduler to follow, such as `pipe.scheduler`. With the noise schedule go its timestep spacing
-            and clipping, defaults included; what is a solver's own does not.
+        scheduler: The scheduler to follow, such as `pipe.scheduler`. Along with the noise schedule, its timestep
+            spacing and clipping are carried over, defaults included; options of the solver itself are not.
         overrides: Arguments of the new class, such as `use_karras_sigmas=True`.
 
     Raises:
-        ValueError: On an unknown name, a scheduler that cannot serve the network (with the reason), or an override
-            that the class does not take.
-        ImportError: Where the scheduler needs a package that is not installed (`dpmsolver_sde`: torchsde).
+        ValueError: If the name is unknown, the scheduler cannot be used with the network (the message says why), or an
+            override is not an argument of the class or would change what the network was trained with.
+        ImportError: If the scheduler needs a package that is not installed (`dpmsolver_sde`: torchsde).
     """
     if name in REFUSED:
         raise ValueError(f"Scheduler {name!r} cannot be used: {REFUSED[name]}. Use one of {', '.join(SCHEDULERS)}.")
@@ -83,29 +83,29 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
             raise ValueError(f"{scheduler_class.__name__} cannot follow a schedule with `{key}=True`.")
     if name in NO_SAMPLE_PREDICTION and config["prediction_type"] == "sample":
         raise ValueError(f"{scheduler_class.__name__} knows no `prediction_type` 'sample'; use another scheduler.")
-    if name == "tcd":  # by default it knows the 50 steps of its distillation alone
+    if name == "tcd":  # by default it takes only the 50 steps of its distillation
         config["original_inference_steps"] = config["num_train_timesteps"]
     try:
         made = scheduler_class(**{**config, **overrides})
     except NotImplementedError as error:  # a beta_schedule that only some classes know
         raise ValueError(f"{scheduler_class.__name__} cannot follow this noise schedule: {error}.") from error
-    # what this class cannot use is kept for the one that it may be swapped for, as `from_config` does
+    # what this class cannot use is kept for a class that may replace it, as `from_config` does
     kept = {key: scheduler.config[key] for key in CARRIED_OVER if key in scheduler.config and key not in taken}
     made.register_to_config(**kept)
     return made
 
 
 def count_evaluations(scheduler: SchedulerMixin, num_inference_steps: int) -> int:
-    """How often the pipeline evaluates the network in so many steps: up to twice a step, and more for a warm-up.
+    """Number of network evaluations that the pipeline makes: up to two per step, and more for a warm-up.
 
     Raises:
         ValueError: If the scheduler cannot take that number of steps.
     """
-    return len(set_timesteps(copy.deepcopy(scheduler), num_inference_steps))  # the caller's keeps the timesteps it has
+    return len(set_timesteps(copy.deepcopy(scheduler), num_inference_steps))  # the caller's keeps its timesteps
 
 
 def rehearse(scheduler: SchedulerMixin, name: str) -> None:
-    """Raises ValueError if it cannot sample from a network that answers 0, as with an option's value that is wrong."""
+    """Raise a ValueError if the scheduler cannot sample with a network that outputs 0, e.g. due to a wrong option."""
     scheduler, sample = copy.deepcopy(scheduler), torch.zeros(1, 1, 8, 8)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -113,5 +113,5 @@ def rehearse(scheduler: SchedulerMixin, name: str) -> None:
             for t in scheduler.timesteps:
                 scheduler.scale_model_input(sample, t)
                 sample = scheduler.step(torch.zeros_like(sample), t, sample).prev_sample
-    except Exception as error:  # each class has its own way
+    except Exception as error:  # each class fails in its own way
         raise ValueError(f"Scheduler {name!r} cannot sample ({error}): change its options.") from error

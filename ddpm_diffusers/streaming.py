@@ -1,9 +1,9 @@
-"""Batches of a data set that fits neither memory nor disk: read in shards, decoded on the fly, resumed at any batch.
+"""Batches of a data set too large for memory and disk: read in shards, decoded on the fly, resumable at any batch.
 
 Each worker of each process reads a part of the data set, pass after pass, in blocks of `buffer_size` images. It hands
-out one block in random order while it decodes the next; a batch may hold the end of one and the start of another. So
-a position is the place in the stream where a block starts and a number of its images: to resume is to read that block
-again.
+out one block in random order while it decodes the next; a batch may contain the end of one block and the start of the
+next. A position is thus the place in the stream where a block starts, and how many of its images were used; resuming
+reads that block again.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, get_worker_info
 from .data import SYNTHETIC, as_batch, check_image_column, decode_image, decode_images, open_dataset
 from .worker_signals import LeaveSignalsToMain
 
-LISTED_SHARDS = 1024  # of a data set that is listed: each pass shuffles them
+LISTED_SHARDS = 1024  # of a data set that is not opened as a stream; each pass shuffles them
 ROWS = 64  # decoded at a time
-FETCHES = 16  # at a time, of images that are files on a server
-START = {"pass": 0, "block": 0, "stream": None, "used": 0}  # of a part; `stream` is where the block starts
+FETCHES = 16  # at a time, for images that are files on a server
+START = {"pass": 0, "block": 0, "stream": None, "used": 0}  # start of a part; `stream` is where the block starts
 
 
 def open_stream(
@@ -38,22 +38,22 @@ def open_stream(
     image_column: str = "image",
     cache_dir: str | None = None,
 ) -> IterableDataset:
-    """The encoded images of a data set, for `StreamedBatches`: none is read before it is iterated.
+    """Open the encoded images of a data set for `StreamedBatches`; none is read before iteration.
 
     Args:
-        dataset_name: A data set of the Hub, or a local folder (parquet, or `save_to_disk`'s Arrow).
-        dataset_config_name: Configuration of a data set that has several.
-        train_data_dir: A folder of images, in place of `dataset_name`. Their paths are listed first.
-        split: Which split to read.
-        image_column: The column that holds the images.
-        cache_dir: Of `datasets`, for that list.
+        dataset_name: A data set on the Hub, or a local folder (parquet, or Arrow from `save_to_disk`).
+        dataset_config_name: Configuration to use, if the data set has several.
+        train_data_dir: Folder of images, used instead of `dataset_name`. Their paths are listed first.
+        split: Split to read.
+        image_column: Column that holds the images.
+        cache_dir: Cache folder of `datasets`, for that list.
 
     Returns:
         A stream of that column alone, not decoded.
 
     Raises:
-        ValueError: On a data set, split or column that cannot serve; the message says what to do.
-        ConnectionError: Where the Hub cannot be reached.
+        ValueError: If the data set, split or column cannot be used; the message says what to do.
+        ConnectionError: If the Hub cannot be reached.
     """
     if dataset_name == SYNTHETIC and train_data_dir is None:
         raise ValueError(f"Data set {SYNTHETIC!r} is drawn, not read, and cannot be streamed: load it whole.")
@@ -61,33 +61,33 @@ def open_stream(
     if isinstance(stream, Dataset):
         stream = stream.to_iterable_dataset(num_shards=min(len(stream), LISTED_SHARDS))
     check_image_column(stream.features or {}, image_column)
-    # `cast_column` would leave on the decoding in threads that `datasets` sets up for image folders of the Hub
+    # `cast_column` would not turn off the threaded decoding that `datasets` sets up for image folders on the Hub
     stream = stream.decode(False).select_columns([image_column])
-    # local parquet files are read by row groups, in any order; on the Hub each of those would take requests of its own
+    # local parquet files are read by row group, in any order; on the Hub, each row group would need its own requests
     return stream.reshard() if Path(dataset_name).is_dir() else stream
 
 
 class StreamedBatches:
     """Endless batches of a stream, uint8 (B, C, H, W); batch i is a function of the arguments and i alone.
 
-    Each worker of each process has a part of the stream, drawn anew for each of its passes: some of the shards, or
-    where they are few every n-th image. It hands out each image of the part once, then starts its next pass, and waits
-    for no other. Iterating goes on after the last batch that was handed out.
+    Each worker of each process has a part of the stream, drawn anew for each of its passes: some of the shards or, if
+    they are few, every n-th image. It hands out each image of its part once, then starts its next pass without waiting
+    for other workers. Iterating continues after the last batch that was handed out.
 
     Args:
-        stream: From `open_stream`.
+        stream: Stream from `open_stream`.
         shape: (C, H, W) to decode to: C is 1 (grey) or 3 (RGB), H and W are equal.
-        batch_size: Images a batch.
-        buffer_size: Images a block, which are shuffled with each other. A worker holds two blocks, decoded.
-        seed: Of the order.
-        rank, world_size: This process, and how many there are.
-        num_workers: Worker processes of this process; with 0 it decodes by itself, as one worker would.
-        center_crop: Cut each image to its central square first. Without it all images must be square and of one size.
-        state: What `state_dict` gave, to go on from.
+        batch_size: Images per batch.
+        buffer_size: Images per block, which are shuffled together. A worker holds two decoded blocks.
+        seed: Seed of the order.
+        rank, world_size: Index of this process, and number of processes.
+        num_workers: Worker processes of this process; with 0, it decodes by itself, as one worker would.
+        center_crop: Crop each image to its central square first. Without it, all must be square and of one size.
+        state: What `state_dict` returned, to continue from.
 
     Raises:
-        ValueError: On arguments, an empty data set or a first image that cannot serve, and on a state of other
-            arguments. While iterating, on an image that cannot serve, and on a part without images.
+        ValueError: If an argument or the first image cannot be used, the data set is empty, or the state belongs to
+            other arguments; while iterating, if an image cannot be used or a part has no images.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class StreamedBatches:
         self.size = None if center_crop else first.size
 
     def state_dict(self) -> dict:
-        """The position after the last batch that was handed out, for `state`; it can be written as JSON."""
+        """The position after the last batch that was handed out, to pass as `state`; JSON-serializable."""
         return {"settings": self.settings, "batches": self.batches, "positions": list(self.positions)}
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -153,12 +153,12 @@ class StreamedBatches:
         )
         iterator = iter(loader)
         try:
-            for images, position in iterator:  # of the workers in turn
+            for images, position in iterator:  # from the workers in turn
                 self.positions[self.batches % self.num_parts] = position
                 self.batches += 1
                 yield images
         except Exception as error:
-            if self.num_workers:  # frames of torch would keep them until a garbage collection, which waits for them
+            if self.num_workers:  # torch's frames would keep workers until a garbage collection, which waits for them
                 error.__traceback__ = None
             raise error
         finally:
@@ -167,7 +167,7 @@ class StreamedBatches:
 
 
 class Parts(torch.utils.data.IterableDataset):
-    """What the workers iterate, each its part: batches, and the position after each."""
+    """What each worker iterates over: the batches of its part, and the position after each."""
 
     def __init__(self, run: StreamedBatches):
         self.run = run
@@ -175,14 +175,14 @@ class Parts(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, dict]]:
         run, worker = self.run, get_worker_info()
         if worker is not None:
-            fsspec.asyn.reset_lock()  # it may have been held when this process was forked
+            fsspec.asyn.reset_lock()  # the lock may have been held when this process was forked
         # worker 0 is asked first, so a resumed run gives it the part whose turn it is
         own = (run.batches + (worker.id if worker else 0)) % run.num_parts
         part, num_parts = run.rank * run.num_parts + own, run.world_size * run.num_parts
         batch, filled = np.empty((run.batch_size, *run.shape), np.uint8), 0
         block, order, used, position = None, (), 0, None
         for following, start, full in self.blocks(part, num_parts, run.positions[own]):
-            ready = len(order) if full else min(len(following), len(order))  # as many as are decoded meanwhile
+            ready = len(order) if full else min(len(following), len(order))  # as many as were decoded meanwhile
             while used < ready:
                 taken = order[used:ready][: run.batch_size - filled]
                 batch[filled : filled + len(taken)] = block[taken]
@@ -196,16 +196,16 @@ class Parts(torch.utils.data.IterableDataset):
                 order = np.random.default_rng(seed).permutation(len(block))
 
     def blocks(self, part: int, num_parts: int, start: dict) -> Iterator[tuple[np.ndarray, dict, bool]]:
-        """Every block, some images at a time: those decoded, where it starts, and whether that is all of it."""
+        """Yield every block as it is decoded: its images so far, where it starts, and whether it is complete."""
         run = self.run
         (channels, resolution, _), (column,) = run.shape, run.stream.column_names
         rows = None
         while True:
             if rows is None:
-                # made anew for each pass, as `datasets` shares the epoch of a stream among the processes
+                # made anew for each pass, as `datasets` shares a stream's epoch among processes
                 strategy = "shards" if run.stream.num_shards >= 4 * num_parts else "auto"
                 stream = split_dataset_by_node(run.stream, part, num_parts, strategy)
-                # shuffles the shards, before they are split: in all processes alike
+                # shuffles the shards before they are split, in the same way in all processes
                 stream.set_epoch(int(np.random.default_rng((run.seed, start["pass"])).integers(1, 2**31)))
                 if start["stream"] is not None:
                     stream.load_state_dict(start["stream"])
@@ -237,7 +237,7 @@ class Parts(torch.utils.data.IterableDataset):
 
 
 def with_content(table: pa.Table) -> pa.Table:
-    """The one column of images, with the bytes of those that are files of the Hub or of another server."""
+    """The one-column table of images, with those that are files on the Hub or another server fetched as bytes."""
     images = table.column(0).combine_chunks()
     if not any("://" in (path or "") for path in images.field("path").to_pylist()):
         return table

@@ -1,10 +1,10 @@
-"""Ten kinds of garment drawn by formula: a data set in the manner of Fashion-MNIST that needs no download.
+"""Ten kinds of garment drawn by formula: a data set in the style of Fashion-MNIST that needs no download.
 
 Every picture is a pure function of (seed, index). The random numbers come from a counter-based integer hash, and the
 drawing uses only operations that IEEE 754 rounds exactly (+, -, *, /, sqrt, floor, min, max; no sin or exp), so the
-same bits come out whatever the batch, the order or the platform.
+result is bit-identical for any batch, order and platform.
 
-Garments are signed distances over a square of [-1, 1] x [-1, 1], x to the right and y down: negative inside.
+Garments are signed distances, negative inside, over the square [-1, 1] x [-1, 1], with x to the right and y down.
 """
 
 import numpy as np
@@ -22,8 +22,8 @@ CLASS_NAMES = (
     "Ankle boot",
 )
 
-_DRAWS = 32  # random numbers kept ready for each picture: its garment takes them in turn, the tint has the last 3
-_CHUNK_PIXELS = 1 << 16  # pixels drawn at a time: the work arrays then stay in the processor's cache
+_DRAWS = 32  # random numbers for each picture: its garment takes them in turn, the tint uses the last 3
+_CHUNK_PIXELS = 1 << 16  # pixels drawn at a time, so that the work arrays stay in the CPU cache
 
 
 def draw_garments(indices, seed=0, resolution=28, channels=1):
@@ -31,17 +31,17 @@ def draw_garments(indices, seed=0, resolution=28, channels=1):
 
     Args:
         indices: integers >= 0, array-like of shape (N,); N may be 0. The class of index i is i % 10.
-        seed: an int from 0 to 2**64 - 1; each seed is another endless data set.
-        resolution: side in pixels, or (height, width), each at least 8. A picture that is not square holds the
-            garment in its middle.
-        channels: 1 for grey, 3 for RGB with a tint of each garment's own.
+        seed: an int from 0 to 2**64 - 1; each seed gives another endless data set.
+        resolution: side in pixels, or (height, width), each at least 8. In a picture that is not square, the
+            garment is in the middle.
+        channels: 1 for grey, 3 for RGB, with each garment in its own tint.
 
     Returns:
         images, uint8 of shape (N, channels, height, width) on a black background, and labels, int64 of shape (N,),
         which index `CLASS_NAMES`.
 
     Raises:
-        ValueError: an argument is not as above; the message names the value, the rule and what to pass.
+        ValueError: if an argument is not as above; the message names the value, the rule and what to pass.
     """
     indices, seed = _check_indices(indices), _check_seed(seed)
     height, width = _check_resolution(resolution)
@@ -77,7 +77,7 @@ def _check_indices(indices):
 
 
 def _as_int(value):
-    """The value as an int, or -1, which every rule here refuses, where it is not an integer."""
+    """The value as an int, or -1, which every check here refuses, if it is not an integer."""
     return int(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else -1
 
 
@@ -99,7 +99,7 @@ def _check_resolution(resolution):
 
 
 def _mix(word):
-    """SplitMix64's finaliser: uint64 array to uint64 array, each bit of the input stirring all of the output."""
+    """SplitMix64's finaliser: uint64 array to uint64 array, each bit of the input affecting all of the output."""
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return word ^ (word >> np.uint64(31))
@@ -133,7 +133,7 @@ class _Sketch:
         return low + (high - low) * self._uniforms[:, self._used - 1, None, None]
 
     def chance(self, share):
-        """1.0 in the given share of the pictures, 0.0 in the others."""
+        """1.0 in a random `share` of the pictures, 0.0 in the others."""
         return (self.draw(0, 1) < share).astype(np.float32)
 
     def cover(self, distance):
@@ -141,15 +141,15 @@ class _Sketch:
         return np.clip(0.5 - distance / self.pixel, 0, 1)
 
     def paint(self, tone, distance, value, strength=1.0):
-        """Tone with a shape laid over it whose own tone is value."""
+        """`tone` with a shape of tone `value` painted over it."""
         return tone + (value - tone) * (self.cover(distance) * strength)
 
     def develop(self, distance, tone, channels):
-        """Light, cloth and tint over a finished drawing: uint8 of shape (N, channels, H, W)."""
+        """Apply light, cloth and tint to a finished drawing: uint8 of shape (N, channels, H, W)."""
         x, y = self.x, self.y
         light = self.draw(0.55, 0.92) * (1 + self.draw(-0.12, 0.12) * x + self.draw(-0.1, 0.1) * y)
         folds = self.draw(0.0, 0.07) * _wave(x * self.draw(0.8, 1.8) + y * self.draw(-0.7, 0.7) + self.draw(0, 1))
-        # Half of the cloth is plain; the rest has stripes across, stripes down, or both: checks.
+        # Half of the garments are plain; the rest have stripes across, stripes down, or both (checks).
         weave, contrast, pitch = self.draw(0, 1), self.draw(0.05, 0.13), self.draw(1.6, 3.0)
         across, down = contrast * ((weave > 0.5) & (weave < 0.84)), contrast * (weave > 0.74)
         cloth = across * _wave(y * pitch + self.draw(0, 1)) + down * _wave(x * pitch)
@@ -167,12 +167,12 @@ def _wave(phase):
 
 
 def _ramp(at, start, low, end, high):
-    """low up to start, high from end on, and a straight line between."""
+    """low up to start, high from end on, and a straight line in between."""
     return low + (high - low) * np.clip((at - start) / (end - start), 0, 1)
 
 
 def _curve(at, start, low, end, high):
-    """`_ramp` with a smooth S in place of the straight line."""
+    """`_ramp` with a smooth S-curve instead of the straight line."""
     part = np.clip((at - start) / (end - start), 0, 1)
     return low + (high - low) * (part * part * (3 - 2 * part))
 
@@ -185,7 +185,7 @@ def _box(x, y, cx, cy, half_width, half_height, corner=0.0):
 
 
 def _ellipse(x, y, cx, cy, rx, ry):
-    """Distance to an ellipse, true to first order at its edge."""
+    """Distance to an ellipse, accurate to first order at its edge."""
     px, py = (x - cx) / rx, (y - cy) / ry
     size = np.sqrt(px * px + py * py)
     slope = np.sqrt(np.square(px / rx) + np.square(py / ry))
@@ -193,7 +193,7 @@ def _ellipse(x, y, cx, cy, rx, ry):
 
 
 def _limb(x, y, x0, y0, x1, y1, r0, r1, flat=False):
-    """Distance to a bar from (x0, y0) to (x1, y1), half as wide as r0 to r1, its far end round or cut flat."""
+    """Distance to a bar from (x0, y0) to (x1, y1), its half-width going from r0 to r1, its far end round or flat."""
     dx, dy = x1 - x0, y1 - y0
     square = dx * dx + dy * dy
     along = ((x - x0) * dx + (y - y0) * dy) / square
@@ -222,7 +222,7 @@ def _tshirt(s):
     shape, tone, _ = _top(s, body, s.draw(-0.04, 0.05), s.draw(0.82, 0.94), neck, reach, drop, wide, wide - 0.02)
     collar = _ellipse(s.x, s.y, 0, -0.97, neck, s.draw(0.14, 0.3))
     tone = s.paint(tone, collar - 0.07, 0.82)
-    # A print on the chest of some, lighter or darker than the cloth.
+    # Some have a print on the chest, lighter or darker than the cloth.
     patch = _box(s.x, s.y, 0, s.draw(-0.25, 0.05), s.draw(0.15, 0.32), s.draw(0.1, 0.28), 0.08)
     tone = s.paint(tone, patch, 0.45 + 0.8 * s.chance(0.5), s.chance(0.35) * 0.8)
     return np.maximum(shape, -collar), tone
@@ -261,7 +261,7 @@ def _dress(s):
     shape = np.maximum(np.maximum(ax - width, armhole) * 0.93, np.abs(y) - s.draw(0.91, 0.95))
     collar = _ellipse(x, y, 0, -0.97, bust * s.draw(0.3, 0.45), s.draw(0.2, 0.4))
     shape = np.maximum(shape, -collar)
-    # Short sleeves on some: shrunk to nothing on the others.
+    # Some have short sleeves; on the others, they are shrunk to nothing.
     sleeve = _limb(ax, y, bust - 0.12, -0.8, bust + 0.2, -0.5, 0.11, 0.1, flat=True)
     shape = np.minimum(shape, sleeve + 1 - s.chance(0.3))
     belt = np.abs(y - waist_y) - 0.05
@@ -365,7 +365,7 @@ def _ankle_boot(s):
     heel = _limb(x, y, back - 0.2, 0.8 - lift, back - 0.16, 0.92, 0.2, s.draw(0.1, 0.18), flat=True)
     tone = s.paint(1.0, bed - 0.1 - y, 0.55)
     tone = s.paint(tone, np.abs(y - shaft - 0.14) - 0.025, 0.65)
-    # Elastic at the side on some, a strap round the ankle on others.
+    # Some have elastic at the side, some others a strap round the ankle.
     gore = s.chance(0.4)
     tone = s.paint(tone, _box(x, y, (front + back) * 0.5 + 0.06, shaft + 0.4, 0.14, 0.32, 0.08), 0.5, gore)
     strap = np.abs(y - 0.12 - x * 0.2) - 0.06

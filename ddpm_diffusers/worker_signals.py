@@ -1,4 +1,4 @@
-"""Loader workers that outlive a signal to the whole process group, until the main process has finished its step."""
+"""Loader workers that survive a signal to the whole process group until the main process has finished its step."""
 
 import atexit
 import os
@@ -7,11 +7,11 @@ from multiprocessing.sharedctypes import RawValue
 
 
 class LeaveSignalsToMain:
-    """`worker_init_fn` of a DataLoader: SIGTERM and Ctrl-C are for the main process alone, until `finish()`."""
+    """`worker_init_fn` of a DataLoader: workers ignore Ctrl-C, and SIGTERM until the main process calls `finish()`."""
 
     def __init__(self):
-        self.done = RawValue("b", False)  # in memory that the workers share
-        atexit.register(self.finish)  # runs before `multiprocessing` terminates the workers, and waits for them
+        self.done = RawValue("b", False)  # in memory shared with the workers
+        atexit.register(self.finish)  # runs before `multiprocessing` terminates and joins the workers
 
     def finish(self) -> None:
         self.done.value = True

@@ -1,4 +1,4 @@
-"""How near generated images are to a data set: features, distances, spectra, and the protocol that joins them."""
+"""How close generated images are to a data set: features, distances, spectra, and the protocol that combines them."""
 
 try:
     import torchmetrics  # noqa: F401 (said here once, for all that need it)

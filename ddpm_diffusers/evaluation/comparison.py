@@ -1,10 +1,10 @@
-"""Schedulers compared on one trained network, at equal numbers of its evaluations and from the same starting noise.
+"""Compare schedulers on one trained network, at equal numbers of its evaluations and from the same starting noise.
 
     records = compare_schedulers(pipe, ["ddim", ("dpmsolver++", {"use_karras_sigmas": True})], reference)
     yardstick = compare_schedulers(pipe, ["ddpm"], reference, evaluations=(1000,))[0]
     few_steps = best_settings(records, yardstick)
 
-The number of evaluations is what sampling costs; a second-order scheduler makes two of them a step.
+The number of evaluations is the cost of sampling; a second-order scheduler makes up to two of them per step.
 """
 
 import json
@@ -29,7 +29,7 @@ EVALUATIONS = (5, 10, 15, 20, 50, 100)
 
 @dataclass(frozen=True)
 class Setting:
-    """A scheduler, its options and its steps: what is measured at a time."""
+    """What is measured at a time: a scheduler, its options and its steps."""
 
     name: str
     options: dict
@@ -55,21 +55,21 @@ def compare_schedulers(
     """Evaluate `pipe` with each scheduler at each number of network evaluations; every process must call it.
 
     Args:
-        pipe: A `PixelDiffusionPipeline`; it has its scheduler back at the end.
-        schedulers: Keys of `SCHEDULERS`, such pairs as `("ddim", {"clip_sample": False})`, or schedulers. All follow
-            the noise schedule, spacing and clipping of the pipeline's, but for what the options say.
-        reference: The data set to judge by; without one there are samples and times alone.
-        evaluations: Each scheduler takes the most steps that need no more of them.
-        num_images, seeds, batch_size: As of `evaluate_pipeline`.
-        progress: Show a bar of the evaluations.
+        pipe: A `PixelDiffusionPipeline`; its scheduler is restored at the end.
+        schedulers: Keys of `SCHEDULERS`, pairs such as `("ddim", {"clip_sample": False})`, or schedulers. All follow
+            the noise schedule, spacing and clipping of the pipeline's, except where their options differ.
+        reference: The data set to compare with; without one, only samples and times are recorded.
+        evaluations: Numbers of network evaluations; for each, a scheduler takes the most steps that need no more.
+        num_images, seeds, batch_size: As in `evaluate_pipeline`.
+        progress: Show a progress bar of the evaluations.
 
     Returns:
-        In the main process the records of `evaluate_pipeline`, each with "name" and "options", by scheduler and
-        evaluations; in the others an empty list. What a scheduler cannot do is left out, and logged with the reason.
+        In the main process, the records of `evaluate_pipeline`, each with "name" and "options", by scheduler and
+        evaluations; in others, an empty list. What a scheduler cannot do is left out and logged with the reason.
 
     Raises:
-        ValueError: On a name, an option or a number that cannot serve, before any sampling.
-        ImportError: Where a scheduler needs a package that is not installed.
+        ValueError: If a name, an option or a number cannot be used, before any sampling.
+        ImportError: If a scheduler needs a package that is not installed.
     """
     settings, left_out = plan(pipe.scheduler, schedulers, evaluations)
     check_run(pipe, reference, num_images, seeds, batch_size)
@@ -89,14 +89,14 @@ def plan(
     schedulers: Iterable[str | tuple[str, dict] | SchedulerMixin],
     evaluations: Sequence[int],
 ) -> tuple[list[Setting], list[dict]]:
-    """What to measure, and as records with "left_out", the reason, what a scheduler cannot do.
+    """The settings to measure, and records of what a scheduler cannot do, with the reason as "left_out".
 
     Args:
-        scheduler: The one to follow, that of the pipeline.
-        schedulers, evaluations: As of `compare_schedulers`.
+        scheduler: The scheduler to follow, that of the pipeline.
+        schedulers, evaluations: As in `compare_schedulers`.
 
     Raises:
-        ValueError, ImportError: As `compare_schedulers`.
+        ValueError, ImportError: As in `compare_schedulers`.
     """
     if not evaluations or min(evaluations) < 1:
         raise ValueError(f"`evaluations` is {list(evaluations)}; it must hold numbers from 1.")
@@ -120,7 +120,7 @@ def plan(
 
 
 def name_and_options(entry: str | tuple[str, dict] | SchedulerMixin, scheduler: SchedulerMixin) -> tuple[str, dict]:
-    """Of a scheduler: its key in `SCHEDULERS`, and the arguments that are not as `make_scheduler` would make them."""
+    """The key in `SCHEDULERS` and the options; a scheduler's options are where it differs from `make_scheduler`'s."""
     if isinstance(entry, str):
         return entry, {}
     if not isinstance(entry, SchedulerMixin):
@@ -135,10 +135,10 @@ def name_and_options(entry: str | tuple[str, dict] | SchedulerMixin, scheduler: 
 
 
 def most_steps(scheduler: SchedulerMixin, evaluations: int) -> int:
-    """The largest `num_inference_steps` of no more evaluations.
+    """The largest `num_inference_steps` that needs no more than `evaluations`.
 
     Raises:
-        ValueError: If the scheduler takes no number of steps that has so few.
+        ValueError: If every number of steps that the scheduler can take needs more.
     """
     steps = min(evaluations, scheduler.config.num_train_timesteps)
     while steps >= 1:
@@ -148,18 +148,18 @@ def most_steps(scheduler: SchedulerMixin, evaluations: int) -> int:
             break
         if excess <= 0:
             return steps
-        steps -= -(-excess // 2)  # a step has at most two
+        steps -= -(-excess // 2)  # a step needs at most two
     raise ValueError(f"{type(scheduler).__name__} needs more than {evaluations} evaluations, however few its steps.")
 
 
 @torch.no_grad()
 def warm_up(pipe, batch_size: int) -> None:
-    """One evaluation, so that the first measurement's time is without the loading of kernels."""
+    """Evaluate the network once, so that the time of the first measurement does not include loading kernels."""
     pipe.unet(torch.zeros(batch_size, *image_shape(pipe), dtype=pipe.unet.dtype, device=pipe.device), 0)
 
 
 def with_progress(settings: Sequence[Setting], progress: bool = True) -> Iterable[Setting]:
-    """The settings one by one, under a bar of their evaluations in the main process."""
+    """Yield the settings one by one, with a progress bar of their evaluations in the main process."""
     total = sum(setting.evaluations for setting in settings)
     disable = not (progress and PartialState().is_main_process)
     with tqdm(total=total, unit=" evaluations", disable=disable) as bar:
@@ -180,7 +180,7 @@ def measure(
 ) -> dict | None:
     """The record of one setting, in the main process; every process must call it, after `check_run`.
 
-    If the samples are not finite, it holds "left_out", the reason, in place of figures.
+    If the samples are not finite, it holds the reason as "left_out" instead of figures.
     """
     own = pipe.scheduler
     record = {"name": setting.name, "options": setting.options}
@@ -200,18 +200,18 @@ def measure(
 def best_settings(
     records: Sequence[dict], yardstick: dict | None = None, *, within: float = 0.1, at_most: int = 15
 ) -> dict[str, dict | None]:
-    """The settings to sample with where there is little time.
+    """The best settings for fast sampling.
 
     Args:
-        records: As of `compare_schedulers` with a reference.
-        yardstick: A record of many evaluations.
-        within: How much larger than the yardstick's a distance may be, as a share of it.
-        at_most: Evaluations.
+        records: As returned by `compare_schedulers` with a reference.
+        yardstick: A record with many evaluations, to compare with.
+        within: How much larger than the yardstick's a distance may be, as a fraction of it.
+        at_most: Largest number of evaluations for "best".
 
     Returns:
-        "fewest", the record of the fewest evaluations whose distance is within that share of the yardstick's (the
-        nearest of several), and "best", the one of the smallest distance at `at_most` evaluations or fewer. None where
-        there is none.
+        "fewest", the record with the fewest evaluations whose distance is within that fraction of the yardstick's
+        (with the smallest distance, if several), and "best", the one with the smallest distance at `at_most`
+        evaluations or fewer. None if there is none.
     """
     near = [record for record in records if yardstick and distance(record) <= (1 + within) * distance(yardstick)]
     cheap = [record for record in records if record["evaluations"] <= at_most]
@@ -227,7 +227,7 @@ def distance(record: dict) -> float:
 
 
 def label(name: str, options: dict) -> str:
-    """Such as `dpmsolver++:use_karras_sigmas=true,timestep_spacing=linspace`."""
+    """A label such as `dpmsolver++:use_karras_sigmas=true,timestep_spacing=linspace`."""
     items = sorted(options.items())
     texts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in items]
     return f"{name}:{','.join(texts)}" if texts else name

@@ -1,11 +1,11 @@
-"""Known damage to real images: what the figures must tell apart."""
+"""Known kinds of damage to real images, which the figures must tell apart."""
 
 import torch
 import torch.nn.functional as F
 
 
 def blur(images: torch.Tensor, amount: float) -> torch.Tensor:
-    """uint8 (N, C, H, W), `amount` in [0, 1] of the way to the images smoothed by (1, 2, 1) / 4 in both directions."""
+    """Blend uint8 (N, C, H, W), by `amount` in [0, 1], with a copy smoothed by (1, 2, 1) / 4 in both directions."""
     kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
     x = images.float()  # (N, C, H, W)
     smooth = F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
@@ -14,14 +14,14 @@ def blur(images: torch.Tensor, amount: float) -> torch.Tensor:
 
 
 def checker(images: torch.Tensor, amount: float) -> torch.Tensor:
-    """uint8 (N, C, H, W), even pixels brighter and odd ones darker by `amount` of the range."""
+    """Make even pixels of uint8 (N, C, H, W) brighter and odd ones darker, by `amount` times the range."""
     rows, columns = torch.arange(images.shape[2])[:, None], torch.arange(images.shape[3])
     signs = 1.0 - 2 * ((rows + columns) % 2)  # (H, W)
     return to_uint8(images.float() + 255 * amount * signs)
 
 
 def noise(images: torch.Tensor, amount: float) -> torch.Tensor:
-    """uint8 (N, C, H, W), with Gaussian noise of standard deviation `amount` of the range."""
+    """Add Gaussian noise with a standard deviation of `amount` times the range to uint8 (N, C, H, W)."""
     draws = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return to_uint8(images.float() + 255 * amount * draws)
 

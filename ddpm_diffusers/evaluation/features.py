@@ -1,8 +1,8 @@
-"""Images to the features of a frozen network, in which generated images are compared with real ones.
+"""Features of images from a frozen network, in which generated images are compared with real ones.
 
-The network that comes with the package is a classifier of Fashion-MNIST, made by
-`train_scripts/train_feature_extractor.py`. Figures in different features cannot be compared: name the extractor and
-its digest beside each.
+The network that comes with the package is a Fashion-MNIST classifier, trained by
+`train_scripts/train_feature_extractor.py`. Figures from different extractors cannot be compared: name the extractor
+and its digest with each.
 """
 
 import io
@@ -37,13 +37,13 @@ CHOICES = (
 
 
 class FeatureExtractor(torch.nn.Module):
-    """A frozen network, always in evaluation mode; what `load_feature_extractor` returns.
+    """A frozen network, always in evaluation mode, as returned by `load_feature_extractor`.
 
     Attributes:
-        name: Of the extractor, or of its folder or repository, without what stands before it.
+        name: Name of the extractor, or of its folder or repository, without the path or owner before it.
         digest: The first 12 hexadecimal digits of the SHA-256 of its weights file.
-        num_channels: 1 (grey) or 3 (RGB), of the images that the network was made for.
-        num_features: Features an image.
+        num_channels: Channels of the images that the network was made for: 1 (grey) or 3 (RGB).
+        num_features: Features per image.
     """
 
     def __init__(self, network: torch.nn.Module, name: str, weights_file: Path, num_channels: int):
@@ -58,11 +58,11 @@ class FeatureExtractor(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W) of any H and W to float32 (B, num_features); grey images may go into an RGB network.
+        """Map uint8 (B, C, H, W), of any H and W, to float32 (B, num_features); an RGB network also takes grey images.
 
         Raises:
-            TypeError: If the images are not uint8 tensors.
-            ValueError: If they are not (B, C, H, W), or RGB where the network is for grey ones.
+            TypeError: If the images are not a uint8 tensor.
+            ValueError: If they are not (B, C, H, W), or are RGB and the network is for grey images.
         """
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
             kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
@@ -81,13 +81,13 @@ class FeatureExtractor(torch.nn.Module):
 
 
 class PooledFeatures(torch.nn.Module):
-    """The `pooler_output` of a model of transformers, for uint8 images."""
+    """The `pooler_output` of a transformers model, for uint8 images."""
 
     def __init__(self, model: torch.nn.Module, image_size, mean, std):
         super().__init__()
         self.model, self.image_size, self.mean, self.std = model, image_size, mean, std
 
-    def extra_repr(self) -> str:  # by which cached features tell how the images went in
+    def extra_repr(self) -> str:  # in the key of cached features, so that it covers the preprocessing
         return f"image_size={self.image_size}, mean={self.mean}, std={self.std}"
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -95,9 +95,9 @@ class PooledFeatures(torch.nn.Module):
 
 
 def to_input(images: torch.Tensor, image_size, mean=0.5, std=0.5) -> torch.Tensor:
-    """uint8 (B, C, H, W) to float32 of `image_size`, one number or two, by antialiased bilinear interpolation.
+    """Resize uint8 (B, C, H, W) to float32 of `image_size`, one number or two (bilinear, antialiased).
 
-    Values are in [-1, 1] where mean and std, of all channels or of each, are as by default.
+    With the default mean and std (numbers, or one per channel), values are in [-1, 1].
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     mean, std = (torch.tensor(value, device=images.device).reshape(-1, 1, 1) for value in (mean, std))
@@ -106,21 +106,21 @@ def to_input(images: torch.Tensor, image_size, mean=0.5, std=0.5) -> torch.Tenso
 
 
 def load_feature_extractor(name_or_path: str = FASHION_MNIST) -> FeatureExtractor:
-    """The extractor of a name, on the CPU.
+    """Load a feature extractor, on the CPU.
 
     Args:
-        name_or_path: `"fashion-mnist-classifier"`; a local folder or a Hub id of an image model of transformers, whose
-            `pooler_output` are the features; or `"inception"`, torchmetrics' Inception v3 with torch-fidelity's
-            weights, which are downloaded once, or `"inception:PATH"` where they are in a file.
+        name_or_path: `"fashion-mnist-classifier"`; a local folder or a Hub id of a transformers image model, whose
+            `pooler_output` gives the features; or `"inception"`, torchmetrics' Inception v3 with torch-fidelity's
+            weights, which are downloaded once, or `"inception:PATH"` if they are in a file.
 
-    Of a model of transformers, config.json and model.safetensors are read, never code. Images are resized to its
-    `config.image_size`, or to 224x224 where it has none, and scaled to [-1, 1], or by the mean and standard deviation
-    of its preprocessor_config.json where there is one.
+    Of a transformers model, only configs and model.safetensors are read, never code. Images are resized to its
+    `config.image_size`, or to 224x224 if it has none, and scaled to [-1, 1], or by the mean and standard deviation in
+    its preprocessor_config.json if there is one.
 
     Raises:
-        ValueError: On a name that is unknown, and on a model that cannot serve; the message says what can be given.
-        ImportError: On Inception, where torchmetrics or torch-fidelity is not installed.
-        ConnectionError: Where what must be downloaded cannot be.
+        ValueError: If the name is unknown or the model cannot be used; the message says what can be given.
+        ImportError: For Inception, if torchmetrics or torch-fidelity is not installed.
+        ConnectionError: If a necessary download fails.
     """
     if name_or_path.partition(":")[0] == INCEPTION:
         return load_inception(name_or_path.partition(":")[2])
@@ -167,7 +167,7 @@ def load_feature_extractor(name_or_path: str = FASHION_MNIST) -> FeatureExtracto
 
 @contextmanager
 def quiet():
-    """Without the report of transformers that the classifier's last layer is not used."""
+    """Suppress the report of transformers that the classifier's last layer is not used."""
     verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -180,7 +180,7 @@ def quiet():
 
 
 def find_folder(name_or_path: str) -> Path:
-    """A local folder, or that of the files of a Hub id, which are downloaded where they are not in its cache."""
+    """A local folder, or the cache folder of a Hub id, whose files are downloaded if they are not there."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     unknown = f"There is no feature extractor {name_or_path!r}: give {CHOICES}."
@@ -198,7 +198,7 @@ def find_folder(name_or_path: str) -> Path:
 
 
 def load_inception(path: str) -> FeatureExtractor:
-    """Inception v3 as Frechet distances mostly use it: 2048 features, and a resizing of its own to 299x299."""
+    """Inception v3 as Frechet distances mostly use it: 2048 features, with its own resizing to 299x299."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
         from torchmetrics.image.fid import NoTrainInceptionV3
@@ -211,17 +211,17 @@ def load_inception(path: str) -> FeatureExtractor:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, file, hash_prefix=file.stem.rpartition("-")[2])
-        except (OSError, RuntimeError) as error:  # not there, or not of the hash in its name
+        except (OSError, RuntimeError) as error:  # unreachable, or not matching the hash in its name
             raise ConnectionError(
                 f"{URL_INCEPTION_V3} cannot be downloaded ({error}): get it where you can, and give 'inception:PATH'."
             ) from error
-    # torch-fidelity unpickles whatever it is given: it gets a copy that has tensors alone
+    # torch-fidelity unpickles whatever it is given, so it gets a copy that holds only tensors
     plain = io.BytesIO()
     try:
         torch.save(torch.load(file, weights_only=True), plain)
         plain.seek(0)
         network = NoTrainInceptionV3(INCEPTION, ["2048"], feature_extractor_weights_path=plain)
-    except Exception as error:  # torch raises many kinds, and advises to unpickle
+    except Exception as error:  # torch raises many types, and advises unpickling
         raise ValueError(
             f"{file} cannot be read as torch-fidelity's Inception weights ({type(error).__name__}): give the file that"
             f" is at {URL_INCEPTION_V3}."
@@ -232,19 +232,19 @@ def load_inception(path: str) -> FeatureExtractor:
 def extract_features(
     extractor: FeatureExtractor, images: torch.Tensor, batch_size: int = 500, device: str | torch.device | None = None
 ) -> torch.Tensor:
-    """The features of many images, in float32 whatever autocast says.
+    """The features of many images, in float32 even under autocast.
 
     Args:
-        extractor: As `load_feature_extractor` returns it; it is moved to `device`.
+        extractor: As returned by `load_feature_extractor`; it is moved to `device`.
         images: uint8 (N, C, H, W), N at least 1, of any H and W.
-        batch_size: Images at a time; the features depend on it by no more than rounding.
-        device: Where to compute; where the extractor is by default.
+        batch_size: Images at a time; the features depend on it only by rounding.
+        device: Device to compute on; by default, that of the extractor.
 
     Returns:
         float32 (N, num_features), on the CPU.
 
     Raises:
-        TypeError, ValueError: On images that the extractor refuses, and on a batch size below 1.
+        TypeError, ValueError: If the extractor refuses the images, or the batch size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")

@@ -1,4 +1,4 @@
-"""Distances between two sets of features, (N, D) each: what of them is in torchmetrics is torchmetrics'."""
+"""Distances between two sets of features, (N, D) each, from torchmetrics where it has them."""
 
 import warnings
 
@@ -11,7 +11,7 @@ ROWS_AT_A_TIME = 1000  # of a matrix of distances
 
 
 class Features(torch.nn.Identity):
-    """Stands where torchmetrics has a network from images to features: it is given features."""
+    """Stands in for the network by which torchmetrics extracts features, since features are given."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -19,66 +19,66 @@ class Features(torch.nn.Identity):
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """|mean - mean'|^2 + tr(C + C' - 2 (C C')^1/2) of the Gaussians of the same means and covariances, at least 0.
+    """|mean - mean'|^2 + tr(C + C' - 2 (C C')^1/2) of Gaussians with the sets' means and covariances, at least 0.
 
-    On Inception's features it is the FID (arXiv:1706.08500, eq. 6). Of few images it is too large, the more so the
-    more features there are; the excess falls as 1/N. Compare only what was measured with the same numbers of images.
+    On Inception's features, it is the FID (arXiv:1706.08500, eq. 6). With few images it is too large, the more so the
+    more features there are; the excess falls as 1/N. Compare only values measured with the same numbers of images.
 
     Args:
-        real, generated: (N, D), N of each larger than D, else the covariance is singular.
+        real, generated: (N, D), with N larger than D in both, else the covariance is singular.
 
     Raises:
-        ValueError: On fewer images than features, another D, or values that are not finite.
+        ValueError: If there are not more images than features, D differs, or a value is not finite.
     """
     check_features(real, generated)
     # these are all the features: other processes have none to add
     metric = FrechetInceptionDistance(feature=Features(real.shape[1]), sync_on_compute=False)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
-    return max(0.0, metric.compute().item())  # of equal sets, rounding can leave -1e-9
+    return max(0.0, metric.compute().item())  # for equal sets, rounding can leave -1e-9
 
 
 def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     """Squared maximum mean discrepancy under the kernel (x y / D + 1)^3: KID (arXiv:1801.01401, section 4).
 
-    The mean over 100 pairs of random subsets of up to 1,000 images. Unbiased: of one distribution it is 0 on average
-    and may be below.
+    The mean over 100 pairs of random subsets of up to 1,000 images. Unbiased: for sets of one distribution, it is 0 on
+    average and may be negative.
 
     Args:
         real, generated: (N, D).
 
     Raises:
-        ValueError: As `frechet_distance`.
+        ValueError: As in `frechet_distance`.
     """
     check_features(real, generated)
     size = min(KID_SUBSET_SIZE, len(real), len(generated))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it keeps the features: they are here already
+        warnings.simplefilter("ignore")  # about keeping the features: they are in memory already
         metric = KernelInceptionDistance(
             feature=Features(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
         )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # of the subsets
+        torch.default_generator.manual_seed(0)  # seed of the subsets
         return metric.compute()[0].item()
 
 
 def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> tuple[float, float]:
     """How much of each set lies within the other's neighbourhoods (arXiv:1904.06991, eq. 1 and 2).
 
-    A set's neighbourhoods are balls around its members, each as wide as the distance to its k-th nearest other member.
-    Both figures depend on the numbers of members: compare only what was measured with the same.
+    A set's neighbourhoods are balls around its members; each radius is the distance to the k-th nearest other member.
+    Both figures depend on the numbers of members: compare only values measured with the same.
 
     Args:
-        real, generated: (N, D), N of each larger than k.
+        real, generated: (N, D), with N larger than k in both.
         k: At least 1.
 
     Returns:
         Precision, the share of `generated` within the neighbourhoods of `real`, and recall, the reverse.
 
     Raises:
-        ValueError: On too few members, another D, or values that are not finite.
+        ValueError: If `k` or a set is too small, D differs, or a value is not finite.
     """
     if min(len(real), len(generated)) <= k or k < 1:
         raise ValueError(
@@ -99,7 +99,7 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
 
 
 def neighbourhood_radii(features: torch.Tensor, k: int) -> torch.Tensor:
-    """Distance of each row to its k-th nearest other, (N,)."""
+    """Distance of each row to its k-th nearest other row, (N,)."""
     radii = []
     for first in range(0, len(features), ROWS_AT_A_TIME):
         distances = torch.cdist(features[first : first + ROWS_AT_A_TIME], features)

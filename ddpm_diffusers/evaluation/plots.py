@@ -1,4 +1,4 @@
-"""Pictures of the figures, as files: distances by number of evaluations, spectra, rows of images with their names."""
+"""Plots of the figures, as files: distances by number of evaluations, spectra, rows of images with their names."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +18,11 @@ DPI = 130
 
 
 def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | None = None) -> None:
-    """Frechet distance to the train split by network evaluations, one line a scheduler, both axes logarithmic.
+    """Plot Frechet distance to the train split by network evaluations, a line per scheduler, both axes logarithmic.
 
     Args:
-        records: As of `compare_schedulers` with a reference.
-        path: Of the file; its ending is the format.
+        records: As returned by `compare_schedulers` with a reference.
+        path: Path of the file; its extension sets the format.
         yardstick: Such a record, drawn as a horizontal line.
     """
     lines = {}
@@ -59,21 +59,21 @@ def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | 
 
 
 def plot_spectra(curves: Mapping[str, Sequence[float]], path: str | Path, kind: str) -> None:
-    """Mean power by frequency in dB relative to that of real images, which is the line at 0.
+    """Plot mean power by frequency, in dB relative to that of real images, which is the line at 0.
 
     Args:
-        curves: By name, of a record's "spectrum", from frequency 0, which is not drawn: it is 0, as the mean of each
-            image is subtracted. The one named "real" is what the others are compared with.
-        path: Of the file; its ending is the format.
-        kind: "radial", whose outer half is the sharpness, or "rings", whose last is where a checkerboard of period 2
-            shows.
+        curves: Curves of a record's "spectrum", by name. Their first value, at frequency 0, is not drawn: it is 0, as
+            each image's mean is subtracted. The others are compared with the one named "real".
+        path: Path of the file; its extension sets the format.
+        kind: "radial", whose outer half is the sharpness, or "rings", whose last value shows a checkerboard of
+            period 2.
     """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     real = np.asarray(curves[REAL])[1:]
     axes.axhline(0, color="black", linewidth=2, label=REAL)
     for i, (name, values) in enumerate((name, values) for name, values in curves.items() if name != REAL):
-        with np.errstate(divide="ignore"):  # no energy at all is not drawn
+        with np.errstate(divide="ignore"):  # points without any energy are not drawn
             decibels = 10 * np.log10(np.asarray(values)[1:] / real)
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
         axes.plot(range(1, len(values)), decibels, marker=".", label=name, **style)
@@ -84,11 +84,11 @@ def plot_spectra(curves: Mapping[str, Sequence[float]], path: str | Path, kind: 
 
 
 def plot_rows(rows: Mapping[str, Image.Image], path: str | Path, min_height: int = 56) -> None:
-    """Strips of images under each other, all of one size, each with its name before it, pixel by pixel."""
+    """Plot strips of images, all of one size, one below the other, each with its name to the left, pixel for pixel."""
     width, height = next(iter(rows.values())).size
     factor = max(1, -(-min_height // height))
     width, height, gap = width * factor, height * factor, 4
-    margin = 30 + 8 * max(len(name) for name in rows)  # of the names, in pixels
+    margin = 30 + 8 * max(len(name) for name in rows)  # for the names, in pixels
     total = (height + gap) * len(rows)
     figure = Figure(figsize=((margin + width) / 100, total / 100), dpi=100)
     for i, (name, strip) in enumerate(rows.items()):
@@ -101,7 +101,7 @@ def plot_rows(rows: Mapping[str, Image.Image], path: str | Path, min_height: int
 
 
 def spaced(values: Sequence[int], least: float = 1.12) -> list[int]:
-    """Of the values those that stand clear of the one before on a logarithmic axis: places for ticks."""
+    """The values at least a factor `least` below the next larger one kept: places for ticks on a logarithmic axis."""
     kept = []
     for value in sorted(set(values), reverse=True):
         if not kept or kept[-1] / value >= least:

@@ -1,4 +1,4 @@
-"""The protocol: images against the train and the test split of a data set, beside what its test split itself gives.
+"""The protocol: images against the train and the test split of a data set, beside the figures of its test images.
 
 extractor = load_feature_extractor()
 reference = Reference.of_dataset("zalando-datasets/fashion_mnist", extractor, resolution=28)
@@ -43,7 +43,7 @@ class Statistics:
 
     @classmethod
     def of_images(cls, images: ImageArrays | torch.Tensor, extractor: FeatureExtractor) -> "Statistics":
-        """Of uint8 images (N, C, H, H), a part at a time."""
+        """Statistics of uint8 images (N, C, H, H), computed a part at a time."""
         features, powers = [], []
         for part in parts(images):
             powers.append(power_spectrum(part) * len(part))
@@ -52,7 +52,7 @@ class Statistics:
 
     @classmethod
     def cached(cls, images: ImageArrays, extractor: FeatureExtractor, cache_dir: str | None = None) -> "Statistics":
-        """As `of_images`, computed once for these bytes, this extractor and this code."""
+        """As `of_images`, but computed only once for the same bytes, extractor and code."""
         code = [Path(__file__).with_name(name).read_bytes() for name in ("features.py", "spectrum.py")]
         digest = hashlib.sha256(b"".join([*code, f"{extractor.digest} {extractor} {images.shape}".encode()]))
         for part in parts(images):
@@ -70,20 +70,20 @@ class Statistics:
         return made
 
     def spread(self, count: int) -> torch.Tensor:
-        """The features of `count` images, spread evenly: a data set may be sorted."""
+        """The features of `count` evenly spaced images, since a data set may be sorted."""
         return self.features[np.linspace(0, len(self.features) - 1, count).round().astype(int)]
 
 
 class Reference:
-    """A data set to judge by: the statistics of its splits, of images of one shape.
+    """A data set to compare with: the statistics of its two splits, whose images are of one shape.
 
     Args:
-        train, test: uint8 images (N, C, H, H); H even and at least 6, more images in each than features.
-        extractor: Of the features.
-        cache_dir: Where the statistics of an `ImageArrays` are kept; the cache of datasets by default.
+        train, test: uint8 images (N, C, H, H), with H even and at least 6, and more images in each than features.
+        extractor: Extractor of the features.
+        cache_dir: Where the statistics of an `ImageArrays` are cached; by default, in the cache of `datasets`.
 
     Raises:
-        ValueError: On images that cannot serve.
+        ValueError: If the images cannot be used.
     """
 
     def __init__(self, train, test, extractor: FeatureExtractor, cache_dir: str | None = None):
@@ -119,7 +119,7 @@ class Reference:
         cache_dir: str | None = None,
         **load_images_kwargs,
     ) -> "Reference":
-        """Of a data set of the Hub or a local folder, read as `load_images` does (whose other arguments it takes)."""
+        """Reference from a data set on the Hub or in a local folder; other arguments are passed to `load_images`."""
         train, test = (
             ImageArrays(
                 load_images(dataset_name, resolution=resolution, channels=channels, split=split, cache_dir=cache_dir,
@@ -131,9 +131,9 @@ class Reference:
         return cls(train, test, extractor, cache_dir)
 
     def floor(self, num_images: int) -> dict[str, float]:
-        """What test images in place of samples give against the train split: as many of them, or all there are.
+        """The figures of `num_images` test images (or all, if there are fewer) against the train split.
 
-        The spectrum is always that of all of them.
+        Those from the spectrum are always of all test images.
         """
         count = min(num_images, len(self.test.features))
         if count not in self.floors:
@@ -146,18 +146,18 @@ def evaluate_images(images: torch.Tensor, reference: Reference) -> dict[str, dic
 
     Args:
         images: uint8 (N, C, H, H), of the reference's shape, N larger than the number of features.
-        reference: The data set to judge by.
+        reference: The data set to compare with.
 
     Returns:
-        "train" and "test", the figures against those splits: `frechet_distance` (on the extractor's features, which is
-        not the FID of Inception's), `kernel_distance`, `precision` and `recall` in [0, 1], and in dB `cb2_db`,
-        `cb4_db` (checkerboards of period 2 and 4; the latter only where H is a multiple of 4) and `hf_db`
-        (sharpness), 0 where the images are as the real ones, None where they have no energy there at all. "floor",
-        what as many images of the test split give against the train split, or all that it has. "to_floor", the ratio
-        of the samples' figures to it, of as many samples; None where the floor is not above 0.
+        "train" and "test", the figures against those splits: `frechet_distance` (the FID only if the extractor is
+        Inception), `kernel_distance`, `precision` and `recall` in [0, 1], and, in dB, `cb2_db` and `cb4_db`
+        (checkerboards of period 2 and 4; the latter None unless H is a multiple of 4 and at least 12) and `hf_db`
+        (sharpness): 0 if the images are like real ones, None if they have no energy at those frequencies. "floor", the
+        figures of as many test images, or all if there are fewer, against the train split. "to_floor", the ratios of
+        the samples' first four figures to these, for equal numbers of images; None if the floor is not above 0.
 
     Raises:
-        TypeError, ValueError: On images that cannot be compared, before any work.
+        TypeError, ValueError: If the images cannot be compared, before any work.
     """
     check_images(images, reference)
     return figures_of(Statistics.of_images(images, reference.extractor), reference)
@@ -166,14 +166,14 @@ def evaluate_images(images: torch.Tensor, reference: Reference) -> dict[str, dic
 def figures_of(samples: Statistics, reference: Reference) -> dict[str, dict[str, float | None]]:
     train, test = (figures_against(split, samples) for split in (reference.train, reference.test))
     floor, compared, most = reference.floor(len(samples.features)), train, len(reference.test.features)
-    if len(samples.features) > most:  # a distance falls with the number of images: compare equal ones
+    if len(samples.features) > most:  # a distance falls with the number of images: compare equal numbers
         compared = figures_against(reference.train, Statistics(samples.spread(most), samples.power))
     to_floor = {name: compared[name] / floor[name] if floor[name] > 0 else None for name in RATIOS}
     return {"train": train, "test": test, "floor": floor, "to_floor": to_floor}
 
 
 def figures_against(real: Statistics, samples: Statistics) -> dict[str, float | None]:
-    count = min(len(real.features), len(samples.features))  # precision and recall depend on it
+    count = min(len(real.features), len(samples.features))  # on which precision and recall depend
     precision, recall = precision_recall(real.spread(count), samples.spread(count))
     side = len(real.power)
     decibels = {
@@ -200,26 +200,27 @@ def evaluate_pipeline(
     batch_size: int = 100,
     progress: bool = False,
 ) -> dict | None:
-    """Sample `pipe` and evaluate the images, once a seed; every process must call it.
+    """Sample `pipe` and evaluate the images, once per seed; every process must call it.
 
     Args:
         pipe: A `PixelDiffusionPipeline` with the scheduler to be measured.
-        reference: The data set to judge by; None to sample alone.
-        num_images: A seed; more than features. 10,000 for a figure to quote, 2,000 while developing.
-        num_inference_steps: Steps of the scheduler.
-        seeds: Different ones; image i of seed s starts from `torch.Generator().manual_seed(s * num_images + i)`.
+        reference: The data set to compare with, or None to only sample.
+        num_images: Images per seed, more than features: 10,000 for a figure to quote, 2,000 while developing.
+        num_inference_steps: Number of scheduler steps.
+        seeds: Distinct seeds; image i of seed s starts from `torch.Generator().manual_seed(s * num_images + i)`.
         batch_size: Images sampled at a time.
-        progress: Show a bar of the batches.
+        progress: Show a progress bar of the batches.
 
     Returns:
-        In the main process a record, in the others None: "figures" as of `evaluate_images`, each
-        `{"mean": ..., "sd": ...}` over the seeds (without "sd" of a single one), "per_seed" the same seed by seed,
+        A record in the main process, None in the others: "figures" as in `evaluate_images`, each
+        `{"mean": ..., "sd": ...}` over the seeds (without "sd" for a single one), "per_seed", the same for each seed,
         what was measured ("scheduler", "scheduler_config", "num_inference_steps", "evaluations", "num_images",
         "seeds", "batch_size", "feature_extractor"), "seconds_per_image" of sampling, "spectrum" (radial and by rings,
-        of samples and real images), and "images", the first 64, uint8 (64, C, H, H), for a grid.
+        of samples and real images), and "images", up to 64, uint8 (B, C, H, W), for a grid. Without a reference,
+        there are no "figures", "per_seed", "feature_extractor" and "spectrum".
 
     Raises:
-        ValueError: On what cannot be measured, before any work, and on samples that are not finite.
+        ValueError: If an argument cannot be used, before any sampling, or if the samples are not finite.
     """
     check_run(pipe, reference, num_images, seeds, batch_size)
     evaluations = count_evaluations(pipe.scheduler, num_inference_steps)
@@ -250,7 +251,7 @@ def evaluate_pipeline(
 
 
 def check_run(pipe, reference: Reference | None, num_images: int, seeds: Sequence[int], batch_size: int) -> None:
-    """Raises ValueError on what `evaluate_pipeline` cannot measure with any scheduler."""
+    """Raise a ValueError for what `evaluate_pipeline` cannot measure with any scheduler."""
     if len(set(seeds)) != len(seeds) or not len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise ValueError(f"`seeds` is {list(seeds)}; it must hold different whole numbers from 0.")
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
@@ -262,7 +263,7 @@ def check_run(pipe, reference: Reference | None, num_images: int, seeds: Sequenc
 
 
 def image_shape(pipe) -> tuple[int, int, int]:
-    """(C, H, W) of what the pipeline makes."""
+    """(C, H, W) of the images that the pipeline makes."""
     side = pipe.unet.config.sample_size
     if side is None:
         raise ValueError("The U-Net's `sample_size` is None, so what size it makes is unknown: set it in its config.")
@@ -270,13 +271,13 @@ def image_shape(pipe) -> tuple[int, int, int]:
 
 
 def as_json(config: dict) -> dict:
-    """A scheduler's config in what JSON has, which is no infinity."""
+    """A scheduler's config for JSON, with infinities as strings, since JSON has none."""
     items = ((key, value) for key, value in config.items() if not key.startswith("_"))
     return {key: str(value) if isinstance(value, float) and math.isinf(value) else value for key, value in items}
 
 
 def record_of(collected: Sequence[Statistics], reference: Reference) -> dict:
-    """Figures of several sets of images, of as many images each, and what they were measured with."""
+    """Figures of several sets of equally many images, and what they were measured with."""
     per_seed = [figures_of(samples, reference) for samples in collected]
     power = sum(samples.power for samples in collected) / len(collected)
     return {
@@ -292,7 +293,7 @@ def record_of(collected: Sequence[Statistics], reference: Reference) -> dict:
 
 
 def mean_and_sd(per_seed: Sequence[dict]) -> dict:
-    """The records' figures, each as `{"mean": ..., "sd": ...}` (sample standard deviation); None stays None."""
+    """The seeds' figures, each as `{"mean": ..., "sd": ...}` (sample standard deviation); None if any is None."""
     first = per_seed[0]
     if isinstance(first, dict):
         return {name: mean_and_sd([figures[name] for figures in per_seed]) for name in first}

@@ -1,8 +1,8 @@
-"""Checkerboards and sharpness, from the mean power spectrum of images; in dB against that of real images.
+"""Checkerboards and sharpness from the mean power spectrum of images, in dB relative to that of real images.
 
 An upsampling that treats even and odd pixels differently leaves energy at period 2, on the outermost ring of the
-spectrum, and one level further in at period 4. Blur takes energy from all high frequencies, so a checkerboard's figure
-is only to be read beside the sharpness.
+spectrum, or, one level deeper in the network, at period 4. Blur takes energy from all high frequencies, so read a
+checkerboard's figure only together with the sharpness.
 """
 
 import torch
@@ -11,17 +11,17 @@ IMAGES_AT_A_TIME = 1000
 
 
 def power_spectrum(images: torch.Tensor) -> torch.Tensor:
-    """Mean over images and channels of |X|^2, X the orthonormal Fourier transform of x = u / 127.5 - 1 less its mean.
+    """Mean over images and channels of |X|^2, X the orthonormal Fourier transform of x = u / 127.5 - 1 minus its mean.
 
     Args:
-        images: uint8 (N, C, H, H), H even and at least 6: real and generated images are rounded alike.
+        images: uint8 (N, C, H, H), H even and at least 6; uint8, so that real and generated images are rounded alike.
 
     Returns:
-        float64 (H, H); entry (u, v) is the energy at u and v cycles an image, in the order of torch.fft.fftfreq.
+        float64 (H, H); entry (u, v) is the energy at u and v cycles per image, in the order of torch.fft.fftfreq.
 
     Raises:
-        TypeError: On images that are not uint8.
-        ValueError: On another shape, or no image.
+        TypeError: If the images are not uint8.
+        ValueError: If they have another shape, or there are none.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"`images` are of {images.dtype}; they must be uint8, so that all are rounded alike.")
@@ -45,21 +45,21 @@ def ring_spectrum(power: torch.Tensor) -> torch.Tensor:
 
 
 def radial_spectrum(power: torch.Tensor) -> torch.Tensor:
-    """Mean of `power` over the circles of radius 0, 1, ..., H/2, (u, v) counted to the nearest: (H/2 + 1,)."""
+    """Mean of `power` over the circles of radius 0, 1, ..., H/2, each (u, v) on the nearest: (H/2 + 1,)."""
     return mean_by(radii(power).round().long(), power)[: len(power) // 2 + 1]
 
 
 def checkerboard(power: torch.Tensor, real_power: torch.Tensor, period: int = 2) -> float:
-    """Excess energy of `period` pixels, in dB: CB2 and CB4. 0 is as in real images, above it is a checkerboard.
+    """Excess energy at a period of `period` pixels, in dB (CB2, CB4): 0 as in real images, above 0 a checkerboard.
 
-    The ring of that period, m = H / period, is taken relative to the two rings inside of it, which blur moves, too.
+    The ring of that period, m = H / period, is compared with the two rings inside it, which blur changes, too.
 
     Args:
-        power, real_power: Of `power_spectrum`.
-        period: 2, or 4 with H divisible by 4 and at least 12.
+        power, real_power: As returned by `power_spectrum`.
+        period: 2, or 4 if H is divisible by 4 and at least 12.
 
     Raises:
-        ValueError: On another period, or if H is not divisible by it or has no two rings inside of that one.
+        ValueError: If the period is not 2 or 4, or does not divide H, or does so fewer than three times.
     """
     side = len(power)
     if period not in (2, 4) or side % period or side // period < 3:
@@ -75,17 +75,17 @@ def checkerboard(power: torch.Tensor, real_power: torch.Tensor, period: int = 2)
 
 
 def sharpness(power: torch.Tensor, real_power: torch.Tensor) -> float:
-    """Energy at radius H/4 and beyond relative to real images', in dB: HF. Below 0 is blur, above it noise.
+    """Energy at radius H/4 and beyond, in dB relative to real images (HF): below 0 is blur, above 0 noise.
 
     Args:
-        power, real_power: Of `power_spectrum`.
+        power, real_power: As returned by `power_spectrum`.
     """
     high = radii(power) >= len(power) / 4
     return (10 * torch.log10(power[high].sum() / real_power[high].sum())).item()
 
 
 def frequencies(power: torch.Tensor) -> torch.Tensor:
-    """|u| = min(u, H - u), cycles an image, (H,)."""
+    """|u| = min(u, H - u), in cycles per image, (H,)."""
     u = torch.arange(len(power), device=power.device)
     return torch.minimum(u, len(power) - u)
 

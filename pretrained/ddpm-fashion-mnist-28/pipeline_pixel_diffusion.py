@@ -1,10 +1,10 @@
-"""Sampling images in pixel space: any U-Net with the diffusers call, any diffusers scheduler.
+"""Sampling images in pixel space with diffusers' schedulers and any U-Net that is called like diffusers' own.
 
-This file stands alone (torch, diffusers and the huggingface_hub that diffusers needs): a copy of it beside
-`model_index.json` makes a Hub repository complete.
+This file is self-contained (it needs torch, diffusers and huggingface_hub, which diffusers depends on): a copy of it
+beside `model_index.json` makes a Hub repository complete.
 
 References: DDPM, Ho et al. 2020 (arXiv:2006.11239), algorithm 2; EDM, Karras et al. 2022 (arXiv:2206.00364), whose
-table 1 shows why a sampler may scale its input and start from another spread than 1.
+table 1 shows why a sampler may scale its input and start from a standard deviation other than 1.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from huggingface_hub.utils import httpx
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# what one scheduler must take over from another: the noise schedule of the network, and how its timesteps are used
+# what one scheduler must take over from another: the network's noise schedule, and how its timesteps are used
 TRAINED_WITH = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr", "use_flow_sigmas", "flow_shift",
@@ -62,7 +62,7 @@ Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffuser
 - Small images only, drawn at random: there is no prompt, no class and no other way to ask for one.
 - For study and experiments; not for deciding anything about people, and its images are evidence of nothing.
 """
-# without the comment in its line diffusers would take the first import here for one of this file
+# the comment on the first import keeps diffusers from taking it for an import of this file
 USAGE = """
 ## Usage
 
@@ -96,13 +96,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     r"""Unconditional image generation without a latent space.
 
     Args:
-        unet (`ModelMixin`): Called as `unet(sample, timestep).sample`: `OptimizedUNet2DModel`, diffusers'
-            `UNet2DModel` or another with `in_channels` and `sample_size` in its config; in eval mode, as
+        unet (`ModelMixin`): `OptimizedUNet2DModel`, diffusers' `UNet2DModel` or any other model that is called as
+            `unet(sample, timestep).sample` and has `in_channels` and `sample_size` in its config; in eval mode, as
             `from_pretrained` leaves it.
-        scheduler (`SchedulerMixin`): Any scheduler of the noise schedule and prediction type that the U-Net was
-            trained with. Swap it by `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`. What has
-            no such call as `step(model_output, timestep, sample)` (`FlowMatchEulerDiscreteScheduler`,
-            `RePaintScheduler`, ...) is refused with a ValueError.
+        scheduler (`SchedulerMixin`): A scheduler with the noise schedule and prediction type that the U-Net was
+            trained with. Swap it with `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`. One
+            that lacks `init_noise_sigma` or `scale_model_input` (`FlowMatchEulerDiscreteScheduler`, ...), or cannot
+            be called as `step(model_output, timestep, sample)` (`RePaintScheduler`, ...), raises a ValueError.
     """
 
     model_cpu_offload_seq = "unet"
@@ -115,19 +115,19 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler":
             check_scheduler(value)
-            # `from_config` drops the arguments listed here, and the next class's own noise schedule would take over
+            # `from_config` drops the arguments listed here, so the next class would use its own noise schedule
             defaults = value.config.get("_use_default_values", [])
             value.register_to_config(_use_default_values=[key for key in defaults if key not in CARRIED_OVER])
         super().__setattr__(name, value)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PixelDiffusionPipeline":
-        """diffusers' method, for a U-Net of any class; it would take one of the annotated class alone."""
+        """diffusers' method, for a U-Net of any class; by itself, it accepts only the annotated class."""
         return super().from_pipe(pipeline, **{"unet": pipeline.unet, **kwargs})
 
     @property
     def num_timesteps(self) -> int:
-        """Network evaluations of the last call."""
+        """Number of network evaluations in the last call."""
         return self._num_timesteps
 
     @property
@@ -151,26 +151,27 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
         Args:
             batch_size: Number of images, at least 1.
-            num_inference_steps: Steps of the scheduler, from 1 to the number of training timesteps. A second-order
-                scheduler evaluates the network up to twice a step. Recommended where there is little time: 15, by
-                `DPMSolverMultistepScheduler` with `algorithm_type="sde-dpmsolver++"` and `use_karras_sigmas=True`
+            num_inference_steps: Number of scheduler steps, from 1 to the number of training timesteps. A second-order
+                scheduler evaluates the network up to twice per step. Recommended for fast sampling: 15, with
+                `DPMSolverMultistepScheduler`, `algorithm_type="sde-dpmsolver++"` and `use_karras_sigmas=True`
                 (measured in `train_scripts/README.md`, "Few steps").
-            generator: Makes the images repeatable. With one a image, image i does not depend on the batch.
-            latents: Starting noise of variance 1, (batch_size, in_channels, height, width), in place of drawn noise.
-            eta: In [0, 1], the share of fresh noise a step, for the schedulers whose step takes it (DDIM, eq. 16 of
+            generator: Makes the images reproducible. With one per image, image i does not depend on the batch.
+            latents: Starting noise of variance 1, (batch_size, in_channels, height, width), instead of drawn noise.
+            eta: Share of fresh noise per step, in [0, 1], for schedulers whose step takes it (DDIM, eq. 16 of
                 arXiv:2010.02502; TCD).
             output_type: `"pil"` images (grey ones in mode "L"), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1],
-                or `"latent"`: (B, C, H, W) as the last step left it, about [-1, 1].
-            return_dict: `ImagePipelineOutput` if true, else a tuple of the images.
+                or `"latent"`: (B, C, H, W) as the last step left it, roughly in [-1, 1].
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": latents})` after each step;
-                what it returns replaces the latents, and `pipe._interrupt = True` in it ends the sampling there.
+                the "latents" that it returns replace the current ones, and setting `pipe._interrupt = True` in it
+                stops the sampling.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets: `["latents"]` or `[]`.
 
         Returns:
-            `ImagePipelineOutput` with `.images`, or a tuple of them.
+            `ImagePipelineOutput` with `.images`, or the tuple `(images,)`.
 
         Raises:
-            ValueError, TypeError: On wrong arguments, before any work.
+            ValueError, TypeError: If an argument is invalid, before any sampling.
         """
         shape = self.check_inputs(
             batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
@@ -182,11 +183,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
         self._num_timesteps = len(timesteps)
 
-        # sampled in float32 whatever the weights: the steps are small differences of large numbers
+        # sampled in float32 whatever the weights' dtype: the steps are small differences of large numbers
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma  # (B, C, H, W)
-        step_kwargs = self.prepare_step_kwargs(generator, eta)  # draws from the generators, too
+        step_kwargs = self.prepare_step_kwargs(generator, eta)  # may draw from the generators, too
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
@@ -215,7 +216,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def check_inputs(
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
     ) -> tuple[int, int, int, int]:
-        """The shape to sample, (batch_size, in_channels, height, width), or a clear error."""
+        """Check the arguments and return the shape to sample, (batch_size, in_channels, height, width)."""
         for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
@@ -271,13 +272,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return shape
 
     def prepare_step_kwargs(self, generator, eta: float) -> dict:
-        """What of `generator` and `eta` this scheduler's step takes."""
+        """Those of `generator` and `eta` that this scheduler's step takes, as keyword arguments."""
         parameters = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if "generator" in parameters else {}
         if "eta" in parameters:
             step_kwargs["eta"] = eta
         if hasattr(self.scheduler, "noise_sampler_seed"):
-            # DPM-Solver SDE draws its own Brownian path: from a seed, from one an image, or from none
+            # DPM-Solver SDE draws its own Brownian path: from one seed, from one per image, or from none
             seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in as_list(generator)]
             single = seeds[0] if seeds else self.scheduler.config.noise_sampler_seed
             self.scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else single
@@ -289,10 +290,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         commit_message: str | None = None, private: bool | None = None, token: str | None = None,
         create_pr: bool = False, subfolder: str | None = None,
     ) -> huggingface_hub.CommitInfo | None:  # fmt: skip
-        """diffusers' method; the model card of what the network was loaded from goes along, where it can be had.
+        """diffusers' method; also copies the model card of the source that the network was loaded from, if available.
 
-        With `push_to_hub`, the index, the code, the components' configs and weights and a card as by `push_to_hub()`
-        are then uploaded to `repo_id`, by default the folder's name; what else the folder holds is not.
+        With `push_to_hub`, the index, the code, the components' configs and weights, and a card as in `push_to_hub()`
+        are then uploaded to `repo_id`, by default the folder's name; other files in the folder are not.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
@@ -321,11 +322,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         create_pr: bool = False, safe_serialization: bool = True, variant: str | None = None,
         subfolder: str | None = None,
     ) -> huggingface_hub.CommitInfo:  # fmt: skip
-        """diffusers' method, with a model card that says what this is in place of an empty one.
+        """diffusers' method, with a model card that describes the model instead of an empty one.
 
-        A card that the repository has is kept. Else it is that of what the network was loaded from, its snippets
-        naming the new repository; else a new one. Raises ValueError on a token that cannot be one and, where `private`
-        is True, on a repository that is public; otherwise what huggingface_hub raises.
+        A card already in the repository is kept. Otherwise, it is that of the source that the network was loaded
+        from, with its snippets naming the new repository, or else a new one. Raises ValueError if the token is
+        malformed, or if `private` is True and the repository is public; and whatever huggingface_hub raises.
         """
         upload = {"repo_id": repo_id, "commit_message": commit_message, "private": private, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
@@ -335,7 +336,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict:
-        # the explicit class was asked for: the copy of it in the repository is not needed, nor run
+        # this class was asked for explicitly: the repository's copy of it is neither needed nor run
         return with_this_class(super()._dict_from_json_file(json_file))
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
@@ -344,7 +345,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if type(self).__module__ == __name__:  # a user's subclass is not in this file
             shutil.copyfile(__file__, Path(save_directory) / f"{class_name_in_index(type(self))[0]}.py")
         for name, (library, class_name) in ((name, self.config[name]) for name in self.components):
-            # a component that left its code in its folder is loaded from there
+            # a component that saved its code in its folder is loaded from there
             module = (library or "").rpartition(".")[2]
             if module and (Path(save_directory) / name / f"{module}.py").is_file():
                 self.register_to_config(**{name: (module, class_name)})
@@ -360,7 +361,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """ValueError on what the pipeline's loop cannot call."""
+    """Raise a ValueError if the pipeline's loop cannot use the scheduler."""
     name, needed = type(scheduler).__name__, ("set_timesteps", "init_noise_sigma", "scale_model_input", "step")
     reason = ", ".join(attribute for attribute in needed if not hasattr(scheduler, attribute))
     reason = reason and f"it has no {reason}"
@@ -376,10 +377,10 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
 
 
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=None) -> torch.Tensor:
-    """The scheduler's timesteps for so many steps, set in it; ValueError if it cannot take that number."""
+    """Set the scheduler's timesteps for that many steps and return them; ValueError if it cannot take that number."""
     try:
         scheduler.set_timesteps(num_inference_steps, device=device)
-    except Exception as error:  # some have a least or largest number of steps, and say so in many ways
+    except Exception as error:  # some have a minimum or maximum number of steps, and raise various errors
         name = type(scheduler).__name__
         raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
     return scheduler.timesteps
@@ -397,14 +398,14 @@ def class_name_in_index(pipeline_class: type) -> list[str]:
 
 
 def with_this_class(index: dict) -> dict:
-    """A `model_index.json` in which the name alone stands for our [module, class], as for a class of diffusers."""
+    """A `model_index.json` with the name alone instead of our [module, class], as for a class of diffusers."""
     if index.get("_class_name") == class_name_in_index(PixelDiffusionPipeline):
         index["_class_name"] = PixelDiffusionPipeline.__name__
     return index
 
 
 def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = False) -> ModelCard:
-    """A card of what can be read off any such pipeline; `has_samples`: the repository has a grid, `samples.png`."""
+    """A card of what is in the pipeline itself; `has_samples`: whether the repository has a grid, `samples.png`."""
     unet, scheduler = pipe.unet.config, pipe.scheduler.config
     size = unet.sample_size if isinstance(unet.sample_size, (tuple, list)) else (unet.sample_size,) * 2
     channels = {1: "grey", 3: "RGB"}.get(unet.in_channels, f"{unet.in_channels}-channel")
@@ -413,7 +414,7 @@ def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = F
     card = CARD.format(
         images=f"{channels} images of " + ("any size" if size[0] is None else f"{size[0]}x{size[1]} pixels"),
         samples=f"\n![Samples]({SAMPLES})\n" if has_samples else "",
-        usage=usage if type(pipe).__module__ == __name__ else "",  # a user's subclass is nowhere to be had
+        usage=usage if type(pipe).__module__ == __name__ else "",  # a user's subclass cannot be loaded elsewhere
         network=pipe.config.unet[1],
         parameters=pipe.unet.num_parameters(),
         prediction=scheduler.get("prediction_type", "epsilon"),
@@ -423,21 +424,21 @@ def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = F
 
 
 def with_repo_id(card: str, repo_id: str) -> str:
-    """The text of a card, its snippets loading `repo_id` in place of what they load."""
+    """The text of a card, with its snippets changed to load `repo_id`."""
     loaded = re.search(r'DiffusionPipeline\.from_pretrained\("([^"]+)"', card)
     return card.replace(f'"{loaded[1]}"', f'"{repo_id}"') if loaded else card
 
 
 def is_part_of(unet: ModelMixin, source: str) -> bool:
-    """Whether the network is that of this folder or repository, whose card and figures are of no other."""
+    """Whether the network was loaded from this folder or repository, whose card and figures describe no other."""
     loaded = Path(unet.config.get("_name_or_path") or "")
-    in_cache = f"models--{source}".replace("/", "--")  # the Hub's cache names a repository's folder so
+    in_cache = f"models--{source}".replace("/", "--")  # how the Hub's cache names a repository's folder
     return loaded.parent == Path(source) or in_cache in loaded.parts
 
 
 def copy_card(source: str, folder: str | Path, token: str | None) -> None:
-    """Copy the card, and its samples, of a folder or repository, as far as it has them and lets them be read."""
-    with contextlib.suppress(OSError, ValueError, httpx.HTTPError):  # absent, refused, out of reach, or no such id
+    """Copy the card and its samples from a folder or repository, as far as they exist and can be read."""
+    with contextlib.suppress(OSError, ValueError, httpx.HTTPError):  # absent, refused, out of reach, or not an id
         for name in (README, SAMPLES):
             path = Path(source, name)
             if not Path(source).is_dir():
@@ -446,7 +447,7 @@ def copy_card(source: str, folder: str | Path, token: str | None) -> None:
 
 
 def create_repo(repo_id: str, private: bool | None, token: str | None) -> RepoUrl:
-    """The repository, made where it does not exist; ValueError where `private` is True and it is public."""
+    """Create the repository if it does not exist, and return it; ValueError if `private` is True and it is public."""
     repo = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
     if private and not huggingface_hub.repo_info(repo.repo_id, token=token).private:
         raise ValueError(f"{repo.repo_id} exists and is public: make it private on the Hub, or choose another id")
@@ -454,6 +455,6 @@ def create_repo(repo_id: str, private: bool | None, token: str | None) -> RepoUr
 
 
 def check_token(token: str | None) -> None:
-    """Refuse what cannot be a Hub token, without showing it as the error of an HTTP header would."""
+    """Raise a ValueError if the Hub token is malformed, without showing it as the error of an HTTP header would."""
     if not re.fullmatch("[!-~]+", token if isinstance(token, str) else huggingface_hub.get_token() or "none"):
         raise ValueError("The Hub token is empty or holds white space, control or non-ASCII characters: copy it anew.")

@@ -1,6 +1,7 @@
 """The U-Net of the optimizations guide, and what was measured to be better, as one diffusers model.
 
-This file stands alone (torch, einops, diffusers): a copy of it beside the weights makes a Hub repository complete.
+This file is self-contained (it needs torch, einops and diffusers): a copy of it beside the weights makes a Hub
+repository complete.
 
 References: the guide "From Pixelated to Crisp" (cells of its notebook are named below); DDPM, Ho et al. 2020
 (arXiv:2006.11239); ADM, Dhariwal and Nichol 2021 (arXiv:2105.05233); pre-norm residuals, He et al. 2016
@@ -38,7 +39,7 @@ def make_norm(norm_type: str, channels: int, groups: int) -> nn.Module:
 
 
 def scale_and_shift(hidden: torch.Tensor, projection: nn.Linear | None, temb: torch.Tensor) -> torch.Tensor:
-    """hidden * (1 + scale) + shift, both read off the time embedding (ADM, section 3); hidden itself without one."""
+    """hidden * (1 + scale) + shift, both projected from temb (ADM, section 3); hidden itself without `projection`."""
     if projection is None:
         return hidden
     scale, shift = projection(temb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
@@ -67,7 +68,8 @@ class ConvBlock(nn.Module):
 class ResnetBlock(nn.Module):
     """input + (norm - act - conv 3x3 - norm - (scale and shift) - act - conv 3x3), which starts as the identity.
 
-    Without `residual` the plain stack; its last convolution then starts as torch's do: zeros would end every gradient.
+    Without `residual`, the plain stack, whose last convolution keeps torch's initialization: zeros would block every
+    gradient.
     """
 
     def __init__(self, in_channels, out_channels, norm_type, groups, act_fn, temb_channels=None, residual=True):
@@ -92,7 +94,7 @@ class ResnetBlock(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """The guide's ResidualConvBlock (cell 31): x1 = conv(x), x2 = conv(x1), x1 + x2; without `residual` x2 alone."""
+    """The guide's ResidualConvBlock (cell 31): x1 = conv(x), x2 = conv(x1), x1 + x2; without `residual`, x2 alone."""
 
     def __init__(self, in_channels, out_channels, norm_type, groups, act_fn, residual):
         super().__init__()
@@ -107,7 +109,7 @@ class ConvStem(nn.Module):
 
 
 class LinearTimesteps(nn.Module):
-    """t/T through a linear layer: time before the guide's change. (B,) -> (B, dim)."""
+    """t/T through a linear layer: the time features before the guide's change. (B,) -> (B, dim)."""
 
     def __init__(self, dim, num_train_timesteps):
         super().__init__()
@@ -129,7 +131,7 @@ class RearrangeUpsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, 4 * out_channels, 1)
         self.rearrange = Rearrange("b (c p1 p2) h w -> b c (h p1) (w p2)", p1=2, p2=2)
-        # ICNR: the four phases of a channel start equal, as in nearest-neighbour upsampling: no checkerboard
+        # ICNR: the four phases of a channel start equal, as in nearest-neighbour upsampling, to avoid a checkerboard
         for parameter in (self.conv.weight, self.conv.bias):
             parameter.data = parameter.data[::4].repeat_interleave(4, dim=0)
 
@@ -138,7 +140,7 @@ class RearrangeUpsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Layers, then half the size (guide, cell 19). (B, C_in, H, W) -> (B, C_out, H/2, W/2) and the skip connection."""
+    """Layers, then pooling (guide, cell 19). (B, C_in, H, W) -> (B, C_out, H/2, W/2) and the skip connection."""
 
     def __init__(self, layers: list[nn.Module], pool: nn.Module, skip_type: str):
         super().__init__()
@@ -167,7 +169,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Twice the size, the skip connection concatenated where it was taken, then layers. -> (B, C_out, 2H, 2W)."""
+    """Upsampling, with the skip connection concatenated at its own resolution, then layers. -> (B, C_out, 2H, 2W)."""
 
     def __init__(self, upsample: nn.Module, layers: list[nn.Module], skip_type: str, time_embedding: nn.Module | None):
         super().__init__()
@@ -189,7 +191,7 @@ class UpBlock(nn.Module):
 
 
 class OutBlock(nn.Module):
-    """Layers on cat(x, stem), the global skip (guide, cell 34). (B, C, H, W) twice -> (B, out_channels, H, W)."""
+    """Layers on x or cat(x, stem), the global skip (guide, cell 34). (B, C, H, W) each -> (B, out_channels, H, W)."""
 
     def __init__(self, layers: list[nn.Module], global_skip: bool):
         super().__init__()
@@ -201,43 +203,43 @@ class OutBlock(nn.Module):
 
 
 class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
-    r"""A small fully convolutional U-Net for denoising diffusion: the guide's five changes, each one argument.
+    r"""A small fully convolutional U-Net for denoising diffusion, with the guide's five changes as six switches.
 
-    With all six switches of the guide off (`train_scripts/configs/baseline.json`) it is the guide's "before", with
-    `guide.json` its "after", and by default the best network that was measured.
+    `train_scripts/configs/baseline.json`, with all six off, is the guide's "before", `guide.json` its "after"; the
+    defaults are the best network that was measured.
 
     Args:
-        sample_size (`int` or `tuple[int, int]`, *optional*): Height and width that a pipeline samples at. The network
-            takes any that are divisible by 2^(levels - 1).
+        sample_size (`int` or `tuple[int, int]`, *optional*): Height and width of a pipeline's samples. The network
+            accepts any that are divisible by 2^(levels - 1).
         in_channels, out_channels (`int`): Channels of the sample and of the prediction.
-        block_out_channels (`tuple[int, ...]`): Width at each level, the highest resolution first; at least two.
+        block_out_channels (`tuple[int, ...]`): Channels at each level, highest resolution first; at least two levels.
         norm_type (`"group"` | `"batch"`): Guide section "Group Normalization".
         act_fn (`"gelu"` | `"relu"`): Guide section "GELU".
-        downsample_type (`"rearrange"` | `"max_pool"`): Space to depth and a convolution, or the maximum of 2x2. Guide
+        downsample_type (`"rearrange"` | `"max_pool"`): Space to depth and a convolution, or 2x2 max pooling. Guide
             section "RearrangePooling".
         time_embedding_type (`"sinusoidal"` | `"linear"`): A sinusoid of t, or t/T through a linear layer. Guide
             section "Sinusoidal Position Embeddings".
-        residual_blocks (`bool`): `x1 + x2` in the guide's residual stem; the identity path of `block_type="resnet"`.
+        residual_blocks (`bool`): `x1 + x2` in the stem of `block_type="conv"`, or the identity paths of `"resnet"`.
         global_skip (`bool`): `cat(x, stem)` before the output. Guide section "Residual Connections".
         block_type (`"resnet"` | `"conv"`): Pre-norm residual blocks of two convolutions, or the guide's conv - norm -
             act stack with a stem of two of them and a hidden convolution before the output.
         time_injection (`"every_block"` | `"decoder"`): Time as scale and shift after the (second) norm of every block,
-            or, as in the guide, added to what enters an up block.
+            or, as in the guide, added to the input of each up block.
         time_embedding_dim (`int`): Width of the time features, even and at least 4; 8 in the guide.
-        normalize_timesteps (`bool`): Divide by T before the sinusoid, as the guide does; most of its frequencies then
-            hardly turn. The linear embedding always divides.
+        normalize_timesteps (`bool`): Divide t by T before the sinusoid, as the guide does; most of its sinusoids
+            then hardly vary. The linear embedding always divides.
         skip_type (`"before_pool"` | `"after_pool"`): Skip connections at the resolution of the layers that made them,
             or, as in the guide, pooled and concatenated before the upsampling.
         upsample_type (`"rearrange"` | `"conv_transpose"`): 1x1 convolution and depth to space, or a transposed 2x2
             convolution of stride 2.
-        norm_num_groups, block_norm_num_groups (`int`): Groups of the norms in stem and output, and in all blocks.
-        down_layers_per_block, up_layers_per_block (`int` or `tuple[int, ...]`): Blocks of `block_type` down and up: at
-            each level, or level by level, the highest resolution first: the last number serves all levels below it,
-            and numbers beyond the levels are not used. Down, a level that is not wider than the one above may have 0.
-        num_train_timesteps (`int`): T.
+        norm_num_groups, block_norm_num_groups (`int`): Groups of the norms in stem and output, and in blocks.
+        down_layers_per_block, up_layers_per_block (`int` or `tuple[int, ...]`): Blocks of `block_type` on the way
+            down and up: one number for all levels, or one per level, highest resolution first. The last number also
+            applies to all levels below; excess numbers are ignored. Down, a level that keeps the width may have 0.
+        num_train_timesteps (`int`): Number of training timesteps, T.
 
     Raises:
-        ValueError: If a configuration cannot work; the message names argument, value and rule.
+        ValueError: If the configuration is invalid; the message names argument, value and rule.
     """
 
     _supports_gradient_checkpointing = True
@@ -310,7 +312,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         if block_type == "conv":
             self.stem = ConvStem(in_channels, first, norm_type, norm_num_groups, act_fn, residual_blocks)
 
-        # down, middle: the guide's layers widen to the next level before they pool, the others at their own level
+        # down, middle: the guide's layers take the next level's width before pooling, the others their own level's
         widths = block_out_channels[1:] if skip_type == "after_pool" else block_out_channels[:-1]
         self.down_blocks = nn.ModuleList()
         previous = first
@@ -347,24 +349,24 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, return_dict: bool = True
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """Predict what the noise schedule asks for: noise, image or velocity.
+        """Predict noise, image or velocity, whichever the network was trained for.
 
         Args:
             sample: Noisy images, (B, in_channels, H, W), floating point; H and W divisible by 2^(levels - 1).
-            timestep: In [0, num_train_timesteps), fractions allowed: a number, a 0-d tensor, or one a sample, (B,).
-            return_dict: `UNet2DOutput` if true, else a tuple of one tensor.
+            timestep: In [0, num_train_timesteps), fractions allowed: a number, a 0-d tensor, or one per sample, (B,).
+            return_dict: Whether to return a `UNet2DOutput` instead of a tuple.
 
         Returns:
             The prediction, (B, out_channels, H, W).
 
         Raises:
-            ValueError: On a wrong rank, channel count, height, width or number of timesteps.
-            TypeError: On a sample that is not floating point.
+            ValueError: If rank, channel count, height, width or number of timesteps is wrong.
+            TypeError: If the sample is not floating point.
         """
         timestep = torch.as_tensor(timestep, device=sample.device)
         check_inputs(sample, timestep, self.config.in_channels, 2 ** len(self.down_blocks))
 
-        # sinusoids in float32 whatever the weights: bfloat16 cannot tell neighbouring timesteps apart
+        # sinusoids in float32 whatever the weights' dtype: bfloat16 cannot tell neighbouring timesteps apart
         temb = self.time_proj(timestep.expand(sample.shape[0])).to(sample.dtype)  # (B, time_embedding_dim)
         if self.time_embedding is not None:
             temb = self.time_embedding(temb)  # (B, temb_channels)
@@ -385,7 +387,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
-        """Write `config.json` and, beside it, this file: a pipeline with it then loads without the package."""
+        """Write `config.json` and, beside it, this file, so that a pipeline with it loads without the package."""
         if type(self).__module__ == __name__:  # a user's subclass is not in this file
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
@@ -399,13 +401,13 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
 
 
 def layers_by_level(layers_per_block: int | tuple[int, ...], levels: int) -> list[int]:
-    """One number a level; the last that is given serves all levels below it."""
+    """One number per level; the last one given also applies to all levels below it."""
     counts = [layers_per_block] if isinstance(layers_per_block, int) else list(layers_per_block)
     return (counts + counts[-1:] * levels)[:levels]
 
 
 def check_config(config: dict) -> None:
-    """ValueError with argument, value and rule for what cannot work."""
+    """Raise a ValueError that names argument, value and rule if the configuration is invalid."""
 
     def check(condition: bool, name: str, rule: str) -> None:
         if not condition:
