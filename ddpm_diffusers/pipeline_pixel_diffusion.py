@@ -433,7 +433,7 @@ def is_part_of(unet: ModelMixin, source: str) -> bool:
     """Whether the network was loaded from this folder or repository, whose card and figures describe no other."""
     loaded = Path(unet.config.get("_name_or_path") or "")
     in_cache = f"models--{source}".replace("/", "--")  # how the Hub's cache names a repository's folder
-    return loaded.parent == Path(source) or in_cache in loaded.parts
+    return loaded == Path(source, "unet") or in_cache in loaded.parts
 
 
 def copy_card(source: str, folder: str | Path, token: str | None) -> None:

@@ -267,11 +267,8 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
     assert 1 <= len(partial) < 7
 
     def run(*more: str) -> None:
-        script.main(
-            sys.modules["arguments"].parse_arguments(
-                script.ComparisonArguments, [str(tmp_path / "flags.json"), *more], "?"
-            )
-        )
+        argv = [str(tmp_path / "flags.json"), *more]
+        script.main(sys.modules["arguments"].parse_arguments(script.ComparisonArguments, argv, script.__doc__))
 
     run()
     results = json.loads((out / "comparison.json").read_text())

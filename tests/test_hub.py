@@ -218,13 +218,15 @@ def test_saving_with_a_push_uploads_nothing_beside_the_pipeline(hub, client, sav
     assert b'"user/from-folder"' in repo.files["README.md"]
 
 
-def test_a_card_does_not_go_along_with_another_network(saved, tmp_path):
+def test_a_card_does_not_go_along_with_another_network(saved, tmp_path, monkeypatch):
     pipe = DiffusionPipeline.from_pretrained(saved)
     pipe.unet = torch.compile(pipe.unet)
     pipe.save_pretrained(tmp_path / "same")
     assert (tmp_path / "same" / "README.md").read_bytes() == (saved / "README.md").read_bytes()
     pipe.unet = other = make_pipe().unet
-    for number, another in enumerate((pipe, DiffusionPipeline.from_pretrained(saved, unet=other))):
+    monkeypatch.chdir(saved)
+    loaded = [DiffusionPipeline.from_pretrained(source, unet=other) for source in (saved, ".")]
+    for number, another in enumerate((pipe, *loaded)):
         another.save_pretrained(tmp_path / f"other-{number}")
         assert not {"README.md", "samples.png"} & {path.name for path in (tmp_path / f"other-{number}").iterdir()}
 

@@ -154,7 +154,7 @@ def run_script(main: Callable, arguments_class: type, doc: str) -> None:
     try:
         args = parse_arguments(arguments_class, sys.argv[1:], doc)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}") from None  # YAML's has several
     main(args)
 
 
