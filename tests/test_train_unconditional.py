@@ -385,6 +385,7 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
     (["--unet_config", '{"in_channels": 3}'], "are 3 and 1; both must be 1"),
     (["--unet_config", "{3}"], "is no JSON"),
     (["--lr_scheduler", "piecewise_constant"], "`--lr_scheduler` is 'piecewise_constant'; it must be one of cosine"),
+    (["--lr_scheduler", "constant", "--lr_warmup_steps", "1"], "`--lr_warmup_steps` is 1; it must be 0 with"),
     (["--lr_warmup_steps", "9"], r"`--lr_warmup_steps` is 9; it must be in \[0, 3\]"),
     (["--ddpm_num_inference_steps", "2000"], "`--ddpm_num_inference_steps` is 2000; it must not exceed"),
     (["--seed", "-1"], "`--seed` is -1"),

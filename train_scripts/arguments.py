@@ -61,7 +61,9 @@ class TrainingArguments:
     lr_scheduler: str = arg(
         "cosine", "schedule over optimizer steps: cosine, linear, constant, constant_with_warmup or polynomial"
     )
-    lr_warmup_steps: int | None = arg(None, "optimizer steps of linear warm-up; by default a tenth of all steps")
+    lr_warmup_steps: int | None = arg(
+        None, "optimizer steps of linear warm-up; by default a tenth of all steps, with `constant` none"
+    )
     adam_beta1: float = arg(0.9, "beta1 of AdamW")
     adam_beta2: float = arg(0.999, "beta2 of AdamW")
     adam_weight_decay: float = arg(1e-2, "weight decay of AdamW")
@@ -116,6 +118,9 @@ class TrainingArguments:
             "logger": (*TRACKERS, "none"),
         }.items():
             check(getattr(self, name) in choices, name, f"be one of {', '.join(filter(None, choices))}")
+        if self.lr_scheduler == "constant":
+            check(not self.lr_warmup_steps, "lr_warmup_steps",
+                  "be 0 with `--lr_scheduler constant`, which does not warm up: use constant_with_warmup")  # fmt: skip
         if self.dataset_id is not None and (self.train_data_dir is not None or not is_hub_id(self.dataset_id)):
             raise ValueError(
                 f"`--dataset_id` is {self.dataset_id!r}; it must be owner/name on the Hub, of what `--dataset_name` is"

@@ -131,8 +131,10 @@ def main(args: TrainingArguments) -> None:
     batches_per_step = args.gradient_accumulation_steps * accelerator.num_processes
     global_batch_size = args.train_batch_size * batches_per_step
     max_train_steps = args.max_train_steps or math.ceil(args.num_epochs * num_images / global_batch_size)
-    warmup_steps = max_train_steps // 10 if args.lr_warmup_steps is None else args.lr_warmup_steps
-    if warmup_steps > max_train_steps or warmup_steps < 0:
+    warmup_steps = args.lr_warmup_steps
+    if warmup_steps is None:
+        warmup_steps = 0 if args.lr_scheduler == "constant" else max_train_steps // 10
+    if warmup_steps > max_train_steps:
         raise ValueError(
             f"`--lr_warmup_steps` is {warmup_steps}; it must be in [0, {max_train_steps}], the run's steps."
         )
