@@ -1,6 +1,5 @@
 """The ladder: its rows, and the script that trains and judges them."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -8,15 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ablate as script
 import pytest
-import torch
 import yaml
-from datasets import Dataset, DatasetDict
+from arguments import parse_arguments
 from PIL import Image
 
 from ddpm_diffusers import OptimizedUNet2DModel
-from ddpm_diffusers.sampling import to_pil
-from ddpm_diffusers.synthetic_fashion import draw_garments
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "ablate.py"
@@ -24,23 +21,12 @@ CONFIGS = ROOT / "train_scripts" / "configs"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module."""
-    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run
-    spec = importlib.util.spec_from_file_location("ablate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ablate"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def config_of(arguments: dict) -> dict:
     config = OptimizedUNet2DModel(**{key: value for key, value in arguments.items() if key[0] != "_"}).config
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items() if key[0] != "_"}
 
 
-def test_the_ladder_leads_from_the_guides_baseline_to_its_network_to_the_default(script):
+def test_the_ladder_leads_from_the_guides_baseline_to_its_network_to_the_default():
     ladder = script.read_ladder(CONFIGS / "ladder.yaml")
     assert config_of(ladder["guide"]) == config_of(json.loads((CONFIGS / "guide.json").read_text()))
     assert config_of(ladder["default"]) == config_of({})
@@ -62,7 +48,7 @@ def test_the_ladder_leads_from_the_guides_baseline_to_its_network_to_the_default
     assert switches - {"norm_num_groups", "num_train_timesteps"} == without | last
 
 
-def test_a_ladder_that_cannot_be_climbed_is_refused(script, tmp_path):
+def test_a_ladder_that_cannot_be_climbed_is_refused(tmp_path):
     path = tmp_path / "ladder.yaml"
     path.write_text("a: {from: b}\nb: {from: a}\n")
     with pytest.raises(ValueError, match="a from b from a goes round in a circle"):
@@ -82,24 +68,19 @@ def test_a_ladder_that_cannot_be_climbed_is_refused(script, tmp_path):
     ):
         argv = ["--ladder", str(path), "--output_dir", str(tmp_path / "runs"), *flags]
         with pytest.raises(ValueError, match=message):
-            script.main(sys.modules["arguments"].parse_arguments(script.AblateArguments, argv, script.__doc__))
+            script.main(parse_arguments(script.AblateArguments, argv, script.__doc__))
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
-def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(tmp_path):
-    splits = {}
-    for split, numbers in (("train", range(300)), ("test", range(300, 500))):
-        images = to_pil(torch.from_numpy(draw_garments(numbers, resolution=16, channels=1)[0]))
-        splits[split] = Dataset.from_dict({"image": images})
-    DatasetDict(splits).save_to_disk(tmp_path / "garments")
+def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(garments, tmp_path):
     tiny = {"block_out_channels": [8, 16], "norm_num_groups": 4, "block_norm_num_groups": 4}
     ladder = {"default": tiny, "stock": {"from": "default", "global_skip": False}, "other": {"from": "stock"}}
     (tmp_path / "ladder.yaml").write_text(yaml.safe_dump(ladder))
 
     def ablate(*flags: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(SCRIPT), "--ladder", str(tmp_path / "ladder.yaml"),
-                   "--rows", "default", "stock", "--dataset_name", str(tmp_path / "garments"),
+                   "--rows", "default", "stock", "--dataset_name", garments,
                    "--dataset_id", "user/garments", "--jobs", "2",
                    "--max_train_steps", "3", "--num_images", "150", "--num_inference_steps", "2",
                    "--output_dir", str(tmp_path / "runs"), "--results_dir", str(tmp_path / "results"),
@@ -113,7 +94,8 @@ def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(tmp_pat
     rows = {name: json.loads((tmp_path / "results" / f"{name}.json").read_text()) for name in ("default", "stock")}
     for name, row in rows.items():
         assert row["figures"]["train"]["frechet_distance"]["mean"] > 0 and row["seeds"]["0"]["steps"] == 3
-        assert row["seeds"]["0"]["dataset"] == "user/garments" and str(tmp_path) not in json.dumps(row)
+        assert row["seeds"]["0"]["dataset"] == "user/garments"
+        assert garments not in json.dumps(row) and str(tmp_path) not in json.dumps(row)
         assert f"| {name} | 1 |" in first.stdout
     assert rows["default"]["num_parameters"] > rows["stock"]["num_parameters"]
     for picture in ("grids.png", "radial.png", "rings.png"):

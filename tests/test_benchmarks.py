@@ -7,15 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import memory
 import pytest
+import summary
 import torch
+import windows
+from run import SECTIONS, BenchmarkArguments
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import memory  # noqa: E402
-import summary  # noqa: E402
-import windows  # noqa: E402
-from run import SECTIONS, BenchmarkArguments  # noqa: E402
 
 
 def test_a_ratio_is_of_paired_windows():

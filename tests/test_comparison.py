@@ -1,6 +1,5 @@
 """Schedulers compared at equal numbers of evaluations: the records, the pictures, and the script that is stopped."""
 
-import importlib
 import json
 import os
 import signal
@@ -10,12 +9,14 @@ import time
 import warnings
 from pathlib import Path
 
+import compare_schedulers as compare_schedulers_script
 import datasets
 import diffusers
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from arguments import parse_arguments
+from conftest import reset_accelerate
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
@@ -224,14 +225,12 @@ def dataset_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def script(monkeypatch):
-    """The script as a module, to run here, in a state like that of a fresh process."""
+    """The script, to run here; what it changes for its process is undone."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.syspath_prepend(ROOT / "train_scripts")
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     verbosity = diffusers.logging.get_verbosity()
     with warnings.catch_warnings():
-        yield importlib.import_module("compare_schedulers")
+        yield compare_schedulers_script
     diffusers.logging.set_verbosity(verbosity)
 
 
@@ -268,7 +267,7 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
 
     def run(*more: str) -> None:
         argv = [str(tmp_path / "flags.json"), *more]
-        script.main(sys.modules["arguments"].parse_arguments(script.ComparisonArguments, argv, script.__doc__))
+        script.main(parse_arguments(script.ComparisonArguments, argv, script.__doc__))
 
     run()
     results = json.loads((out / "comparison.json").read_text())

@@ -1,21 +1,14 @@
 """What training and sampling cost, counted: regressions in speed that no clock is needed for."""
 
-import importlib.util
-import json
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from conftest import TINY
+import train_unconditional as script
+from arguments import parse_arguments
+from conftest import TINY, UNET, reset_accelerate
+from counts import aten_calls, count
+from networks import make_network, training_step
 
 from ddpm_diffusers import OptimizedUNet2DModel, make_scheduler
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from counts import aten_calls, count  # noqa: E402
-from networks import make_network, training_step  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -67,24 +60,16 @@ def test_calls_waits_and_allocations_are_counted():
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
+def train(tmp_path):
     """Runs the training script here, for so many steps."""
-    monkeypatch.syspath_prepend(ROOT / "train_scripts")
-    path = ROOT / "train_scripts" / "train_unconditional.py"
-    spec = importlib.util.spec_from_file_location("train_unconditional", path)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_unconditional", script)
-    spec.loader.exec_module(script)
 
     def run(steps: int) -> None:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        unet = {key: value for key, value in TINY.items() if key != "sample_size"}
+        reset_accelerate()
         flags = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64", "--resolution", "8",
-                 "--unet_config", json.dumps(unet), "--train_batch_size", "8", "--max_train_steps", str(steps),
+                 "--unet_config", UNET, "--train_batch_size", "8", "--max_train_steps", str(steps),
                  "--logging_steps", "100", "--logger", "none", "--eval_batch_size", "1",
                  "--ddpm_num_inference_steps", "1", "--output_dir", str(tmp_path / str(steps))]  # fmt: skip
-        script.main(sys.modules["arguments"].parse_arguments(script.TrainingArguments, flags, script.__doc__))
+        script.main(parse_arguments(script.TrainingArguments, flags, script.__doc__))
 
     return run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import UNET
 from safetensors.torch import load_file
 
 from ddpm_diffusers import OptimizedUNet2DModel
@@ -18,7 +18,6 @@ from ddpm_diffusers import OptimizedUNet2DModel
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "train_unconditional.py"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-UNET = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
 FLAGS = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "330", "--resolution", "8",
          "--unet_config", UNET, "--learning_rate", "3e-3", "--logging_steps", "7", "--eval_batch_size", "4",
          "--ddpm_num_inference_steps", "2", "--logger", "none"]  # fmt: skip

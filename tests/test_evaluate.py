@@ -1,17 +1,16 @@
 """The evaluating script: a pipeline's samples, a folder of images, the data set's own images, damaged or not."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import evaluate as script
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from conftest import randomize
-from datasets import Dataset, DatasetDict
+from arguments import parse_arguments
+from conftest import randomize, reset_accelerate
 from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -28,29 +27,6 @@ NUM_IMAGES = 150  # more than features
 
 
 @pytest.fixture(scope="module")
-def script():
-    """The script as a module."""
-    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate_script"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    """A data set with a train and a test split, of garments of other numbers."""
-    splits = {}
-    for split, numbers in (("train", range(300)), ("test", range(300, 500))):
-        images = to_pil(torch.from_numpy(draw_garments(numbers, resolution=16, channels=1)[0]))
-        splits[split] = Dataset.from_dict({"image": images})
-    folder = tmp_path_factory.mktemp("data") / "garments"
-    DatasetDict(splits).save_to_disk(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A saved pipeline with a card; what it samples is noise."""
     torch.manual_seed(0)
@@ -64,21 +40,20 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def evaluate(script, data, tmp_path):
+def evaluate(garments, tmp_path):
     """Run the script here; returns its record."""
 
     def run(*flags: str) -> dict:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
         output_dir = tmp_path / "evaluation"
-        argv = ["--dataset_name", data, "--num_images", str(NUM_IMAGES), "--output_dir", str(output_dir), *flags]
-        script.main(sys.modules["arguments"].parse_arguments(script.EvaluateArguments, argv, script.__doc__))
+        argv = ["--dataset_name", garments, "--num_images", str(NUM_IMAGES), "--output_dir", str(output_dir), *flags]
+        script.main(parse_arguments(script.EvaluateArguments, argv, script.__doc__))
         return json.loads((output_dir / "evaluation.json").read_text())
 
     return run
 
 
-def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluate, model, data, tmp_path, capsys):
+def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluate, model, garments, tmp_path, capsys):
     sampler = ("--scheduler", "dpmsolver++", "--scheduler_config", '{"solver_order": 1}', "--num_inference_steps", "3")
     record = evaluate("--model", str(model), *sampler, "--seeds", "0", "1", "--batch_size", "50",
                       "--dataset_id", "user/garments", "--write_card")  # fmt: skip
@@ -86,12 +61,12 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     pipe = PixelDiffusionPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler, solver_order=1)
-    reference = Reference.of_dataset(data, load_feature_extractor(), resolution=16)
+    reference = Reference.of_dataset(garments, load_feature_extractor(), resolution=16)
     expected = evaluate_pipeline(pipe, reference, NUM_IMAGES, 3, seeds=(0, 1), batch_size=50)
     assert record["figures"] == expected["figures"] and record["per_seed"] == expected["per_seed"]
     assert record["evaluations"] == 3 and record["scheduler_config"]["solver_order"] == 1
     assert record["feature_extractor"]["digest"] == load_feature_extractor().digest
-    assert str(tmp_path) not in json.dumps(record) and str(Path(data).parent) not in json.dumps(record)
+    assert str(tmp_path) not in json.dumps(record) and str(Path(garments).parent) not in json.dumps(record)
 
     of_train, to_floor = record["figures"]["train"], record["figures"]["to_floor"]
     row = (tmp_path / "evaluation" / "row.md").read_text()
@@ -146,14 +121,14 @@ def test_test_images_give_the_floor_and_damage_moves_the_right_figure(evaluate):
     assert change["checker"]["cb2_db"] > 3 and change["checker"]["cb2_db"] > 3 * abs(change["noise"]["cb2_db"])
 
 
-def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, data, tmp_path):
+def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, garments, tmp_path):
     images = torch.from_numpy(draw_garments(range(900, 1060), resolution=16, channels=1)[0])
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i, image in enumerate(to_pil(images)):
         image.save(folder / f"{i:06d}.png")
     Image.new("L", (99, 99)).save(folder / "grid.png")  # as generate.py leaves one
-    reference = Reference.of_dataset(data, load_feature_extractor(), resolution=16)
+    reference = Reference.of_dataset(garments, load_feature_extractor(), resolution=16)
     expected = evaluate_images(images, reference)
     record = evaluate("--images", str(folder), "--num_images", "1000")
     assert record["num_images"] == 160
@@ -207,11 +182,11 @@ def test_nothing_is_overwritten_and_nan_is_not_judged(evaluate, model, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(model, data, tmp_path):
+def test_two_processes_measure_what_one_does(model, garments, tmp_path):
     records = []
     for processes in ("1", "2"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes,
-                   str(SCRIPT), "--model", str(model), "--dataset_name", data, "--num_images", str(NUM_IMAGES),
+                   str(SCRIPT), "--model", str(model), "--dataset_name", garments, "--num_images", str(NUM_IMAGES),
                    "--num_inference_steps", "2", "--batch_size", "40",
                    "--output_dir", str(tmp_path / processes)]  # fmt: skip
         env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}

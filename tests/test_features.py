@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState
+import train_feature_extractor
+from arguments import parse_arguments
+from conftest import reset_accelerate
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from hub_server import HubServer, Repo
 from huggingface_hub import constants
@@ -204,12 +206,10 @@ def drawn_data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def script(monkeypatch):
-    """The script as a module, to run here, in a state like that of a fresh process."""
+    """The script, to run here."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.syspath_prepend(ROOT / "train_scripts")
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    return importlib.import_module("train_feature_extractor")
+    reset_accelerate()
+    return train_feature_extractor
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_the_script_trains_one_that_loads_and_classifies_and_again_to_the_bit(dr
         text = (tmp_path / "a" / file).read_text()
         assert str(drawn_data) not in text and str(tmp_path) not in text
     for seed, same in (("0", True), ("1", False)):
-        parsed = sys.modules["arguments"].parse_arguments(
+        parsed = parse_arguments(
             script.FeatureExtractorArguments, [*flags, "--seed", seed, "--output_dir", str(tmp_path / seed)], "?"
         )
         script.main(parsed)

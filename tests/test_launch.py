@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import UNET
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -19,10 +19,9 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 def train(output_dir: Path, *flags: str, **environment: str) -> dict:
     """The training script in a process of its own; what it says it did."""
-    unet = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
                SCRIPTS / "train_unconditional.py", "--dataset_name", "synthetic-fashion", "--max_train_samples", "64",
-               "--resolution", "8", "--train_batch_size", "16", "--unet_config", unet, "--max_train_steps", "4",
+               "--resolution", "8", "--train_batch_size", "16", "--unet_config", UNET, "--max_train_steps", "4",
                "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2", "--logger", "none",
                "--output_dir", output_dir, *flags]  # fmt: skip
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300,

@@ -109,7 +109,7 @@ def test_interrupt_stops_the_network_and_leaves_the_pipeline_usable(tiny_pipe):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["ddpm", "dpmsolver++", "euler"])
-def test_half_precision_weights_give_the_images_of_full_ones(tiny_pipe, name, dtype):
+def test_half_precision_weights_are_sampled_in_float32(tiny_pipe, name, dtype):
     tiny_pipe.scheduler = make_scheduler(name, tiny_pipe.scheduler)
     full = tiny_pipe(2, 5, torch.Generator().manual_seed(0), output_type="np").images
     tiny_pipe.to(dtype)
@@ -117,6 +117,16 @@ def test_half_precision_weights_give_the_images_of_full_ones(tiny_pipe, name, dt
     half = tiny_pipe(2, 5, torch.Generator().manual_seed(0), output_type="np").images
     assert half.dtype == np.float32 and np.isfinite(half).all()
     assert np.abs(half - full).mean() < 0.03
+
+    scheduler, generator = tiny_pipe.scheduler, torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(5)
+    latents = torch.randn(2, 1, 8, 8, generator=generator) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            output = tiny_pipe.unet(scheduler.scale_model_input(latents, t).to(dtype), t).sample.float()
+        latents = scheduler.step(output, t, latents, generator=generator).prev_sample
+    found = tiny_pipe(2, 5, torch.Generator().manual_seed(0), output_type="latent").images
+    assert found.dtype == torch.float32 and torch.equal(found, latents)
 
 
 def test_a_second_order_scheduler_evaluates_twice_a_step(tiny_pipe):

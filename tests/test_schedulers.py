@@ -155,22 +155,41 @@ def test_first_order_samplers_follow_their_closed_form(name, eta, steps):
     assert spread == pytest.approx(closed_form_spread(steps, eta), abs=0.02)
 
 
+TRAINED_WITH = {
+    "num_train_timesteps": 100,
+    "beta_start": 0.001,
+    "beta_end": 0.05,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
+SAMPLED_WITH = {
+    "timestep_spacing": "linspace",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "clip_sample_range": 2.0,
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.9,
+    "sample_max_value": 1.5,
+}
+
+
+@pytest.mark.parametrize("betas", [{}, {"trained_betas": torch.linspace(0.002, 0.03, 100).tolist()}], ids=["", "own"])
 @pytest.mark.parametrize("first", SCHEDULERS)
-def test_the_noise_schedule_is_carried_over_from_any_scheduler_to_any_other(first):
-    """By name and by diffusers' `from_config`; the betas' ends and the spacing stay at their defaults."""
+def test_what_the_network_was_trained_with_is_carried_over_from_any_scheduler_to_any_other(first, betas):
+    """By name and by diffusers' `from_config`."""
     pytest.importorskip("torchsde")
-    original = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    given = {**TRAINED_WITH, **SAMPLED_WITH, **betas}
+    original = diffusers.DDPMScheduler(**given)
     pipe = PixelDiffusionPipeline(ExactDenoiser(), original)
+    pipe.scheduler = getattr(diffusers, SCHEDULERS[first]).from_config(pipe.scheduler.config)
+    first_by_class, first_by_name = pipe.scheduler, make_scheduler(first, original)
     for second in SCHEDULERS:
-        pipe.scheduler = original
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[first]).from_config(pipe.scheduler.config)
-        by_class = getattr(diffusers, SCHEDULERS[second]).from_config(pipe.scheduler.config)
-        by_name = make_scheduler(second, make_scheduler(first, original))
+        by_name = make_scheduler(second, first_by_name)
+        by_class = getattr(diffusers, SCHEDULERS[second]).from_config(first_by_class.config)
         assert type(by_name) is type(by_class)
         for scheduler in (by_name, by_class):
             assert torch.equal(scheduler.alphas_cumprod, original.alphas_cumprod)
-        if first != "dpmsolver++_singlestep":  # which has no spacing to hand on
-            assert by_name.config.get("timestep_spacing", "leading") == "leading"
+            assert {key: scheduler.config[key] for key in given} == given
 
 
 def test_a_scheduler_assigned_to_the_pipeline_hands_on_its_defaults():

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import UNET
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_thisIsNotForAnyFile"
-UNET = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
 LOGGED = ["loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr", "ema_decay"]
 
 

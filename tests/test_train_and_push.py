@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import UNET
 from datasets import Dataset, Features, Image
 from hub_server import HubServer
 from PIL import Image as PILImage
@@ -18,7 +18,6 @@ from PIL import Image as PILImage
 from ddpm_diffusers.checkpointing import list_checkpoints
 
 ROOT = Path(__file__).parents[1]
-UNET = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
 DRAWN = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64"]
 FLAGS = ["--resolution", "8", "--unet_config", UNET,
          "--max_train_steps", "6", "--checkpointing_steps", "3", "--logging_steps", "2", "--eval_batch_size", "4",

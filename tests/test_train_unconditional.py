@@ -1,6 +1,5 @@
 """The training script: the whole job in real processes, its variants in this one, and clear errors."""
 
-import importlib.util
 import json
 import math
 import os
@@ -9,52 +8,45 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from conftest import TINY
+import train_unconditional as script
+from arguments import DEFINES_THE_RUN, parse_arguments
+from conftest import UNET, reset_accelerate
+from datasets import Dataset
 from diffusers import DiffusionPipeline, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_diffusers.checkpointing import list_checkpoints
+from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.hub import add_figures
+from ddpm_diffusers.synthetic_fashion import draw_garments
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "train_unconditional.py"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-UNET = json.dumps({key: value for key, value in TINY.items() if key != "sample_size"})
 
 
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module."""
-    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run
-    spec = importlib.util.spec_from_file_location("train_unconditional", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_unconditional"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def parse(script, *argv: str):
-    return sys.modules["arguments"].parse_arguments(script.TrainingArguments, list(argv), script.__doc__)
+def parse(*argv: str) -> script.TrainingArguments:
+    return parse_arguments(script.TrainingArguments, list(argv), script.__doc__)
 
 
 @pytest.fixture
-def train(script, tmp_path):
+def train(tmp_path):
     """Run the script here with tiny settings; returns its output folder."""
 
     def run(*flags: str) -> Path:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        reset_accelerate()
+        length = [] if "--num_epochs" in flags else ["--max_train_steps", "3"]
         defaults = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64", "--resolution", "8",
-                    "--train_batch_size", "16", "--unet_config", UNET, "--max_train_steps", "3",
+                    "--train_batch_size", "16", "--unet_config", UNET, *length,
                     "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2", "--logger", "none",
                     "--output_dir", str(tmp_path / "run")]  # fmt: skip
-        script.main(parse(script, *defaults, *flags))
-        return Path(parse(script, *defaults, *flags).output_dir)
+        script.main(parse(*defaults, *flags))
+        return Path(parse(*defaults, *flags).output_dir)
 
     return run
 
@@ -162,6 +154,33 @@ def test_the_stock_unet_trains_by_the_same_script(train):
 def test_real_fashion_mnist(train, fashion_mnist):
     output_dir = train("--dataset_name", fashion_mnist, "--resolution", "16", "--num_epochs", "1")
     assert DiffusionPipeline.from_pretrained(str(output_dir))(num_inference_steps=2).images[0].size == (16, 16)
+
+
+def arguments_of(output_dir: Path) -> dict:
+    return json.loads((output_dir / "run.json").read_text())["arguments"]
+
+
+def test_ones_own_images_are_cropped_and_seen_as_often_as_asked(train, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 12, 16, 3), dtype=np.uint8)
+    (tmp_path / "mine").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "mine" / f"{i:02d}.png")
+    output_dir = train(
+        "--train_data_dir", str(tmp_path / "mine"), "--split", "train[:90%]", "--center_crop", "--num_epochs", "2",
+        "--train_batch_size", "4", "--gradient_accumulation_steps", "2",
+        "--unet_config", json.dumps(json.loads(UNET) | {"in_channels": 3, "out_channels": 3}),
+    )  # fmt: skip
+    arguments = arguments_of(output_dir)
+    assert arguments["max_train_steps"] == 5  # 2 x 18 images in batches of 8
+    squares = Dataset.from_dict({"picture": [Image.fromarray(image[:, 2:14]) for image in pixels[:18]]})
+    squares.save_to_disk(tmp_path / "squares")
+    images = load_images(str(tmp_path / "squares"), resolution=8, channels=3, image_column="picture")
+    assert arguments["data"] == ImageArrays(images, (3, 8, 8)).fingerprint()
+
+    output_dir = train("--dataset_name", str(tmp_path / "squares"), "--image_column", "picture", "--max_train_samples",
+                       "12", "--output_dir", str(tmp_path / "grey"))  # fmt: skip
+    images = load_images(str(tmp_path / "squares"), resolution=8, image_column="picture", max_samples=12)
+    assert arguments_of(output_dir)["data"] == ImageArrays(images, (1, 8, 8)).fingerprint()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(train, tmp_path):
@@ -304,9 +323,9 @@ def test_what_is_overwritten_does_not_pass_for_the_new_run(train):
     assert not [path for path in output_dir.iterdir() if path.is_dir()]
 
 
-def test_a_flag_that_is_unknown_is_named_without_its_value(script):
+def test_a_flag_that_is_unknown_is_named_without_its_value():
     with pytest.raises(ValueError, match="^--hub_tokn, --rate is no flag of this script") as error:
-        parse(script, "--hub_tokn", "hf_secret", "--rate=hf_secret", "--resolution", "8")
+        parse("--hub_tokn", "hf_secret", "--rate=hf_secret", "--resolution", "8")
     assert "hf_secret" not in str(error.value)
 
 
@@ -318,7 +337,7 @@ def test_a_half_written_line_of_metrics_does_not_stop_a_resume(train):
     assert [row["step"] for row in metrics_of(output_dir)] == [2, 4]
 
 
-def test_a_longer_run_goes_on_at_its_own_rate_without_the_card_of_the_shorter(train, script):
+def test_a_longer_run_goes_on_at_its_own_rate_without_the_card_of_the_shorter(train):
     train("--checkpointing_steps", "1", "--max_train_steps", "2")  # whose rate has come to 0
     output_dir = train("--checkpointing_steps", "1", "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
     second, third = (load_file(output_dir / f"checkpoint-{step}" / WEIGHTS) for step in (2, 3))
@@ -329,14 +348,13 @@ def test_a_longer_run_goes_on_at_its_own_rate_without_the_card_of_the_shorter(tr
     assert not (output_dir / "README.md").exists() and (output_dir / "model_index.json").exists()
 
 
-def test_a_network_may_be_a_mapping_of_a_file(script, tmp_path):
+def test_a_network_may_be_a_mapping_of_a_file(tmp_path):
     settings = {"dataset_name": "synthetic-fashion", "max_train_samples": 32, "resolution": 8, "max_train_steps": 1,
                 "mixed_precision": False, "unet_config": json.loads(UNET), "eval_batch_size": 1,
                 "ddpm_num_inference_steps": 1, "output_dir": str(tmp_path / "run")}  # fmt: skip
     (tmp_path / "run.json").write_text(json.dumps(settings))  # False is what YAML takes `no` for
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    script.main(parse(script, str(tmp_path / "run.json")))
+    reset_accelerate()
+    script.main(parse(str(tmp_path / "run.json")))
     assert (tmp_path / "run" / WEIGHTS).is_file() and any((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
 
 
@@ -352,10 +370,38 @@ def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(train):
         train("--resume_from_checkpoint", "latest", "--max_train_steps", "2")
 
 
-def test_a_changed_learning_rate_is_not_silently_ignored_on_resume(train):
+CHANGED = {
+    "data": ["--dataset_name", "DRAWN"],
+    "global_batch_size": ["--train_batch_size", "8"],
+    "mixed_precision": ["--mixed_precision", "bf16"],
+    "resolution": ["--resolution", "16"],
+    "random_flip": ["--random_flip"],
+    "prediction_type": ["--prediction_type", "sample"],
+    "ddpm_num_steps": ["--ddpm_num_steps", "500"],
+    "ddpm_beta_schedule": ["--ddpm_beta_schedule", "linear"],
+    "snr_gamma": ["--snr_gamma", "5"],
+    "seed": ["--seed", "1"],
+    "learning_rate": ["--learning_rate", "1e-3"],
+    "adam_beta1": ["--adam_beta1", "0.8"],
+    "adam_beta2": ["--adam_beta2", "0.99"],
+    "adam_weight_decay": ["--adam_weight_decay", "0"],
+    "adam_epsilon": ["--adam_epsilon", "1e-6"],
+    "max_grad_norm": ["--max_grad_norm", "2"],
+    "use_ema": ["--no_use_ema"],
+    "ema_max_decay": ["--ema_max_decay", "0.99"],
+}
+
+
+def test_a_run_with_anything_that_defines_it_changed_is_not_a_resumed_one(train, tmp_path):
+    assert set(CHANGED) == set(DEFINES_THE_RUN)
     train("--checkpointing_steps", "3")
-    with pytest.raises(ValueError, match="learning_rate: 0.002 there, 0.001 here"):
-        train("--resume_from_checkpoint", "latest", "--learning_rate", "1e-3")
+    garments = draw_garments(range(1000, 1064), resolution=8)[0][:, 0]  # as many, of the same size
+    drawn = Dataset.from_dict({"image": [Image.fromarray(image) for image in garments]})
+    drawn.save_to_disk(tmp_path / "drawn")
+    for name, flags in CHANGED.items():
+        flags = [str(tmp_path / "drawn") if flag == "DRAWN" else flag for flag in flags]
+        with pytest.raises(ValueError, match=rf"another run \(.*\b{name}: .* there, .* here"):
+            train("--resume_from_checkpoint", "latest", *flags)
 
 
 def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
@@ -399,11 +445,11 @@ def test_wrong_arguments_are_refused_before_anything_is_written(train, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_arguments_come_from_a_file_and_flags_win(script, tmp_path):
+def test_arguments_come_from_a_file_and_flags_win(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "resolution: 28\nlearning_rate: 0.001\nuse_ema: false\nunet_config: {block_out_channels: [8, 8]}\n"
     )
-    args = parse(script, str(tmp_path / "run.yaml"), "--learning_rate", "0.002")
+    args = parse(str(tmp_path / "run.yaml"), "--learning_rate", "0.002")
     assert (args.resolution, args.learning_rate, args.use_ema, args.num_epochs) == (28, 0.002, False, 5)
     assert script.make_unet(args.unet_config, 28, 500).config.num_train_timesteps == 500
     for text, message in (
@@ -413,7 +459,7 @@ def test_arguments_come_from_a_file_and_flags_win(script, tmp_path):
     ):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            parse(script, str(tmp_path / "run.json"))
+            parse(str(tmp_path / "run.json"))
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match=r"There is no file .*run\.json"):
-        parse(script, str(tmp_path / "run.json"))
+        parse(str(tmp_path / "run.json"))

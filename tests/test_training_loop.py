@@ -1,6 +1,5 @@
 """The training loop against one of plain torch and closed forms, at settings other than the defaults."""
 
-import json
 import math
 import os
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import TINY
+from conftest import TINY, UNET
 from safetensors.torch import load_file
 
 from ddpm_diffusers import OptimizedUNet2DModel
@@ -21,7 +20,7 @@ SEED, RESOLUTION, IMAGES, BATCH, PARTS, STEPS, WARMUP = 3, 8, 70, 8, 2, 6, 2
 TIMESTEPS, SNR_GAMMA, RATE, BETAS, EPS, DECAY, NORM, EMA_DECAY = 400, 0.5, 4e-3, (0.8, 0.95), 1e-3, 0.3, 0.05, 0.22
 FLAGS = {
     "dataset_name": "synthetic-fashion", "max_train_samples": IMAGES, "resolution": RESOLUTION, "random_flip": True,
-    "unet_config": json.dumps({name: value for name, value in TINY.items() if name != "sample_size"}),
+    "unet_config": UNET,
     "ddpm_num_steps": TIMESTEPS, "ddpm_beta_schedule": "linear", "snr_gamma": SNR_GAMMA, "seed": SEED,
     "train_batch_size": BATCH, "gradient_accumulation_steps": PARTS, "max_train_steps": STEPS,
     "learning_rate": RATE, "lr_warmup_steps": WARMUP, "adam_beta1": BETAS[0], "adam_beta2": BETAS[1],

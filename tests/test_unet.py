@@ -17,6 +17,7 @@ from ddpm_diffusers.unet_2d_optimized import RearrangeUpsample, ResnetBlock
 
 CONFIGS = Path(__file__).parents[1] / "train_scripts" / "configs"
 GUIDE, BASELINE = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("guide", "baseline"))
+STEPS = 400  # of the guide's network below: not the default
 SWITCHES = {
     "norm_type": "batch",
     "act_fn": "relu",
@@ -78,7 +79,7 @@ class CourseUNet(nn.Module):
         h = downs[-1]
         for i in range(2):
             h = self.conv_block(h, f"mid_block.layers.{i}", 32)
-        t = t.float() / 1000
+        t = t.float() / STEPS
         if self.sinusoid:
             frequencies = torch.exp(torch.arange(4) * -(math.log(10000) / 3))
             t = torch.cat(((t[:, None] * frequencies).sin(), (t[:, None] * frequencies).cos()), dim=-1)
@@ -117,8 +118,9 @@ def rearrange_pool(self, x, prefix):
                 "sinusoid": False, "residual": False, "global_skip": False}),
 ], ids=["guide", "baseline"])  # fmt: skip
 def test_guide_and_baseline_are_the_networks_of_the_guide(config, course):
-    model = randomize(OptimizedUNet2DModel(**config))
+    model = randomize(OptimizedUNet2DModel(**config, num_train_timesteps=STEPS))
     sample, timestep = inputs(2, 1, 16, 16)
+    timestep %= STEPS
     with torch.no_grad():
         expected = CourseUNet(model, **course)(sample, timestep)
         torch.testing.assert_close(model(sample, timestep).sample, expected, atol=1e-4, rtol=1e-4)
@@ -240,13 +242,19 @@ def test_return_dict():
 def test_gradient_checkpointing_gives_the_same_gradients(config):
     sample, timestep = inputs()
     model = make(**config).train()
+    blocks = [*model.down_blocks, model.mid_block, *model.up_blocks]
+    calls = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, args: calls.append(block))
     gradients = []
     for checkpointing in (False, True):
         model.zero_grad()
+        calls.clear()
         if checkpointing:
             model.enable_gradient_checkpointing()
         model(sample, timestep).sample.square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
+        assert [calls.count(block) for block in blocks] == [1 + checkpointing] * len(blocks)  # again, going backward
     torch.testing.assert_close(*gradients)
 
 
@@ -312,6 +320,12 @@ def test_layerwise_casting_keeps_norms_and_stays_near(compute_dtype, time):
     assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.95
 
 
+def test_the_blocks_are_what_must_not_be_split_over_devices():
+    model = make(**GUIDE | {"block_out_channels": (32, 32)})
+    blocks = [model.stem, *model.down_blocks, model.mid_block, *model.up_blocks, model.out_block]
+    assert {type(block).__name__ for block in blocks} == set(model._no_split_modules)
+
+
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 def test_group_offloading(offload_type):
     sample, timestep = inputs()
@@ -328,6 +342,7 @@ def test_compile_repeated_blocks():
     model = make(block_out_channels=(8, 8, 16, 16), sample_size=16)
     expected = model(sample, timestep).sample
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    assert all(block._compiled_call_impl is not None for block in [*model.down_blocks, *model.up_blocks])
     with torch.no_grad():
         torch.testing.assert_close(model(sample, timestep).sample, expected)
 
