@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[1]
+LONG = 300  # seconds, for a training that takes half a minute
 UNET = {"block_out_channels": [8, 16], "norm_num_groups": 4, "block_norm_num_groups": 4}
 FLAGS = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "330", "--resolution", "8",
          "--unet_config", json.dumps(UNET), "--train_batch_size", "16", "--gradient_accumulation_steps", "2",
@@ -88,7 +89,7 @@ def kill_and_compare(folder: Path, kills: int, processes: int, seed: int) -> lis
     """What went wrong, or nothing."""
     rng = random.Random(seed)
     alone, killed = folder / "alone", folder / "killed"
-    if start(alone, processes).wait():
+    if start(alone, processes).wait(LONG):
         return [f"the run left alone failed: {said(alone).read_text()}"]
     kill, in_checkpoints = 0, 0
     while kill < kills or not in_checkpoints:  # one may come a moment late
@@ -99,7 +100,7 @@ def kill_and_compare(folder: Path, kills: int, processes: int, seed: int) -> lis
         in_checkpoints += bool(writing)
         there = sorted(int(path.name.removeprefix("checkpoint-")) for path in killed.glob("checkpoint-*"))
         print(f"kill {kill}: checkpoints {there}, in the middle of {writing or 'no checkpoint'}", flush=True)
-    if start(killed, processes).wait():
+    if start(killed, processes).wait(LONG):
         return [f"the last start failed: {said(killed).read_text()}"]
     print(f"{kill} kills, {in_checkpoints} of them while a checkpoint was written or deleted")
     wrong = [line for line in said(killed).read_text().splitlines() if "damaged" in line]

@@ -1,45 +1,73 @@
 """The sampling script."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import generate as script
 import numpy as np
 import pytest
+from arguments import parse_arguments
+from conftest import reset_accelerate
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
 
-
-def generate(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train_scripts" / "generate.py"), *flags]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.slow
-def test_images_do_not_depend_on_the_batch_size_and_nothing_is_overwritten(tiny_pipe, tmp_path):
+@pytest.fixture
+def generate(tiny_pipe, tmp_path, monkeypatch):
+    """Run the script here on a tiny pipeline, with a file of flags and others; returns the folder of samples."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    tiny_pipe.save_pretrained(tmp_path / "model", variant="fp16")
     tiny_pipe.save_pretrained(tmp_path / "model")
-    (tmp_path / "generate.yaml").write_text(f"model: {tmp_path / 'model'}\nscheduler: ddim\n")
-    common = [str(tmp_path / "generate.yaml"), "--scheduler", "euler", "--num_inference_steps", "4", "--seed", "7"]
-    for name, batch_size in (("one", "1"), ("many", "4")):
-        result = generate(
-            *common, "--num_images", "3", "--batch_size", batch_size, "--output_dir", str(tmp_path / name)
-        )
-        assert result.returncode == 0, result.stderr
-        assert "3 images by EulerDiscreteScheduler, 4 steps" in result.stdout
-    for file in ("000007.png", "000008.png", "000009.png"):
-        one, many = (np.asarray(Image.open(tmp_path / name / file)).astype(int) for name in ("one", "many"))
-        assert np.abs(one - many).max() <= 1
-    assert Image.open(tmp_path / "one" / "grid.png").size == (112, 112)
-    again = generate(*common, "--output_dir", str(tmp_path / "one"))
-    assert again.returncode != 0 and "is not empty: choose another, or pass `--overwrite`" in again.stderr
-    (tmp_path / "one" / "mine.png").write_bytes(b"")
-    fewer = generate(*common, "--num_images", "1", "--output_dir", str(tmp_path / "one"), "--overwrite")
-    left = {path.name for path in (tmp_path / "one").iterdir()}
-    assert fewer.returncode == 0 and left == {"000007.png", "grid.png", "mine.png"}
-    wrong = generate(*common, "--scheduler_config", '{"beta_end": "wide"}', "--output_dir", str(tmp_path / "x"))
-    assert "`beta_end` is 0.02 in the scheduler" in wrong.stderr
-    wrong = generate("--model", str(tmp_path / "model"), "--scheduler", "eular", "--output_dir", str(tmp_path / "x"))
-    assert "'eular' is unknown; it must be one of ddpm" in wrong.stderr and not (tmp_path / "x").exists()
+    (tmp_path / "flags.yaml").write_text(f"model: {tmp_path / 'model'}\nscheduler: ddim\nnum_inference_steps: 4\n")
+
+    def run(name: str, *flags: str) -> Path:
+        reset_accelerate()
+        argv = [str(tmp_path / "flags.yaml"), *flags, "--output_dir", str(tmp_path / name)]
+        script.main(parse_arguments(script.GenerateArguments, argv, script.__doc__))
+        return tmp_path / name
+
+    return run
+
+
+def pixels(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("[0-9]*.png"))}
+
+
+def test_image_i_is_of_seed_and_scheduler_whatever_the_batch(generate, capsys):
+    sampler = ("--scheduler", "euler", "--num_images", "3")
+    one = pixels(generate("one", *sampler, "--seed", "7", "--batch_size", "1"))
+    assert "3 images by EulerDiscreteScheduler, 4 steps" in capsys.readouterr().out
+    many = pixels(generate("many", *sampler, "--seed", "6"))
+    assert list(one) == ["000007.png", "000008.png", "000009.png"]
+    for name in ("000007.png", "000008.png"):
+        assert np.abs(one[name] - many[name]).max() <= 1
+    other = pixels(generate("other", "--num_images", "3", "--seed", "7"))  # by DDIM, of the file
+    assert not np.array_equal(other["000007.png"], one["000007.png"])
+    assert Image.open(generate("grid", "--num_images", "5") / "grid.png").size == (168, 112)  # images enlarged to 56
+
+
+def test_weights_in_half_precision_give_nearly_the_same(generate):
+    full = pixels(generate("full", "--num_images", "2"))
+    half = pixels(generate("half", "--num_images", "2", "--variant", "fp16", "--dtype", "bfloat16"))
+    difference = np.abs(np.stack(list(full.values())) - np.stack(list(half.values())))
+    assert 0 < difference.mean() < 0.03 * 255
+
+
+def test_only_samples_are_overwritten_and_only_if_asked(generate):
+    folder = generate("samples", "--num_images", "3")
+    (folder / "mine.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="is not empty: choose another, or pass `--overwrite`"):
+        generate("samples", "--num_images", "1")
+    generate("samples", "--num_images", "1", "--overwrite")
+    assert {path.name for path in folder.iterdir()} == {"000000.png", "grid.png", "mine.png"}
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--scheduler", "eular"], "'eular' is unknown; it must be one of ddpm"),
+    (["--scheduler_config", '{"beta_end": "wide"}'], "`beta_end` is 0.02 in the scheduler"),
+    (["--scheduler_config", "[1]"], "`--scheduler_config` holds [1]; it must be a JSON object"),
+    (["--num_images", "0"], "`--num_images` is 0; it must be at least 1"),
+    (["--dtype", "half"], "`--dtype` is 'half'; it must be float32, float16 or bfloat16"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused_before_anything_is_written(generate, tmp_path, flags, message):
+    with pytest.raises(ValueError) as error:
+        generate("none", *flags)
+    assert message in str(error.value) and not (tmp_path / "none").exists()

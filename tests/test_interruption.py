@@ -4,32 +4,53 @@ import os
 import signal
 import time
 
+import kill_and_resume
 import psutil
 import pytest
-from kill_and_resume import kill_and_compare, results, said, start
+from interruption import StopRequest
+from kill_and_resume import LONG, kill_and_compare, results, said
 
 from ddpm_diffusers.checkpointing import find_damage, list_checkpoints
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def start():
+    """Starts the training; what still runs at the end of the tests, they having failed, is killed."""
+    started = []
+
+    def run(folder, processes: int = 1):
+        started.append(kill_and_resume.start(folder, processes))
+        return started[-1]
+
+    yield run
+    for training in started:
+        if training.poll() is None:
+            for process in [*psutil.Process(training.pid).children(recursive=True), training]:
+                process.kill()
+            training.wait()
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
-    assert start(folder, processes=1).wait() == 0, said(folder).read_text()
+    assert start(folder).wait(LONG) == 0, said(folder).read_text()
     return results(folder)
 
 
-def wait_for_a_checkpoint(folder, training, more_than=0):
-    while len(list_checkpoints(folder)) <= more_than or list_checkpoints(folder)[-1].name == "checkpoint-3":
-        assert training.poll() is None, said(folder).read_text()
+def wait_for_a_checkpoint(folder, training):
+    """Past the first, which is not to be the last."""
+    end = time.monotonic() + LONG
+    while not list_checkpoints(folder) or list_checkpoints(folder)[-1].name == "checkpoint-3":
+        assert training.poll() is None and time.monotonic() < end, said(folder).read_text()
         time.sleep(0.001)
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "Ctrl-C"]
 )
-def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_exactly(number, alone, tmp_path):
+def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_exactly(number, start, alone, tmp_path):
     folder = tmp_path / "run"
-    training = start(folder, processes=1)
+    training = start(folder)
     wait_for_a_checkpoint(folder, training)
     time.sleep(0.05)  # away from the checkpoint
     os.killpg(training.pid, number)  # as a terminal does: the loader's worker is told, too
@@ -41,12 +62,12 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_exactly(number, alo
     assert f"{number.name}: stopped after step {step} of 300, and wrote {last}." in log
     assert "To go on from there, run the same command with `--resume_from_checkpoint latest`." in log
     assert not (folder / "model_index.json").exists()
-    assert start(folder, processes=1).wait() == 0
+    assert start(folder).wait(LONG) == 0
     assert results(folder) == alone
 
 
 @pytest.mark.slow
-def test_all_processes_stop_together_when_one_is_told(tmp_path):
+def test_all_processes_stop_together_when_one_is_told(start, tmp_path):
     folder = tmp_path / "run"
     launcher = start(folder, processes=2)
     wait_for_a_checkpoint(folder, launcher)
@@ -55,21 +76,34 @@ def test_all_processes_stop_together_when_one_is_told(tmp_path):
     assert "SIGTERM: stopped after step" in said(folder).read_text()
     last = list_checkpoints(folder)[-1]
     assert find_damage(last) is None
-    assert start(folder, processes=2).wait() == 0
+    assert start(folder, processes=2).wait(LONG) == 0
     log = said(folder).read_text()
     assert f"Resumed from {last}" in log and (folder / "model_index.json").exists()
 
 
-def test_two_runs_do_not_write_into_one_folder(tmp_path):
+def test_a_second_ctrl_c_does_not_wait_for_the_step(monkeypatch):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    request = StopRequest(num_processes=1)
+    try:
+        assert request.agreed() is None
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # as launchers do
+        assert request.agreed() == signal.SIGINT
+        monkeypatch.setattr(request, "since", request.since - 2)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        request.restore()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_two_runs_do_not_write_into_one_folder(start, tmp_path):
     folder = tmp_path / "run"
-    first = start(folder, processes=1)
+    first = start(folder)
     wait_for_a_checkpoint(folder, first)
     first.send_signal(signal.SIGSTOP)
-    try:
-        assert start(folder, processes=1).wait(60) == 1
-        assert f"Another process writes into {folder}: wait for it to end, or stop it." in said(folder).read_text()
-    finally:
-        first.kill()
+    assert start(folder).wait(LONG) == 1
+    assert f"Another process writes into {folder}: wait for it to end, or stop it." in said(folder).read_text()
 
 
 @pytest.mark.slow

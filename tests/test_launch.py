@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from arguments import TrainingArguments, parse_arguments
 from conftest import UNET
 from safetensors.torch import load_file
 
@@ -30,6 +32,17 @@ def train(output_dir: Path, *flags: str, **environment: str) -> dict:
     arguments = json.loads((output_dir / "run.json").read_text())["arguments"]
     assert f"precision {arguments['mixed_precision']};" in result.stderr
     return arguments
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (SCRIPTS / "accelerate").iterdir()))
+def test_accelerate_knows_every_setting_in_the_configs(name):
+    config = load_config_from_file(str(SCRIPTS / "accelerate" / name))
+    assert config.use_cpu == (name == "cpu.yaml") and config.num_processes >= 1
+
+
+def test_the_arguments_of_the_quickstart_are_the_scripts():
+    args = parse_arguments(TrainingArguments, [str(SCRIPTS / "configs" / "quickstart.yaml")], "?")
+    assert args.dataset_name == "synthetic-fashion"
 
 
 @pytest.mark.skipif(

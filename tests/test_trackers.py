@@ -82,13 +82,6 @@ def test_a_run_in_two_parts_logs_each_step_once_and_the_token_nowhere(logger, tm
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
 
-def test_the_mean_of_the_quarters_is_the_loss(tmp_path):
-    train(tmp_path, "none", 2)  # 16 timesteps a batch, four in each quarter
-    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert sum(row[f"loss_q{i}"] for i in (1, 2, 3, 4)) / 4 == pytest.approx(row["loss"], rel=1e-6)
-    assert row["loss_q1"] != row["loss_q4"]
-
-
 def test_a_tracker_that_is_not_installed_is_asked_for_in_one_line_before_any_work(tmp_path):
     absent = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None]
     if not absent:

@@ -1,5 +1,6 @@
 """The training loop against one of plain torch and closed forms, at settings other than the defaults."""
 
+import json
 import math
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import TINY, UNET
 from safetensors.torch import load_file
@@ -25,12 +27,13 @@ FLAGS = {
     "train_batch_size": BATCH, "gradient_accumulation_steps": PARTS, "max_train_steps": STEPS,
     "learning_rate": RATE, "lr_warmup_steps": WARMUP, "adam_beta1": BETAS[0], "adam_beta2": BETAS[1],
     "adam_epsilon": EPS, "adam_weight_decay": DECAY, "max_grad_norm": NORM, "ema_max_decay": EMA_DECAY,
-    "checkpointing_steps": STEPS, "eval_batch_size": 1, "ddpm_num_inference_steps": 1, "logger": "none",
+    "checkpointing_steps": STEPS, "logging_steps": 2, "eval_batch_size": 1, "ddpm_num_inference_steps": 1,
+    "logger": "none",
 }  # fmt: skip
 
 
-def train_in_plain_torch(cache: str) -> tuple[dict, dict, list[float]]:
-    """The weights, their average, and the norms of the gradients."""
+def train_in_plain_torch(cache: str) -> tuple[dict, dict, list[dict]]:
+    """The weights, their average, and the lines of metrics for two steps each."""
     source = load_images(
         "synthetic-fashion", max_samples=IMAGES, seed=0, resolution=RESOLUTION, channels=1, cache_dir=cache
     )
@@ -40,7 +43,7 @@ def train_in_plain_torch(cache: str) -> tuple[dict, dict, list[float]]:
     unet = OptimizedUNet2DModel(**TINY, num_train_timesteps=TIMESTEPS)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE, betas=BETAS, eps=EPS, weight_decay=DECAY)
     signal = torch.tensor(np.cumprod(1 - np.linspace(1e-4, 0.02, TIMESTEPS)), dtype=torch.float32)
-    average, norms = None, []
+    average, metrics, losses, drawn = None, [], [], []
     for step in range(STEPS):
         seed = int(np.random.SeedSequence((SEED, step)).generate_state(1, np.uint64)[0])
         generator = torch.Generator().manual_seed(seed)
@@ -51,18 +54,26 @@ def train_in_plain_torch(cache: str) -> tuple[dict, dict, list[float]]:
         kept = signal[timesteps][:, None, None, None]
         errors = (unet(kept.sqrt() * clean + (1 - kept).sqrt() * noise, timesteps).sample - noise).square()
         snr = (kept / (1 - kept)).flatten()
-        loss = (errors.mean(dim=(1, 2, 3)) * snr.clamp(max=SNR_GAMMA) / snr).mean()
+        loss = errors.mean(dim=(1, 2, 3)) * snr.clamp(max=SNR_GAMMA) / snr
+        losses.append(loss.detach())
+        drawn.append(timesteps)
         optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(unet.parameters(), NORM)))
+        loss.mean().backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(unet.parameters(), NORM))
         progress = (step - WARMUP) / (STEPS - WARMUP)
         rate = step / WARMUP if step < WARMUP else 0.5 * (1 + math.cos(math.pi * progress))
         optimizer.param_groups[0]["lr"] = RATE * rate
         optimizer.step()
         weights = {name: weight.detach().clone() for name, weight in unet.state_dict().items()}
         decay = min(EMA_DECAY, (1 + step) / (10 + step)) if step else 0  # diffusers' warm-up of the average
+        if step % 2:
+            line = {"step": step + 1, "loss": float(torch.cat(losses[-2:]).mean()), "grad_norm": norm}
+            for quarter in range(4):
+                of_it = torch.cat(drawn[-2:]) // (TIMESTEPS // 4) == quarter
+                line[f"loss_q{quarter + 1}"] = float(torch.cat(losses[-2:])[of_it].mean())
+            metrics.append(line)
         average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights} if step else weights
-    return weights, average, norms
+    return weights, average, metrics
 
 
 def test_the_script_trains_as_plain_torch_does(tmp_path):
@@ -72,8 +83,11 @@ def test_the_script_trains_as_plain_torch_does(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     subprocess.run([str(part) for part in command], env=environment, check=True, capture_output=True)
 
-    weights, average, norms = train_in_plain_torch(str(tmp_path / "cache"))
-    assert min(norms) > 2 * NORM  # so that clipping shows
+    weights, average, metrics = train_in_plain_torch(str(tmp_path / "cache"))
+    assert min(line["grad_norm"] for line in metrics) > 2 * NORM  # so that clipping shows
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line, expected in zip(lines, metrics, strict=True):
+        assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     for folder, expected in (("unet", weights), ("unet_ema", average)):
         found = load_file(tmp_path / "run" / f"checkpoint-{STEPS}" / folder / "diffusion_pytorch_model.safetensors")
         for name, weight in expected.items():

@@ -1,4 +1,4 @@
-"""The tables of the READMEs are those that the scripts wrote, and what they link to is there."""
+"""The READMEs: tables that the scripts wrote, links that lead somewhere, Python that runs."""
 
 import json
 import re
@@ -31,5 +31,26 @@ def test_tables_and_links_are_of_files_that_are_kept(readme):
         assert f"<!-- table: {source} -->\n\n{table}" in text, f"{readme} shows another {source}"
         if source.startswith("train_scripts"):
             assert re.search(r"fashion-mnist-classifier [0-9a-f]{12}", table)
-    for target in re.findall(r"\]\(([^)#]+)", text):
-        assert target.startswith("https://") or ((ROOT / readme).parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        if not target.startswith("https://"):
+            path = (ROOT / readme).parent / target if target else ROOT / readme
+            assert path.exists() and (not anchor or anchor in anchors(path)), f"{target}#{anchor}"
+
+
+def anchors(path: Path) -> list[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.M)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.slow
+def test_the_python_of_the_front_page_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    elsewhere = ("trust_remote_code", "gradio", "of_dataset")  # what needs the Hub, a browser or the real data
+    blocks = [block for block in blocks if not any(word in block for word in elsewhere)]
+    assert len(blocks) == 2
+    namespace = {}
+    for block in blocks:
+        exec(re.sub(r"^pipe\.push_to_hub.*$", "", block, flags=re.M), namespace)
+    assert len(namespace["images"]) == 16 and namespace["images"][0].size == (28, 28)
