@@ -77,7 +77,8 @@ class BenchmarkArguments:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         on_gpu = self.device == "cuda"
         self.batch_sizes = self.batch_sizes or ([128, 1024, 4096] if on_gpu else [128])
-        self.precisions = self.precisions or ["no", *(["bf16"] if choose_precision("auto") == "bf16" else [])]
+        has_bf16 = choose_precision("auto", use_cpu=not on_gpu) == "bf16"
+        self.precisions = self.precisions or (["no", "bf16"] if has_bf16 else ["no"])
         self.script_steps = self.script_steps or (2000 if on_gpu else 60)
         self.processes = self.processes or [1, 2][: torch.cuda.device_count() if on_gpu else torch.get_num_threads()]
         for name, choices in {"sections": SECTIONS, "networks": NETWORKS, "precisions": ("no", "bf16")}.items():

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from machine import describe
 from networks import CONFIGS, ROOT
 from processes import flags, run
 from report import table
@@ -32,8 +33,17 @@ def measure(args, device: torch.device) -> dict:
 
 def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.device) -> dict:
     record = folder / "time_to_quality.json"
+    settings = {
+        "dataset": args.dataset_id or Path(args.dataset_name).name,
+        "mixed_precision": args.precisions[-1],
+        "num_images": args.num_images,
+        "machine": describe(device)["device"],
+    }
     if record.is_file():
-        return json.loads(record.read_text())
+        row = json.loads(record.read_text())
+        if (kept := row.pop("settings", None)) != settings:
+            raise ValueError(f"{record} was measured with {kept}, not {settings}: give another `--work_dir`.")
+        return row
     data = {"dataset_name": args.dataset_name, **({"dataset_id": args.dataset_id} if args.dataset_id else {})}
     training = {
         **data,
@@ -62,7 +72,7 @@ def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.dev
     figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())["figures"]
     distance = figures["train"]["frechet_distance"]["mean"]
     row = {"network": name, "steps": steps, "seconds": seconds, "distance": distance}
-    record.write_text(json.dumps(row))
+    record.write_text(json.dumps(row | {"settings": settings}))
     return row
 
 

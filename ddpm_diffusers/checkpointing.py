@@ -5,6 +5,7 @@
 versions) and `manifest.json`, which lists the size and SHA-256 of every other file, so that damage is detected.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -223,9 +224,17 @@ def checksum(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """Flush `path`, a file or a folder, to disk, so that it survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":  # opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (is_folder and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):  # as some network drives do
+            raise
+    finally:
+        os.close(handle)
 
 
 # reading

@@ -187,8 +187,7 @@ def load_images(
     pixels = channels * resolution**2
     first = source.with_format("arrow")[:1].column(image_column)[0].as_py()
     first = decode_image(first, 0)
-    if channels == 1 and first.mode == "RGB":
-        logger.warning("The images are in colour and are made grey; for colour, use a network with 3 `in_channels`.")
+    warn_if_colour_is_lost(first, channels)
     settings = {
         "image_column": image_column,
         "resolution": resolution,
@@ -309,6 +308,12 @@ def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
         image = image.convert("RGBA")
         image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "black"), image)
     return image
+
+
+def warn_if_colour_is_lost(first: PILImage.Image, channels: int) -> None:
+    pixels = np.asarray(first.convert("RGB"))
+    if channels == 1 and (pixels != pixels[..., :1]).any():
+        logger.warning("The images are in colour and are made grey; for colour, use a network with 3 `in_channels`.")
 
 
 def pixel_table(pixels: np.ndarray, others: pa.Table) -> pa.Table:

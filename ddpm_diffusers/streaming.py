@@ -20,7 +20,15 @@ from datasets import Dataset, Image, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, get_worker_info
 
-from .data import SYNTHETIC, as_batch, check_image_column, decode_image, decode_images, open_dataset
+from .data import (
+    SYNTHETIC,
+    as_batch,
+    check_image_column,
+    decode_image,
+    decode_images,
+    open_dataset,
+    warn_if_colour_is_lost,
+)
 from .worker_signals import LeaveSignalsToMain
 
 LISTED_SHARDS = 1024  # of a data set that is not opened as a stream; each pass shuffles them
@@ -136,6 +144,7 @@ class StreamedBatches:
         if first is None:
             raise ValueError("The data set is empty: pass another as `dataset_name`, or another `split`.")
         first = decode_image(with_content(first).column(0)[0].as_py(), 0)
+        warn_if_colour_is_lost(first, shape[0])
         self.size = None if center_crop else first.size
 
     def state_dict(self) -> dict:

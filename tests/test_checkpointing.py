@@ -1,10 +1,12 @@
 """Checkpoints: exact to the bit, whole or absent whenever the process dies, and no pickle."""
 
+import errno
 import json
 import os
 import resource
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import zipfile
@@ -24,7 +26,7 @@ from ddpm_diffusers.checkpointing import (
     save_checkpoint,
 )
 
-TINY = {"block_out_channels": (8, 8), "norm_num_groups": 2, "block_norm_num_groups": 2, "time_embedding_dim": 8}
+SMALLEST = {"block_out_channels": (8, 8), "norm_num_groups": 2, "block_norm_num_groups": 2, "time_embedding_dim": 8}
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
     "amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, amsgrad=True, betas=(0.95, 0.99)),
@@ -38,7 +40,7 @@ class Run:
 
     def __init__(self, seed=0, optimizer="adamw", with_ema=True, **config):
         torch.manual_seed(seed)
-        self.unet = OptimizedUNet2DModel(sample_size=8, **{**TINY, **config})
+        self.unet = OptimizedUNet2DModel(sample_size=8, **{**SMALLEST, **config})
         self.ema = EMAModel(self.unet.parameters(), foreach=True) if with_ema else None
         self.optimizer = OPTIMIZERS[optimizer](self.unet.parameters())
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 0.9**step)
@@ -312,6 +314,19 @@ def test_of_other_versions_the_resume_tells(tmp_path, caplog):
     (path / "training_state.json").write_text(json.dumps(state))
     Run().load(path)
     assert f"torch: '1.0' there, '{torch.__version__}' here" in caplog.text
+
+
+def test_a_drive_that_flushes_no_folders_serves(tmp_path, monkeypatch):
+    fsync, refused = os.fsync, []
+
+    def flush_files_alone(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            refused.append(handle)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", flush_files_alone)
+    assert find_damage(Run().train(1).save(tmp_path)) is None and refused
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from ddpm_diffusers import data
 from ddpm_diffusers.data import ImageArrays, ShuffledBatches, as_batch, decode_image, load_images
+from ddpm_diffusers.streaming import StreamedBatches, open_stream
 
 SEVERAL_CHUNKS = 7 * 64  # bytes: 7 images of 8x8 in grey
 
@@ -244,6 +245,44 @@ def test_a_data_loader_gives_the_sampler_s_order_whatever_its_workers(decoded, n
     np.testing.assert_array_equal(torch.cat(batches), rows[order])
 
 
+def test_the_fingerprint_is_of_the_content_wherever_it_is(tmp_path, cache):
+    images = random_images(5)
+    changed = np.asarray(images[2]).copy()
+    changed[3, 3] ^= 1
+    stored = {
+        "parquet": images, "disk": images, "fewer": images[:4], "turned": images[::-1],
+        "a pixel": [*images[:2], PILImage.fromarray(changed), *images[3:]],
+    }  # fmt: skip
+    found = {}
+    for name, them in stored.items():
+        source = store(them, tmp_path / name, "disk" if name == "disk" else "parquet")
+        found[name] = ImageArrays(load_images(**source, resolution=8, cache_dir=cache), (1, 8, 8)).fingerprint()
+    assert found.pop("parquet") == found["disk"] and len(set(found.values())) == len(found)
+
+
+def test_every_epoch_visits_every_image_once_whatever_the_batches_and_the_processes():
+    for num_images, batch_size in ((11, 3), (12, 3), (5, 8), (1, 4)):
+        stop = 6 * num_images
+        run = np.concatenate(list(ShuffledBatches(num_images, batch_size, 5, range(stop))))
+        epochs = run[: stop * batch_size // num_images * num_images].reshape(-1, num_images)
+        assert (np.sort(epochs) == np.arange(num_images)).all()
+        if num_images > 1:
+            assert len({tuple(epoch) for epoch in epochs[:6]}) > 2  # in another order each
+    for processes in (1, 2, 4):
+        shares = [list(ShuffledBatches(11, 12 // processes, 5, range(rank, 5 * processes, processes)))
+                  for rank in range(processes)]  # fmt: skip
+        steps = [np.concatenate(batches) for batches in zip(*shares, strict=True)]
+        np.testing.assert_array_equal(steps, list(ShuffledBatches(11, 12, 5, range(5))))
+
+
+def test_batches_go_on_anywhere():
+    whole = list(ShuffledBatches(11, 3, 5, range(9)))
+    for start in range(9):
+        np.testing.assert_array_equal(list(ShuffledBatches(11, 3, 5, range(start, 9))), whole[start:])
+    assert not np.array_equal(list(ShuffledBatches(11, 3, 6, range(9))), whole)
+    assert len(ShuffledBatches(11, 3, 5, range(4, 9, 2))) == 3
+
+
 # cache
 
 
@@ -414,11 +453,26 @@ def test_a_damaged_image(damaged, tmp_path, cache):
     check(error, ["Image 3 ", "cannot be decoded", "repair or remove it", "synthetic-fashion"])
 
 
-@pytest.mark.parametrize(("mode", "channels", "warned"), [("RGB", 1, True), ("RGB", 3, False), ("L", 1, False)])
-def test_colour_that_is_made_grey_is_told(mode, channels, warned, tmp_path, cache, caplog, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "channels", "warned"),
+    [
+        ("RGB", 1, True),
+        ("RGB", 3, False),
+        ("RGBA", 1, True),
+        ("P", 1, True),
+        ("L", 1, False),
+        ("grey as RGB", 1, False),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_colour_that_is_made_grey_is_told(mode, channels, warned, streamed, tmp_path, cache, caplog, monkeypatch):
     monkeypatch.setattr(data.logger, "handlers", [caplog.handler])
-    source = store(random_images(2, mode), tmp_path / "source")
-    load_images(**source, resolution=8, channels=channels, cache_dir=cache)
+    images = random_images(2, "L" if mode in ("L", "grey as RGB") else "RGB")
+    source = store([image.convert(mode.removeprefix("grey as ")) for image in images], tmp_path / "source")
+    if streamed:
+        StreamedBatches(open_stream(**source), (channels, 8, 8), 1, buffer_size=2, seed=0)
+    else:
+        load_images(**source, resolution=8, channels=channels, cache_dir=cache)
     assert ("are in colour and are made grey" in caplog.text) == warned
 
 
@@ -445,6 +499,17 @@ def test_random_damage_gives_an_image_or_the_error_that_names_it(format):
             assert "Image 4 of the data set cannot be decoded" in str(error)
             refused += 1
     assert refused > 20
+
+
+def test_a_single_saved_data_set_has_no_other_split(tmp_path):
+    source = store(random_images(2), tmp_path / "source", "disk")
+    with pytest.raises(ValueError, match="has no split 'test', but train alone"):
+        load_images(**source, resolution=8, split="test", cache_dir=str(tmp_path / "cache"))
+
+
+def test_the_synthetic_set_has_no_other_split():
+    with pytest.raises(ValueError, match="`split` is 'test'; synthetic-fashion has 'train' alone"):
+        load_images("synthetic-fashion", resolution=8, split="test")
 
 
 # the Hub: in a process of its own, since its address is read once, at import
@@ -508,37 +573,3 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
     for message in messages:
         for words in ("cannot be reached", "'zalando-datasets/fashion_mnist'", "`dataset_name` synthetic-fashion"):
             assert words in message
-
-
-def test_every_epoch_visits_every_image_once_whatever_the_batches_and_the_processes():
-    for num_images, batch_size in ((11, 3), (12, 3), (5, 8), (1, 4)):
-        stop = 6 * num_images
-        run = np.concatenate(list(ShuffledBatches(num_images, batch_size, 5, range(stop))))
-        epochs = run[: stop * batch_size // num_images * num_images].reshape(-1, num_images)
-        assert (np.sort(epochs) == np.arange(num_images)).all()
-        if num_images > 1:
-            assert len({tuple(epoch) for epoch in epochs[:6]}) > 2  # in another order each
-    for processes in (1, 2, 4):
-        shares = [list(ShuffledBatches(11, 12 // processes, 5, range(rank, 5 * processes, processes)))
-                  for rank in range(processes)]  # fmt: skip
-        steps = [np.concatenate(batches) for batches in zip(*shares, strict=True)]
-        np.testing.assert_array_equal(steps, list(ShuffledBatches(11, 12, 5, range(5))))
-
-
-def test_batches_go_on_anywhere():
-    whole = list(ShuffledBatches(11, 3, 5, range(9)))
-    for start in range(9):
-        np.testing.assert_array_equal(list(ShuffledBatches(11, 3, 5, range(start, 9))), whole[start:])
-    assert not np.array_equal(list(ShuffledBatches(11, 3, 6, range(9))), whole)
-    assert len(ShuffledBatches(11, 3, 5, range(4, 9, 2))) == 3
-
-
-def test_a_single_saved_data_set_has_no_other_split(tmp_path):
-    source = store(random_images(2), tmp_path / "source", "disk")
-    with pytest.raises(ValueError, match="has no split 'test', but train alone"):
-        load_images(**source, resolution=8, split="test", cache_dir=str(tmp_path / "cache"))
-
-
-def test_the_synthetic_set_has_no_other_split():
-    with pytest.raises(ValueError, match="`split` is 'test'; synthetic-fashion has 'train' alone"):
-        load_images("synthetic-fashion", resolution=8, split="test")

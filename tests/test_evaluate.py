@@ -169,6 +169,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(evaluate,
     assert not [path for path in tmp_path.glob("evaluation/*") if path.name != ".lock"]
 
 
+def test_a_network_in_colour_is_refused_by_a_grey_extractor_before_any_data_is_read(evaluate, tmp_path):
+    widths = {"block_out_channels": (8, 16), "norm_num_groups": 4, "block_norm_num_groups": 4}
+    unet = OptimizedUNet2DModel(in_channels=3, out_channels=3, **widths)
+    PixelDiffusionPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "colour")
+    with pytest.raises(ValueError, match="The images are RGB, but .* is for grey ones"):
+        evaluate("--model", str(tmp_path / "colour"), "--dataset_name", str(tmp_path / "absent"))
+
+
 def test_nothing_is_overwritten_and_nan_is_not_judged(evaluate, model, tmp_path):
     pipe = PixelDiffusionPipeline.from_pretrained(model)
     with torch.no_grad():

@@ -53,11 +53,12 @@ def test_weights_in_half_precision_give_nearly_the_same(generate):
 
 def test_only_samples_are_overwritten_and_only_if_asked(generate):
     folder = generate("samples", "--num_images", "3")
-    (folder / "mine.png").write_bytes(b"")
+    for name in ("mine.png", "2024-mine.png"):
+        (folder / name).write_bytes(b"")
     with pytest.raises(ValueError, match="is not empty: choose another, or pass `--overwrite`"):
         generate("samples", "--num_images", "1")
     generate("samples", "--num_images", "1", "--overwrite")
-    assert {path.name for path in folder.iterdir()} == {"000000.png", "grid.png", "mine.png"}
+    assert {path.name for path in folder.iterdir()} == {"000000.png", "grid.png", "mine.png", "2024-mine.png"}
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -201,6 +201,17 @@ def test_a_card_goes_along_from_repository_to_folder_to_repository(hub, client, 
     assert card == hub.repos[pushed].files["README.md"].replace(b"user/plain", b"user/absent")
 
 
+def test_the_card_of_an_older_revision_is_its_own(hub, client, saved, tmp_path):
+    client("push_folder", folder=saved, repo_id="user/older")
+    older = hub.repos["user/older"].commits[-1]
+    hub.repos["user/older"].commit("newer weights", {"README.md": b"---\n---\nOf newer weights.\n"})
+    script = "import sys\nfrom ddpm_diffusers import PixelDiffusionPipeline\n"
+    script += "pipe = PixelDiffusionPipeline.from_pretrained('user/older', revision=sys.argv[1])\n"
+    script += "pipe.save_pretrained(sys.argv[2])\n"
+    python(script, older.sha, tmp_path / "older", env=environment(hub, tmp_path / "home"))
+    assert (tmp_path / "older" / "README.md").read_bytes() == older.files["README.md"]
+
+
 def test_a_card_of_the_repository_is_kept_and_a_push_without_change_makes_no_commit(hub, client, saved):
     client("push_folder", folder=saved, repo_id="user/kept")
     own = b"---\nlicense: mit\n---\nMy own words.\n"

@@ -364,6 +364,20 @@ def test_a_checkpoint_may_be_given_by_its_name_in_the_folder(train):
     assert (train(*flags, "--resume_from_checkpoint", "checkpoint-2") / WEIGHTS).read_bytes() == weights
 
 
+def test_a_checkpoint_under_another_name_is_no_last_one(train, tmp_path):
+    output_dir = train("--checkpointing_steps", "3")
+    (output_dir / "checkpoint-3").rename(output_dir / "best")
+    with pytest.raises(ValueError, match="best is not the last checkpoint of"):
+        train("--resume_from_checkpoint", "best")
+
+
+def test_a_config_for_another_size_is_told(train, tmp_path, caplog):
+    output_dir = train("--unet_config", str(ROOT / "train_scripts" / "configs" / "guide.json"), "--resolution", "12")
+    caplog.clear()
+    train("--unet_config", str(output_dir / "unet" / "config.json"), "--output_dir", str(tmp_path / "smaller"))
+    assert "was for images of `sample_size` 12; this one is for `--resolution` 8." in caplog.text
+
+
 def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(train):
     train("--checkpointing_steps", "3")
     with pytest.raises(ValueError, match="is at step 3, beyond the 2 steps of this run"):
@@ -433,6 +447,9 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
     (["--lr_scheduler", "piecewise_constant"], "`--lr_scheduler` is 'piecewise_constant'; it must be one of cosine"),
     (["--lr_scheduler", "constant", "--lr_warmup_steps", "1"], "`--lr_warmup_steps` is 1; it must be 0 with"),
     (["--lr_warmup_steps", "9"], r"`--lr_warmup_steps` is 9; it must be in \[0, 3\]"),
+    (["--adam_beta2", "1"], r"`--adam_beta2` is 1.0; it must be in \[0, 1\)"),
+    (["--adam_weight_decay", "-0.1"], "`--adam_weight_decay` is -0.1; it must be a number of at least 0"),
+    (["--gradient_checkpointing", "--unet_config", '{"norm_type": "batch"}'], "would be updated twice a step"),
     (["--ddpm_num_inference_steps", "2000"], "`--ddpm_num_inference_steps` is 2000; it must not exceed"),
     (["--seed", "-1"], "`--seed` is -1"),
     (["--dataloader_num_workers", "-1"], "`--dataloader_num_workers` is -1; it must be a whole number of at least 0"),

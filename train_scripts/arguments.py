@@ -1,4 +1,4 @@
-"""The training script's flags and their rules, with diffusers' names where it has them; parsing for all scripts."""
+"""The training script's flags, most of them named as diffusers' own, and their rules; parsing for all scripts."""
 
 import importlib.util
 import math
@@ -106,7 +106,9 @@ class TrainingArguments:
         for name in ("learning_rate", "max_grad_norm", "snr_gamma", "adam_epsilon"):
             value = getattr(self, name)
             check(value is None or (math.isfinite(value) and value > 0), name, "be a positive number")
-        check(0 <= self.ema_max_decay < 1, "ema_max_decay", "be in [0, 1)")
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+            check(0 <= getattr(self, name) < 1, name, "be in [0, 1)")
+        check(0 <= self.adam_weight_decay < math.inf, "adam_weight_decay", "be a number of at least 0")
         check(self.seed < 2**32, "seed", "be in [0, 2^32)")
         check(self.ddpm_num_inference_steps <= self.ddpm_num_steps, "ddpm_num_inference_steps",
               f"not exceed `--ddpm_num_steps`, {self.ddpm_num_steps}")  # fmt: skip
@@ -150,6 +152,7 @@ def settings_for_card(run: dict) -> dict:
         "shuffle_buffer_size",
         "unet_config",
     }
+    elsewhere |= {"data"} if run["streaming"] else set()  # it names the folder
     elsewhere |= {"overwrite_output_dir", "num_epochs", *names[names.index("logging_steps") :]}
     return {name: value for name, value in run.items() if name not in elsewhere and value is not False}
 

@@ -93,9 +93,9 @@ def main(args: ComparisonArguments) -> None:
         logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
     how = {"num_images": args.num_images, "seeds": args.seeds, "batch_size": args.batch_size}
     comparison.check_run(pipe, None, **how)
-    extractor = open_extractor(args, accelerator, args.num_images)
-    folder_lock = lock(output_dir) if accelerator.is_main_process else None
     side, channels = pipe.unet.config.sample_size, pipe.unet.config.out_channels
+    extractor = open_extractor(args, accelerator, channels)
+    folder_lock = lock(output_dir) if accelerator.is_main_process else None
     reference = open_reference(args, accelerator, extractor, side, channels)
 
     results = None

@@ -89,11 +89,11 @@ def main(args: EvaluateArguments) -> None:
         pipe = load_pipeline(args.model, args.variant, accelerator)
         options = swap_scheduler(pipe, args.scheduler, args.scheduler_config)
         check_run(pipe, None, args.num_images, args.seeds, args.batch_size)
-        extractor = open_extractor(args, accelerator, args.num_images)
-        count_evaluations(pipe.scheduler, args.num_inference_steps)  # raises on steps that it cannot take
         side, channels = pipe.unet.config.sample_size, pipe.unet.config.out_channels
+        extractor = open_extractor(args, accelerator, channels)
+        count_evaluations(pipe.scheduler, args.num_inference_steps)  # raises on steps that it cannot take
     else:
-        extractor = open_extractor(args, accelerator, args.num_images)
+        extractor = open_extractor(args, accelerator)
         images = given_images(args, extractor.num_channels)  # (N, C, H, W)
         check_count(len(images), extractor)
         if args.damage is not None:

@@ -64,9 +64,10 @@ def make_accelerator(args: EvaluationArguments) -> Accelerator:
     return accelerator
 
 
-def open_extractor(args: EvaluationArguments, accelerator: Accelerator, num_images: int) -> FeatureExtractor:
+def open_extractor(args: EvaluationArguments, accelerator: Accelerator, channels: int = 1) -> FeatureExtractor:
     extractor = load_feature_extractor(args.feature_extractor).to(accelerator.device)
-    check_count(num_images, extractor)
+    extractor.check_channels(channels)
+    check_count(args.num_images, extractor)
     return extractor
 
 

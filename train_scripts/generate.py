@@ -6,6 +6,7 @@ Image i is sampled with a generator of seed + i, so its starting noise does not 
 `accelerate launch` the processes share the batches; the images are bit-identical however many processes there are.
 """
 
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,8 +72,9 @@ def main(args: GenerateArguments) -> None:
     )
     if not accelerator.is_main_process:
         return
-    for path in output_dir.glob("[0-9]*.png"):  # earlier samples, with `--overwrite`
-        path.unlink()
+    for path in output_dir.iterdir():  # earlier samples, with `--overwrite`
+        if re.fullmatch(r"\d{6,}\.png", path.name):
+            path.unlink()
     images = to_pil(images)
     for i, image in enumerate(images):
         image.save(output_dir / f"{args.seed + i:06d}.png")

@@ -38,7 +38,7 @@ def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool)
     if (
         goes_on
         and resume_from_checkpoint != "latest"
-        and resume_path.resolve() != list_checkpoints(output_dir)[-1].resolve()
+        and resume_path.resolve() not in [path.resolve() for path in list_checkpoints(output_dir)[-1:]]
     ):
         raise ValueError(
             f"`--resume_from_checkpoint` {resume_path} is not the last checkpoint of {output_dir}: choose another"
@@ -170,7 +170,7 @@ def save_pipeline(pipe, output_dir: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write the text to `path`, completely or not at all."""
-    write_file(path, lambda partial: partial.write_text(text))
+    write_file(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -2,7 +2,7 @@
 
     accelerate launch train_scripts/train_unconditional.py --dataset_name synthetic-fashion --output_dir runs/first
 
-Flags are named as in diffusers' own script where it has them. They can also be given in a YAML or JSON file as the
+Most flags that diffusers' own script has are named as there. They can also be given in a YAML or JSON file as the
 first argument; flags after it override it. To resume, run the same command again with `--resume_from_checkpoint
 latest`: the run continues bit-identically. Noise and timesteps, and without `--streaming` also the data order, depend
 only on the seed, the step and the place in the global batch, not on the number of processes.
@@ -80,9 +80,7 @@ def main(args: TrainingArguments) -> None:
 
     # model, noise schedule, data
     set_seed(args.seed)
-    model = make_unet(args.unet_config, args.resolution, args.ddpm_num_steps)
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+    model = make_unet(args.unet_config, args.resolution, args.ddpm_num_steps, args.gradient_checkpointing)
     image_shape = (model.config.in_channels, args.resolution, args.resolution)  # (C, H, W)
     scheduler = DDPMScheduler(
         num_train_timesteps=args.ddpm_num_steps,
@@ -274,7 +272,7 @@ def main(args: TrainingArguments) -> None:
             noisy = scheduler.add_noise(clean, noise, timesteps)
             target = training_target(scheduler, clean, noise, timesteps)
 
-            torch.manual_seed(seed_of(args.seed, step, first))  # for dropout, if the network has any
+            torch.manual_seed(seed_of(args.seed, step, 1 + first))  # for dropout; a trailing 0 would not count
             prediction = unet(noisy, timesteps, return_dict=False)[0]  # (B, C, H, W)
             errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
             losses = errors * loss_weights(scheduler, timesteps, args.snr_gamma)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -9,10 +10,14 @@ from diffusers import UNet2DModel
 
 from ddpm_diffusers import OptimizedUNet2DModel
 
+logger = logging.getLogger(__name__)
+
 UNETS = {"OptimizedUNet2DModel": OptimizedUNet2DModel, "UNet2DModel": UNet2DModel}
 
 
-def make_unet(unet_config: str | dict | None, resolution: int, num_train_timesteps: int):
+def make_unet(
+    unet_config: str | dict | None, resolution: int, num_train_timesteps: int, gradient_checkpointing: bool = False
+):
     config = unet_config or {}
     if isinstance(config, str):
         is_text = config.lstrip().startswith("{")
@@ -28,6 +33,11 @@ def make_unet(unet_config: str | dict | None, resolution: int, num_train_timeste
     if class_name not in UNETS:
         raise ValueError(f"`_class_name` in `--unet_config` is {class_name!r}; it must be one of {', '.join(UNETS)}.")
     config = {key: value for key, value in config.items() if not key.startswith("_")}
+    if config.get("sample_size", resolution) not in (resolution, None, [resolution] * 2):
+        logger.warning(
+            f"The network of `--unet_config` was for images of `sample_size` {config['sample_size']}; this one is for"
+            f" `--resolution` {resolution}."
+        )
     config |= {"sample_size": resolution, "num_train_timesteps": num_train_timesteps}
     unknown = set(config) - set(inspect.signature(UNETS[class_name].__init__).parameters)
     if unknown:
@@ -47,4 +57,11 @@ def make_unet(unet_config: str | dict | None, resolution: int, num_train_timeste
             f"The network of `--unet_config` cannot take images of `--resolution` {resolution} ({error}): choose"
             " another resolution or network, without classes or other conditions."
         ) from error
+    if gradient_checkpointing:
+        if config.get("norm_type") == "batch":
+            raise ValueError(
+                "`--gradient_checkpointing` runs each block twice, so the running statistics of `norm_type` 'batch'"
+                " would be updated twice a step: leave it out, or use `norm_type` 'group'."
+            )
+        unet.enable_gradient_checkpointing()
     return unet.train()

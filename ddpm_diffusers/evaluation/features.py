@@ -56,6 +56,14 @@ class FeatureExtractor(torch.nn.Module):
     def train(self, mode: bool = True) -> "FeatureExtractor":
         return super().train(False)
 
+    def check_channels(self, channels: int) -> None:
+        """Raise a ValueError if images of so many channels cannot be used."""
+        if channels > self.num_channels:
+            raise ValueError(
+                f"The images are RGB, but {self.name!r} is for grey ones: make them grey (PIL's convert('L')), or"
+                " choose an extractor of 3 channels."
+            )
+
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map uint8 (B, C, H, W), of any H and W, to float32 (B, num_features); an RGB network also takes grey images.
@@ -71,11 +79,7 @@ class FeatureExtractor(torch.nn.Module):
             raise ValueError(
                 f"The images are of shape {tuple(images.shape)}; it must be (B, C, H, W), C being 1 or 3."
             )
-        if images.shape[1] > self.num_channels:
-            raise ValueError(
-                f"The images are RGB, but {self.name!r} is for grey ones: make them grey (PIL's convert('L')), or"
-                " choose an extractor of 3 channels."
-            )
+        self.check_channels(images.shape[1])
         with torch.autocast(images.device.type, enabled=False):
             return self.network(images.expand(-1, self.num_channels, -1, -1)).float()
 

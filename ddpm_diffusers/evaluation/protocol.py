@@ -120,13 +120,13 @@ class Reference:
         **load_images_kwargs,
     ) -> "Reference":
         """Reference from a data set on the Hub or in a local folder; other arguments are passed to `load_images`."""
-        train, test = (
+        test, train = (  # in this order: a test split that is missing shows before the larger one is decoded
             ImageArrays(
                 load_images(dataset_name, resolution=resolution, channels=channels, split=split, cache_dir=cache_dir,
                             **load_images_kwargs),
                 (channels, resolution, resolution),
             )
-            for split in (train_split, test_split)
+            for split in (test_split, train_split)
         )  # fmt: skip
         return cls(train, test, extractor, cache_dir)
 

@@ -292,13 +292,14 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     ) -> huggingface_hub.CommitInfo | None:  # fmt: skip
         """diffusers' method; also copies the model card of the source that the network was loaded from, if available.
 
+        If you trained that network further, write another card (`README.md`): its figures are of the source's weights.
         With `push_to_hub`, the index, the code, the components' configs and weights, and a card as in `push_to_hub()`
         are then uploaded to `repo_id`, by default the folder's name; other files in the folder are not.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
-        if self.name_or_path and not card.exists() and is_part_of(self.unet, self.name_or_path):
-            copy_card(self.name_or_path, save_directory, token)
+        if self.name_or_path and not card.exists():
+            copy_card(self.unet, self.name_or_path, save_directory, token)
         if not push_to_hub:
             return None
         check_token(token)
@@ -429,20 +430,21 @@ def with_repo_id(card: str, repo_id: str) -> str:
     return card.replace(f'"{loaded[1]}"', f'"{repo_id}"') if loaded else card
 
 
-def is_part_of(unet: ModelMixin, source: str) -> bool:
-    """Whether the network was loaded from this folder or repository, whose card and figures describe no other."""
-    loaded = Path(unet.config.get("_name_or_path") or "")
-    in_cache = f"models--{source}".replace("/", "--")  # how the Hub's cache names a repository's folder
-    return loaded == Path(source, "unet") or in_cache in loaded.parts
+def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | None) -> None:
+    """Copy the card and samples of a folder or repository, if they can be read and the network was loaded from it.
 
-
-def copy_card(source: str, folder: str | Path, token: str | None) -> None:
-    """Copy the card and its samples from a folder or repository, as far as they exist and can be read."""
-    with contextlib.suppress(OSError, ValueError, httpx.HTTPError):  # absent, refused, out of reach, or not an id
+    They describe no other network, and no other revision of it.
+    """
+    loaded, in_cache = Path(unet.config.get("_name_or_path") or ""), f"models--{source}".replace("/", "--")
+    is_local = loaded == Path(source, "unet")
+    if not is_local and in_cache not in loaded.parts:
+        return
+    with contextlib.suppress(OSError, ValueError, httpx.HTTPError):  # absent, refused or out of reach
         for name in (README, SAMPLES):
             path = Path(source, name)
-            if not Path(source).is_dir():
-                path = huggingface_hub.hf_hub_download(source, name, token=token)
+            if not is_local:  # the cache's folder is models--OWNER--NAME/snapshots/REVISION/unet
+                revision = loaded.parts[loaded.parts.index(in_cache) + 2]
+                path = huggingface_hub.hf_hub_download(source, name, revision=revision, token=token)
             shutil.copyfile(path, Path(folder, name))
 
 
