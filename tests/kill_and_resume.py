@@ -23,20 +23,20 @@ LONG = 300  # seconds, for a training that takes half a minute
 UNET = {"block_out_channels": [8, 16], "norm_num_groups": 4, "block_norm_num_groups": 4}
 FLAGS = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "330", "--resolution", "8",
          "--unet_config", json.dumps(UNET), "--train_batch_size", "16", "--gradient_accumulation_steps", "2",
-         "--dataloader_num_workers", "1", "--max_train_steps", "300", "--learning_rate", "3e-3",
+         "--dataloader_num_workers", "1", "--learning_rate", "3e-3",
          "--logging_steps", "4", "--validation_steps", "10", "--checkpointing_steps", "3",
          "--checkpoints_total_limit", "2", "--eval_batch_size", "4", "--ddpm_num_inference_steps", "2",
          "--logger", "none", "--resume_from_checkpoint", "latest"]  # fmt: skip
 
 
-def start(output_dir: Path, processes: int) -> subprocess.Popen:
+def start(output_dir: Path, processes: int, steps: int = 300) -> subprocess.Popen:
     """The training, in a process group of its own."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     script = str(ROOT / "train_scripts" / "train_unconditional.py")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launcher, script, *FLAGS, "--output_dir", str(output_dir)]
+    command = [*launcher, script, *FLAGS, "--max_train_steps", str(steps), "--output_dir", str(output_dir)]
     with open(said(output_dir), "a") as log:
         return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 

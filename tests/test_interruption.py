@@ -12,6 +12,8 @@ from kill_and_resume import LONG, kill_and_compare, results, said
 
 from ddpm_diffusers.checkpointing import find_damage, list_checkpoints
 
+STEPS = 60
+
 
 @pytest.fixture(scope="module")
 def start():
@@ -19,7 +21,7 @@ def start():
     started = []
 
     def run(folder, processes: int = 1):
-        started.append(kill_and_resume.start(folder, processes))
+        started.append(kill_and_resume.start(folder, processes, STEPS))
         return started[-1]
 
     yield run
@@ -59,7 +61,7 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_exactly(number, sta
     last = list_checkpoints(folder)[-1]
     assert find_damage(last) is None and "Traceback" not in log
     step = last.name.removeprefix("checkpoint-")
-    assert f"{number.name}: stopped after step {step} of 300, and wrote {last}." in log
+    assert f"{number.name}: stopped after step {step} of {STEPS}, and wrote {last}." in log
     assert "To go on from there, run the same command with `--resume_from_checkpoint latest`." in log
     assert not (folder / "model_index.json").exists()
     assert start(folder).wait(LONG) == 0
