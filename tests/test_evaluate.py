@@ -101,6 +101,7 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     assert values == {name: round(figure["mean"], 5) for name, figure in expected.items()}
     assert {result.dataset_type for result in results} == {"user/garments"}
     assert all(result.metric_args["solver_order"] == 1 for result in results)
+    assert all(result.metric_args["mixed_precision"] == "no" for result in results)
 
 
 def test_test_images_give_the_floor_and_damage_moves_the_right_figure(evaluate):

@@ -191,6 +191,7 @@ def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
         "scheduler": record["scheduler"],
         **record["scheduler_options"],
         "evaluations": record["evaluations"],
+        "mixed_precision": record["mixed_precision"],
         "features": f"{extractor['name']} {extractor['digest']}",
     }
     return [

@@ -35,7 +35,7 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     metric = FrechetInceptionDistance(feature=Features(real.shape[1]), sync_on_compute=False)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
-    return max(0.0, metric.compute().item())  # for equal sets, rounding can leave -1e-9
+    return max(metric.compute().item(), 0.0)  # for equal sets, rounding can leave -1e-9
 
 
 def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
