@@ -311,6 +311,7 @@ def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
 
 
 def warn_if_colour_is_lost(first: PILImage.Image, channels: int) -> None:
+    """Warn if the first image of a data set, in whatever mode, is in colour and its `channels` are to be 1 (grey)."""
     pixels = np.asarray(first.convert("RGB"))
     if channels == 1 and (pixels != pixels[..., :1]).any():
         logger.warning("The images are in colour and are made grey; for colour, use a network with 3 `in_channels`.")

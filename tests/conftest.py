@@ -58,7 +58,7 @@ def reset_accelerate() -> None:
 
 @pytest.fixture
 def fashion_mnist() -> str:
-    """The real data set's folder; the tests that need it are skipped where `FASHION_MNIST` is not set."""
+    """The real data set's folder; the tests that need it are skipped where it is not."""
     if "FASHION_MNIST" in os.environ:
         assert FASHION_MNIST.is_dir(), f"FASHION_MNIST is {FASHION_MNIST}, which is no folder"
     if not FASHION_MNIST.is_dir():
