@@ -31,13 +31,14 @@ def measure(args, device: torch.device) -> dict:
         "batch_size": args.batch_sizes[0],
         "precision": args.precisions[-1],
     }
+    graphs = {"cuda_graph": device.type == "cuda"}  # as in the script
     steps = {
-        name: training_step(make_network(name, settings["resolution"]), device=device, **settings)
+        name: training_step(make_network(name, settings["resolution"]), device=device, **settings, **graphs)
         for name in ("default", "stock")
     }
 
     def bare_step(name: str) -> float:
-        seconds_of(steps[name], 2)  # warm-up: another process had the caches
+        seconds_of(steps[name], 5)  # warm-up: another process had the caches
         return settings["batch_size"] / seconds_of(steps[name], args.script_steps - LOGGING_STEPS)
 
     with tempfile.TemporaryDirectory() as folder:

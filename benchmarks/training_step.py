@@ -19,11 +19,17 @@ def measure(args, device: torch.device) -> dict:
         settings = {"resolution": resolution, "batch_size": batch_size, "precision": precision}
         networks = {name: make_network(name, resolution) for name in installed(args.networks)}
         arms = {name: training_step(network, device=device, **settings) for name, network in networks.items()}
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            for name in networks:
+                graphed = training_step(make_network(name, resolution), device=device, cuda_graph=True, **settings)
+                arms[f"{name}, CUDA graph"] = graphed
         if args.compile:
             torch._dynamo.reset()  # else it would compile for dynamic shapes after the first
             for name in networks:
                 compiled = torch.compile(make_network(name, resolution))
-                arms[f"{name}, compiled"] = training_step(compiled, device=device, **settings)
+                compiled = training_step(compiled, device=device, cuda_graph=on_gpu, **settings)
+                arms[f"{name}, compiled{', CUDA graph' if on_gpu else ''}"] = compiled
         times = time_arms(arms, args.windows, args.window_seconds)
         for name, time in times.items():
             network = networks[name.partition(",")[0]]

@@ -75,6 +75,9 @@ class TrainingArguments:
         None, "auto (bf16 if the hardware supports it), no, fp16 or bf16; accelerate's setting by default"
     )
     compile: bool = arg(False, "torch.compile the network; for GPUs: no gain on a CPU")
+    cuda_graph: bool = arg(
+        True, "on one GPU, launch each step as a whole; not with fp16, gradient accumulation or checkpointing"
+    )
     gradient_checkpointing: bool = arg(False, "save memory, at the cost of time")
     # output
     logging_steps: int = arg(20, "optimizer steps between lines of metrics.jsonl")
@@ -148,6 +151,7 @@ def settings_for_card(run: dict) -> dict:
         "dataset_id",
         "image_column",
         "cache_dir",
+        "cuda_graph",
         "dataloader_num_workers",
         "shuffle_buffer_size",
         "unet_config",

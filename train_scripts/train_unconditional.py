@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
 from arguments import DEFINES_THE_RUN, TrainingArguments, run_script, settings_for_card, settings_of
+from cuda_graph import GraphedStep, can_capture
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -217,10 +218,11 @@ def main(args: TrainingArguments) -> None:
         if args.logger != "none":
             shown = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in run.items()}
             accelerator.init_trackers("train_unconditional", shown, init_kwargs(record["id"], step))
+    graphed = args.cuda_graph and can_capture(accelerator, args.gradient_checkpointing)
     logger.info(
         f"{type(model).__name__}, {model.num_parameters():,} parameters, on"
         f" {accelerator.num_processes} x {device}, precision {accelerator.mixed_precision}; {data},"
-        f" {max_train_steps} steps of {global_batch_size}."
+        f" {max_train_steps} steps of {global_batch_size}{', each a CUDA graph' if graphed else ''}."
     )
 
     def epoch(step: int) -> dict:
@@ -242,6 +244,34 @@ def main(args: TrainingArguments) -> None:
             log_image(accelerator.trackers, "samples", grid, step)
         return path
 
+    quartiles = torch.arange(4, device=device)[:, None]  # (4, 1)
+
+    def train_on(batch, noise, timesteps, flips) -> torch.Tensor:
+        """One batch, and at the end of a global batch the update; returns the gradient's norm."""
+        clean = batch.to(device, non_blocking=True).float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
+        if args.random_flip:
+            clean = torch.where(flips, clean.flip(-1), clean)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        target = training_target(scheduler, clean, noise, timesteps)
+
+        prediction = unet(noisy, timesteps, return_dict=False)[0]  # (B, C, H, W)
+        errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+        losses = errors * loss_weights(scheduler, timesteps, args.snr_gamma)
+        accelerator.backward(losses.mean())
+        grad_norm = None
+        if accelerator.sync_gradients:
+            grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # sum and count of the losses, over all timesteps and over each quarter of them
+        in_quartile = timesteps * 4 // args.ddpm_num_steps == quartiles  # (4, B)
+        members = torch.cat([torch.ones_like(losses)[None], in_quartile])  # (5, B)
+        window.add_(torch.stack([members @ losses.detach(), members.sum(1)]))
+        return grad_norm
+
+    train_step = GraphedStep(train_on, optimizer) if graphed else train_on
+
     # train
     if sample_first:
         write_samples()
@@ -251,7 +281,6 @@ def main(args: TrainingArguments) -> None:
         total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
     generator = torch.Generator(device)
-    quartiles = torch.arange(4, device=device)[:, None]  # (4, 1)
     images_seen, last_time, stopped = 0, time.perf_counter(), None
     stop_request = StopRequest(accelerator.num_processes)
     indices = range(step * args.gradient_accumulation_steps, max_train_steps * args.gradient_accumulation_steps)
@@ -265,27 +294,9 @@ def main(args: TrainingArguments) -> None:
                 flips = torch.rand(global_batch_size, 1, 1, 1, generator=generator, device=device) < 0.5
             first = (part * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
             rows = slice(first, first + args.train_batch_size)  # of this batch within the global one
-            noise, timesteps = draws[0][rows], draws[1][rows]
-            clean = batch.to(device, non_blocking=True).float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
-            if args.random_flip:
-                clean = torch.where(flips[rows], clean.flip(-1), clean)
-            noisy = scheduler.add_noise(clean, noise, timesteps)
-            target = training_target(scheduler, clean, noise, timesteps)
-
             torch.manual_seed(seed_of(args.seed, step, 1 + first))  # for dropout; a trailing 0 would not count
-            prediction = unet(noisy, timesteps, return_dict=False)[0]  # (B, C, H, W)
-            errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
-            losses = errors * loss_weights(scheduler, timesteps, args.snr_gamma)
-            accelerator.backward(losses.mean())
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            grad_norm = train_step(batch, draws[0][rows], draws[1][rows], flips[rows])
 
-        # sum and count of the losses, over all timesteps and over each quarter of them
-        in_quartile = timesteps * 4 // args.ddpm_num_steps == quartiles  # (4, B)
-        members = torch.cat([torch.ones_like(losses)[None], in_quartile])  # (5, B)
-        window += torch.stack([members @ losses.detach(), members.sum(1)])
         images_seen += args.train_batch_size * accelerator.num_processes
         if not accelerator.sync_gradients:
             continue
@@ -355,7 +366,7 @@ def main(args: TrainingArguments) -> None:
     progress_bar.close()
     stop_request.restore()
     if stopped and step < max_train_steps:
-        del unet
+        unet = None
         let_go(accelerator)
         accelerator.end_training()
         logger.info(f"{stopped.name}: stopped after step {step} of {max_train_steps}, and wrote {path}.")
@@ -375,7 +386,7 @@ def main(args: TrainingArguments) -> None:
         dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
         card = model_card(pipe, repo_id, dataset_name=dataset_name, settings=settings_for_card(run), has_samples=True)
         write_text(output_dir / README, str(card))
-    del unet
+    unet = None
     let_go(accelerator)
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
