@@ -51,7 +51,7 @@ def measure(args, device: torch.device) -> dict:
 
 
 def report(result: dict) -> str:
-    peaks = ", ".join(f"{peak['per_second'] / 1e9:.0f} GFLOP/s {name}" for name, peak in result["peaks"].items())
+    peaks = ", ".join(f"{peak['per_second'] / 1e9:,.0f} GFLOP/s {name}" for name, peak in result["peaks"].items())
     parts = [
         f"The peak, of square matrix products: {peaks}. GFLOP of convolutions and products, forward and backward."
     ]
@@ -64,7 +64,7 @@ def report(result: dict) -> str:
                 row["aten_calls_per_step"] or "",
                 thousands(row["images_per_second"]),
                 with_quartiles(row["times_reference"]),
-                f"{row['of_peak']:.0%}",
+                f"{row['of_peak']:.1%}",
                 f"{row['seconds_per_step']['first_call']:.1f}",
             )
             for row in rows

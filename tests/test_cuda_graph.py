@@ -92,7 +92,7 @@ def test_a_replay_takes_tensors_and_learning_rate_as_they_are_by_then():
     optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(0.0, 0.0), weight_decay=0.0, eps=0.0, fused=True)
 
     def step(target):
-        loss = (weight * target).sum()
+        loss = (weight * target.to("cuda", non_blocking=True)).sum()
         loss.backward()
         optimizer.step()  # by lr times the gradient's sign
         optimizer.zero_grad()
