@@ -38,7 +38,7 @@ def measure(args, device: torch.device) -> dict:
     }
 
     def bare_step(name: str) -> float:
-        seconds_of(steps[name], 5)  # warm-up: another process had the caches
+        seconds_of(steps[name], 5)  # warm-up: another process had the caches; and on a GPU the graph is captured
         return settings["batch_size"] / seconds_of(steps[name], args.script_steps - LOGGING_STEPS)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,8 @@ from networks import installed, make_network, training_step
 from report import grouped, table, thousands, with_quartiles
 from windows import ratio, time_arms
 
+from cuda_graph import GraphedStep  # isort: skip
+
 REFERENCE = "stock"
 
 
@@ -28,9 +30,10 @@ def measure(args, device: torch.device) -> dict:
             torch._dynamo.reset()  # else it would compile for dynamic shapes after the first
             for name in networks:
                 compiled = torch.compile(make_network(name, resolution))
-                compiled = training_step(compiled, device=device, cuda_graph=on_gpu, **settings)
-                arms[f"{name}, compiled{', CUDA graph' if on_gpu else ''}"] = compiled
-        times = time_arms(arms, args.windows, args.window_seconds)
+                step = training_step(compiled, device=device, cuda_graph=on_gpu, **settings)
+                arms[f"{name}, compiled{', CUDA graph' if on_gpu else ''}"] = step
+        captured_after = GraphedStep.CALLS_BEFORE_CAPTURE if on_gpu else 0
+        times = time_arms(arms, args.windows, args.window_seconds, captured_after)
         for name, time in times.items():
             network = networks[name.partition(",")[0]]
             counts = count(training_step(network, device=device, **settings | {"batch_size": 1}))

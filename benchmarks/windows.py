@@ -23,19 +23,25 @@ def seconds_of(arm: Callable[[], object], calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def time_arms(arms: dict[str, Callable[[], object]], windows: int, window_seconds: float) -> dict[str, dict]:
+def time_arms(
+    arms: dict[str, Callable[[], object]], windows: int, window_seconds: float, calls_before: int = 0
+) -> dict[str, dict]:
     """Seconds per call of each arm.
 
     Args:
         arms: The calls to time, by name.
         windows: Number per arm; each round times one window of every arm, and starts with another arm.
         window_seconds: A window is as many calls as take about this long, at least one.
+        calls_before: Calls of each arm after its first, which are not timed.
 
     Returns:
         For each arm `first_call` (with compilation and allocation), `calls` (per window), `windows` (seconds per call
         in each of them), and their `median` and `quartiles`.
     """
     results = {name: {"first_call": seconds_of(arm)} for name, arm in arms.items()}
+    for arm in arms.values():
+        for _ in range(calls_before):
+            arm()
     for name, arm in arms.items():
         results[name] |= {"calls": max(1, math.ceil(window_seconds / seconds_of(arm))), "windows": []}
     for name in turns(list(arms), windows):

@@ -1,4 +1,4 @@
-"""On a GPU: a training whose steps are CUDA graphs against one that launches its kernels one by one."""
+"""A training whose steps are CUDA graphs against one that launches its kernels one by one, and when it is which."""
 
 import json
 import os
@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_graph import GraphedStep
+from accelerate.utils import DistributedType, TorchDynamoPlugin
+from arguments import TrainingArguments, parse_arguments
+from cuda_graph import GraphedStep, can_capture
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parents[1] / "train_scripts" / "train_unconditional.py"
@@ -19,7 +22,7 @@ STOCK = {
     "norm_num_groups": 4, "layers_per_block": 1, "add_attention": False, "dropout": 0.2,
     "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
 }  # fmt: skip
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 def train(output_dir: Path, *flags: str) -> str:
@@ -34,7 +37,8 @@ def train(output_dir: Path, *flags: str) -> str:
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(output_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}  # no counts of batches
 
 
 def metrics(output_dir: Path) -> list[dict]:
@@ -51,11 +55,13 @@ def distance(result: dict, reference: dict) -> float:
     return float(difference / size) ** 0.5
 
 
+@on_a_gpu
 @pytest.mark.parametrize("flags", [
-    (), ("--random_flip", "--snr_gamma", "5", "--prediction_type", "v_prediction"), ("--mixed_precision", "bf16"),
+    (), ("--random_flip", "--snr_gamma", "5", "--prediction_type", "v_prediction"),
+    ("--dataloader_num_workers", "2", "--validation_steps", "5"), ("--mixed_precision", "bf16"),
     ("--unet_config", json.dumps({**UNET, "norm_type": "batch"})),
     ("--unet_config", json.dumps(STOCK)),
-], ids=["plain", "objective", "bf16", "BatchNorm", "dropout"])  # fmt: skip
+], ids=["plain", "objective", "pinned elsewhere, sampled between", "bf16", "BatchNorm", "dropout"])  # fmt: skip
 def test_the_training_is_the_same(tmp_path, flags):
     assert "each a CUDA graph" in train(tmp_path / "graphed", *flags)
     assert "each a CUDA graph" not in train(tmp_path / "plain", *flags, "--no_cuda_graph")
@@ -66,6 +72,7 @@ def test_the_training_is_the_same(tmp_path, flags):
     assert distance(weights(tmp_path / "graphed"), weights(tmp_path / "plain")) < (2e-2 if "bf16" in flags else 1e-3)
 
 
+@on_a_gpu
 def test_it_resumes(tmp_path):
     flags = ("--checkpointing_steps", "6", "--resume_from_checkpoint", "latest")
     train(tmp_path / "whole", *flags)
@@ -74,19 +81,22 @@ def test_it_resumes(tmp_path):
     assert distance(weights(tmp_path / "resumed"), weights(tmp_path / "whole")) < 1e-3
 
 
+@on_a_gpu
 def test_a_compiled_step_is_captured(tmp_path):
     assert "each a CUDA graph" in train(tmp_path / "compiled", "--compile")
     train(tmp_path / "plain", "--no_cuda_graph")
     assert distance(weights(tmp_path / "compiled"), weights(tmp_path / "plain")) < 1e-2
 
 
+@on_a_gpu
 @pytest.mark.parametrize("flags", [
     ("--gradient_accumulation_steps", "2"), ("--gradient_checkpointing",), ("--mixed_precision", "fp16"),
 ], ids=["accumulation", "checkpointing", "fp16"])  # fmt: skip
 def test_what_cannot_be_captured_is_launched_kernel_by_kernel(tmp_path, flags):
-    assert "each a CUDA graph" not in train(tmp_path, *flags, "--max_train_steps", "2")
+    assert "each a CUDA graph" not in train(tmp_path, *flags, "--max_train_steps", "5")
 
 
+@on_a_gpu
 def test_a_replay_takes_tensors_and_learning_rate_as_they_are_by_then():
     weight = torch.nn.Parameter(torch.zeros(3, device="cuda"))
     optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(0.0, 0.0), weight_decay=0.0, eps=0.0, fused=True)
@@ -107,8 +117,30 @@ def test_a_replay_takes_tensors_and_learning_rate_as_they_are_by_then():
         torch.testing.assert_close(loss.cpu(), (expected * target).sum())
         expected -= rate * target.sign()
         torch.testing.assert_close(weight.detach().cpu(), expected)
-    assert graphed.graph is not None and optimizer.param_groups[0] == {
-        **optimizer.param_groups[0],
-        "lr": 1 / 8,
-        "capturable": False,
-    }
+        group = optimizer.param_groups[0]
+        assert isinstance(group["lr"], float) and not group["capturable"]
+        assert (graphed.graph is None) == (turn < GraphedStep.CALLS_BEFORE_CAPTURE)
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"device": torch.device("cpu")}, {"distributed_type": DistributedType.MULTI_GPU},
+    {"gradient_accumulation_steps": 2}, {"scaler": torch.amp.GradScaler("cpu")},
+    {"state": SimpleNamespace(dynamo_plugin=TorchDynamoPlugin(backend="inductor", mode="reduce-overhead"))},
+    {"gradient_checkpointing": True},
+], ids=lambda change: next(iter(change), "nothing"))  # fmt: skip
+def test_only_whole_steps_on_one_gpu_are_captured(change):
+    accelerator = {
+        "device": torch.device("cuda"),
+        "distributed_type": DistributedType.NO,
+        "gradient_accumulation_steps": 1,
+        "scaler": None,
+        "state": SimpleNamespace(dynamo_plugin=TorchDynamoPlugin()),
+        "gradient_checkpointing": False,
+    } | change
+    checkpointing = accelerator.pop("gradient_checkpointing")
+    assert can_capture(SimpleNamespace(**accelerator), checkpointing) == (not change)
+
+
+def test_the_flag():
+    assert TrainingArguments().cuda_graph
+    assert not parse_arguments(TrainingArguments, ["--no_cuda_graph"], "?").cuda_graph

@@ -76,7 +76,7 @@ class TrainingArguments:
     )
     compile: bool = arg(False, "torch.compile the network; for GPUs: no gain on a CPU")
     cuda_graph: bool = arg(
-        True, "on one GPU, launch each step as a whole; not with fp16, gradient accumulation or checkpointing"
+        True, "on one GPU, launch each step as a whole; not with fp16, gradient accumulation or gradient checkpointing"
     )
     gradient_checkpointing: bool = arg(False, "save memory, at the cost of time")
     # output

@@ -16,14 +16,15 @@ class GraphedStep:
     next one.
     """
 
-    CALLS_BEFORE = 3  # libraries set themselves up, and the network is compiled
+    CALLS_BEFORE_CAPTURE = 3  # in which libraries set themselves up, and the network is compiled
 
     def __init__(self, step: Callable[..., torch.Tensor | None], optimizer: torch.optim.Optimizer):
         self.step, self.optimizer = step, optimizer
-        self.calls, self.stream, self.graph = 0, torch.cuda.Stream(), None
+        self.calls, self.stream = 0, torch.cuda.Stream()
+        self.graph, self.inputs, self.rates, self.result = None, [], [], None
 
     def __call__(self, *tensors: torch.Tensor) -> torch.Tensor | None:
-        if self.calls < self.CALLS_BEFORE:
+        if self.calls < self.CALLS_BEFORE_CAPTURE:
             self.calls += 1
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):  # as a capture asks for
@@ -40,6 +41,10 @@ class GraphedStep:
         return self.result
 
     def capture(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Record a call without running it. For the graph, the learning rates become tensors that it reads.
+
+        The optimizer has its numbers back afterwards, which schedule and checkpoints need.
+        """
         device = torch.device("cuda", torch.cuda.current_device())
         self.inputs = [torch.empty_like(tensor, device=device) for tensor in tensors]
         groups = self.optimizer.param_groups
@@ -47,23 +52,35 @@ class GraphedStep:
         self.rates = [torch.tensor(rate, device=device) for rate, _ in before]
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"], group["capturable"] = rate, True
-        self.graph = torch.cuda.CUDAGraph()
-        # "thread_local": the data loader may pin memory in another thread
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.result = self.step(*self.inputs)
-        for group, (rate, capturable) in zip(groups, before, strict=True):
-            group["lr"], group["capturable"] = rate, capturable
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # "thread_local": the data loader may pin memory in another thread
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.result = self.step(*self.inputs)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "A step of this network cannot be captured as a CUDA graph, as where it copies from the CPU: pass"
+                " `--no_cuda_graph`."
+            ) from error
+        finally:
+            for group, (rate, capturable) in zip(groups, before, strict=True):
+                group["lr"], group["capturable"] = rate, capturable
+        self.graph = graph
 
 
 def can_capture(accelerator: Accelerator, gradient_checkpointing: bool) -> bool:
     """Whether each batch is a whole step on one GPU, in which Python decides nothing.
 
-    A gradient scaler decides whether to step, and gradient checkpointing saves the state of random numbers.
+    A gradient scaler decides whether to step, gradient checkpointing saves the state of random numbers, and some modes
+    of torch.compile make graphs of their own.
     """
+    device = accelerator.device
     return (
-        accelerator.device.type == "cuda"
+        device.type == "cuda"
+        and device.index in (None, torch.cuda.current_device())
         and accelerator.distributed_type == DistributedType.NO
         and accelerator.gradient_accumulation_steps == 1
         and accelerator.scaler is None
+        and accelerator.state.dynamo_plugin.mode in ("default", "max-autotune-no-cudagraphs")
         and not gradient_checkpointing
     )

@@ -47,7 +47,7 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def let_go(accelerator: Accelerator) -> None:
-    """Free what was prepared. Call it once nothing holds the prepared objects, before `accelerator.end_training()`.
+    """Free what was prepared. Call it once nothing holds the prepared network, before `accelerator.end_training()`.
 
     Otherwise torch's DDP reducer would destroy gloo's process group at exit while holding the GIL, which gloo's thread
     may be waiting for to drop its last tensors: a deadlock.

@@ -4,8 +4,8 @@
 
 Most flags that diffusers' own script has are named as there. They can also be given in a YAML or JSON file as the
 first argument; flags after it override it. To resume, run the same command again with `--resume_from_checkpoint
-latest`: the run continues bit-identically. Noise and timesteps, and without `--streaming` also the data order, depend
-only on the seed, the step and the place in the global batch, not on the number of processes.
+latest`: the run continues, on a CPU in float32 bit-identically. Noise and timesteps, and without `--streaming` also
+the data order, depend only on the seed, the step and the place in the global batch, not on the number of processes.
 """
 
 import json
@@ -246,8 +246,10 @@ def main(args: TrainingArguments) -> None:
 
     quartiles = torch.arange(4, device=device)[:, None]  # (4, 1)
 
-    def train_on(batch, noise, timesteps, flips) -> torch.Tensor:
-        """One batch, and at the end of a global batch the update; returns the gradient's norm."""
+    def train_on(
+        batch: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, flips: torch.Tensor
+    ) -> torch.Tensor | None:
+        """One batch, and at the end of a global batch the update, of which it returns the gradient's norm."""
         clean = batch.to(device, non_blocking=True).float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
         if args.random_flip:
             clean = torch.where(flips, clean.flip(-1), clean)
@@ -365,8 +367,9 @@ def main(args: TrainingArguments) -> None:
             break
     progress_bar.close()
     stop_request.restore()
+    train_step = None  # and the graph's memory
     if stopped and step < max_train_steps:
-        unet = None
+        unet = None  # `train_on` holds it, too
         let_go(accelerator)
         accelerator.end_training()
         logger.info(f"{stopped.name}: stopped after step {step} of {max_train_steps}, and wrote {path}.")
@@ -386,7 +389,7 @@ def main(args: TrainingArguments) -> None:
         dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
         card = model_card(pipe, repo_id, dataset_name=dataset_name, settings=settings_for_card(run), has_samples=True)
         write_text(output_dir / README, str(card))
-    unet = None
+    unet = None  # as above
     let_go(accelerator)
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
