@@ -77,7 +77,7 @@ def can_capture(accelerator: Accelerator, gradient_checkpointing: bool) -> bool:
     device = accelerator.device
     return (
         device.type == "cuda"
-        and device.index in (None, torch.cuda.current_device())
+        and (device.index is None or device.index == torch.cuda.current_device())
         and accelerator.distributed_type == DistributedType.NO
         and accelerator.gradient_accumulation_steps == 1
         and accelerator.scaler is None
