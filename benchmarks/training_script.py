@@ -31,9 +31,11 @@ def measure(args, device: torch.device) -> dict:
         "batch_size": args.batch_sizes[0],
         "precision": args.precisions[-1],
     }
-    graphs = {"cuda_graph": device.type == "cuda"}  # as in the script
+    cuda_graph = device.type == "cuda"  # as in the script
     steps = {
-        name: training_step(make_network(name, settings["resolution"]), device=device, **settings, **graphs)
+        name: training_step(
+            make_network(name, settings["resolution"]), device=device, cuda_graph=cuda_graph, **settings
+        )
         for name in ("default", "stock")
     }
 
