@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from arguments import DEFINES_THE_RUN, TrainingArguments, run_script, settings_for_card, settings_of
 from cuda_graph import GraphedStep, can_capture
 from diffusers import DDPMScheduler
@@ -32,6 +32,7 @@ from push_to_hub import push
 from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_file, write_text
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
+from training_state import gather_state, restore
 from unets import make_unet
 
 from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
@@ -162,19 +163,8 @@ def main(args: TrainingArguments) -> None:
                 f"{resume_path} is at step {state['step']}, beyond the {max_train_steps} steps of this run: raise"
                 " `--num_epochs` or `--max_train_steps`."
             )
-        lr_scheduler.load_state_dict(state["lr_scheduler"])
-        for group, rate in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
-            group["lr"] = args.learning_rate * rate(state["step"])  # by this run's length, which may differ
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
         step = state["step"]
-        windows = torch.tensor(state["windows"], device=device)  # (processes, 2, 5)
-        if len(windows) == accelerator.num_processes:
-            window = windows[accelerator.process_index].clone()
-        elif accelerator.is_main_process:
-            window = windows.sum(0)
-        if args.streaming:
-            stream_state = state["streams"][accelerator.process_index % len(state["streams"])]
+        stream_state = restore(state, accelerator, optimizer, lr_scheduler, args.learning_rate, window)
         logger.info(f"Resumed from {resume_path} at step {step}.")
 
     if args.streaming:
@@ -339,16 +329,7 @@ def main(args: TrainingArguments) -> None:
             window.zero_()
             images_seen, last_time = 0, now
         if checkpoint:
-            state = {
-                "arguments": run,
-                **epoch(step),
-                "lr_scheduler": lr_scheduler.state_dict(),
-                "windows": gather_object([window.tolist()]),
-            }
-            if accelerator.scaler is not None:
-                state["scaler"] = accelerator.scaler.state_dict()
-            if args.streaming:
-                state["streams"] = gather_object([batches.state_dict()])
+            state = {"arguments": run, **epoch(step), **gather_state(accelerator, lr_scheduler, window, batches)}
             if accelerator.is_main_process:
                 metrics_file.flush()
             path = save_checkpoint(

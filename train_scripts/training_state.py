@@ -1,0 +1,47 @@
+"""What a checkpoint keeps of a training beside weights, optimizer and flags."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.optim.lr_scheduler import LambdaLR
+
+from ddpm_diffusers.streaming import StreamedBatches
+
+
+def gather_state(accelerator: Accelerator, lr_scheduler: LambdaLR, window: torch.Tensor, batches) -> dict:
+    """Schedule, gradient scaler, sums of losses since the last line of metrics, (2, 5) in each process, and streams.
+
+    All processes call it together.
+    """
+    state = {"lr_scheduler": lr_scheduler.state_dict(), "windows": gather_object([window.tolist()])}
+    if accelerator.scaler is not None:
+        state["scaler"] = accelerator.scaler.state_dict()
+    if isinstance(batches, StreamedBatches):
+        state["streams"] = gather_object([batches.state_dict()])
+    return state
+
+
+def restore(
+    state: dict,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: LambdaLR,
+    learning_rate: float,
+    window: torch.Tensor,
+) -> dict | None:
+    """Set schedule, learning rates, gradient scaler and `window`; the state of this process's stream, if there is one.
+
+    The number of processes may have changed: the sums of losses then go to the first, and streams are dealt out anew.
+    """
+    lr_scheduler.load_state_dict(state["lr_scheduler"])
+    for group, rate in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
+        group["lr"] = learning_rate * rate(state["step"])  # by this run's length, which may differ
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    windows = torch.tensor(state["windows"], device=window.device)  # (processes, 2, 5)
+    if len(windows) == accelerator.num_processes:
+        window.copy_(windows[accelerator.process_index])
+    elif accelerator.is_main_process:
+        window.copy_(windows.sum(0))
+    streams = state.get("streams")
+    return streams and streams[accelerator.process_index % len(streams)]
