@@ -45,7 +45,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     """A scheduler of another class with the noise schedule and prediction type of `scheduler`.
 
     Args:
-        name: A key of `SCHEDULERS`.
+        name: A key of `SCHEDULERS`. "ddim" and "pndm" need numbers of steps that divide `num_train_timesteps`: they
+            count back by the whole part of the quotient, and leave noise in 91 steps of 1,000 timesteps, for one.
         scheduler: The scheduler to follow, such as `pipe.scheduler`. Along with the noise schedule, its timestep
             spacing and clipping are carried over, defaults included; options of the solver itself are not.
         overrides: Arguments of the new class, such as `use_karras_sigmas=True`.

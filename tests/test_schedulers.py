@@ -99,6 +99,20 @@ def test_samples_of_an_exact_denoiser_have_the_mean_and_spread_of_the_data(name,
     assert errors[2] < errors[0]  # more steps, less error
 
 
+COUNTS_BACK_IN_WHOLE_TIMESTEPS = {"ddim", "pndm"}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_steps_that_do_not_divide_the_timesteps_leave_noise_in_two_schedulers_alone(name):
+    if name == "dpmsolver_sde":
+        pytest.importorskip("torchsde")
+    (_, spread), (_, dividing) = (mean_and_spread(make_pipe(name), steps) for steps in (91, 100))
+    if name in COUNTS_BACK_IN_WHOLE_TIMESTEPS:
+        assert spread > dividing + 0.05  # as `make_scheduler` says
+    else:
+        assert spread == pytest.approx(dividing, abs=0.02)
+
+
 FORGETS_ITS_START = {"euler_ancestral", "kdpm2_ancestral", "dpmsolver_sde"}  # fresh noise at every step
 
 
