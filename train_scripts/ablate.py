@@ -232,8 +232,8 @@ def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config:
     dataset_id = {"dataset_id": args.dataset_id} if args.dataset_id else {}
     if not (folder / "model_index.json").is_file():
         flags = training_arguments(args, seed) | dataset_id
-        flags |= {"unet_config": json.dumps(unet_config), "compile": args.compile, "logger": "none"}
-        flags |= {"output_dir": folder}
+        flags |= {"unet_config": json.dumps(unet_config), "compile": args.compile}
+        flags |= {"logger": "none", "output_dir": folder}
         flags |= {"checkpointing_steps": 1000, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
         run("train_unconditional.py", flags, args.accelerate_config, folder.with_suffix(".train.log"))
     flags = {

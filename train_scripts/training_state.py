@@ -4,11 +4,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 
 from ddpm_diffusers.streaming import StreamedBatches
 
 
-def gather_state(accelerator: Accelerator, lr_scheduler: LambdaLR, window: torch.Tensor, batches) -> dict:
+def gather_state(
+    accelerator: Accelerator, lr_scheduler: LambdaLR, window: torch.Tensor, batches: DataLoader | StreamedBatches
+) -> dict:
     """Schedule, gradient scaler, sums of losses since the last line of metrics, (2, 5) in each process, and streams.
 
     All processes call it together.
