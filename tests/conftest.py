@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", Path(__file__).parents[2] / "shared" / "fashion_mnist"))
 TINY = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "block_norm_num_groups": 4,
-        "down_layers_per_block": 1, "up_layers_per_block": 2}  # fmt: skip
+        "down_layers_per_block": 1, "up_layers_per_block": 2, "mid_block_layers": 2}  # fmt: skip
 UNET = json.dumps({name: value for name, value in TINY.items() if name != "sample_size"})  # for `--unet_config`
 
 
