@@ -26,26 +26,30 @@ def config_of(arguments: dict) -> dict:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items() if key[0] != "_"}
 
 
+def differences(arguments: dict, others: dict) -> set[str]:
+    others = config_of(others)
+    return {key for key, value in config_of(arguments).items() if value != others[key]}
+
+
 def test_the_ladder_leads_from_the_guides_baseline_to_its_network_to_the_default():
     ladder = script.read_ladder(CONFIGS / "ladder.yaml")
     assert config_of(ladder["guide"]) == config_of(json.loads((CONFIGS / "guide.json").read_text()))
     assert config_of(ladder["default"]) == config_of({})
-    # each rung and each row of the default less one is another network
+    # each rung and each row with one switch turned back is another network
     networks = [json.dumps(config_of(row)) for name, row in ladder.items() if name != "stock"]
     assert len(set(networks)) == len(networks)
     without = set()
     for name, row in ladder.items():
         if name.startswith("no_"):
-            changed = {key for key, value in config_of(row).items() if value != config_of({})[key]}
+            changed = differences(row, ladder["coarser_layers"])
             assert changed and len(changed - {"time_embedding_dim"}) == 1, name
             without |= changed
     # the resnet blocks and their numbers of layers came last: without them the default is a rung of its own
-    last = {key for key, value in config_of(ladder["time_every_block"]).items() if value != config_of({})[key]}
-    assert last == {"block_type", "down_layers_per_block", "up_layers_per_block"}
-    layers = {key for key, value in config_of(ladder["resnet_blocks"]).items() if value != config_of({})[key]}
-    assert layers == last - {"block_type"}
+    layers = {"down_layers_per_block", "up_layers_per_block", "mid_block_layers"}
+    assert differences(ladder["time_every_block"], {}) == {"block_type"} | layers
+    assert differences(ladder["resnet_blocks"], {}) == layers
     switches = set(config_of({})) - {"sample_size", "in_channels", "out_channels", "block_out_channels"}
-    assert switches - {"norm_num_groups", "num_train_timesteps"} == without | last
+    assert switches - {"norm_num_groups", "num_train_timesteps"} == without | {"block_type"} | layers
 
 
 def test_a_ladder_that_cannot_be_climbed_is_refused(tmp_path):

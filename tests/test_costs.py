@@ -27,12 +27,12 @@ def costs() -> dict:
 
 
 def test_the_default_is_cheaper_than_its_peers(costs):
-    assert costs["default"]["parameters"] < 0.55 * costs["stock"]["parameters"]
-    assert costs["default"]["operations"] < 0.46 * costs["stock"]["operations"]
-    assert costs["default"]["operations"] < 0.52 * costs["guide"]["operations"]
-    assert costs["default"]["kernels"] < 0.85 * costs["stock"]["kernels"]
-    assert costs["default"]["allocations"] < 0.8 * costs["stock"]["allocations"]
-    assert costs["default"]["allocated_bytes"] < 0.6 * costs["stock"]["allocated_bytes"]
+    assert costs["default"]["parameters"] < 0.95 * costs["stock"]["parameters"]
+    assert costs["default"]["operations"] < 0.53 * costs["stock"]["operations"]
+    assert costs["default"]["operations"] < 0.59 * costs["guide"]["operations"]
+    assert costs["default"]["kernels"] <= costs["stock"]["kernels"]
+    assert costs["default"]["allocations"] < 0.95 * costs["stock"]["allocations"]
+    assert costs["default"]["allocated_bytes"] < 0.9 * costs["stock"]["allocated_bytes"]
 
 
 def test_a_training_step_waits_for_nothing(costs):

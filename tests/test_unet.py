@@ -154,7 +154,7 @@ def test_every_switch_alone_trains_every_parameter_and_changes_the_network(name)
 @pytest.mark.parametrize("height, width", [(8, 8), (16, 8), (28, 28), (4, 20)])
 @pytest.mark.parametrize("config", [
     {},
-    {"down_layers_per_block": (0, 2), "up_layers_per_block": (1, 3)},
+    {"down_layers_per_block": (0, 2), "up_layers_per_block": (1, 3), "mid_block_layers": 1},
     {"block_type": "conv", "skip_type": "after_pool", "time_injection": "decoder"},
 ])  # fmt: skip
 def test_any_size_channels_levels_and_batch(config, height, width):
@@ -203,7 +203,8 @@ def test_pooling_and_upsampling_rearrange_as_torch_does():
 def test_layers_level_by_level(skip_type, down, up, expected_down, expected_up):
     widths = {"before_pool": (8, 16, 16, 16), "after_pool": (8, 8, 16, 16)}[skip_type]
     layers = {"down_layers_per_block": down, "up_layers_per_block": up}
-    model = make(**layers, skip_type=skip_type, block_out_channels=widths)
+    model = make(**layers, mid_block_layers=3, skip_type=skip_type, block_out_channels=widths)
+    assert len(model.mid_block.layers) == 3
     assert [len(block.layers) for block in model.down_blocks] == expected_down
     assert [len(block.layers) for block in model.up_blocks] == expected_up  # the lowest resolution comes first
     sample, timestep = inputs()
@@ -396,6 +397,7 @@ def test_the_checkpoint_of_an_older_version_still_loads():
         ({"up_layers_per_block": (1, 0)}, r"`up_layers_per_block` is \(1, 0\); it must be an integer of at least 1"),
         ({"down_layers_per_block": ()}, r"`down_layers_per_block` is \(\); it must .* hold such integers"),
         ({"down_layers_per_block": 0, "skip_type": "after_pool"}, "at each level whose width changes, 8 to 16"),
+        ({"mid_block_layers": 0}, "`mid_block_layers` is 0; it must be a positive integer"),
         ({"time_embedding_dim": 7}, "`time_embedding_dim` is 7; it must be even"),
         ({"time_embedding_dim": 2}, "`time_embedding_dim` is 2; it must be even and at least 4"),
         ({"sample_size": 9}, r"`sample_size` is 9; it must be divisible by 2, 2\^\(levels - 1\)"),

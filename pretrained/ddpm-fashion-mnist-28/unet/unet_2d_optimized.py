@@ -236,6 +236,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         down_layers_per_block, up_layers_per_block (`int` or `tuple[int, ...]`): Blocks of `block_type` on the way
             down and up: one number for all levels, or one per level, highest resolution first. The last number also
             applies to all levels below; excess numbers are ignored. Down, a level that keeps the width may have 0.
+        mid_block_layers (`int`): Blocks at the lowest resolution; 2 in the guide.
         num_train_timesteps (`int`): Number of training timesteps, T.
 
     Raises:
@@ -268,8 +269,9 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         upsample_type: str = "rearrange",
         norm_num_groups: int = 8,
         block_norm_num_groups: int = 8,
-        down_layers_per_block: int | tuple[int, ...] = (0, 2),
-        up_layers_per_block: int | tuple[int, ...] = (1, 3),
+        down_layers_per_block: int | tuple[int, ...] = (0, 1),
+        up_layers_per_block: int | tuple[int, ...] = (1, 2),
+        mid_block_layers: int = 6,
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
@@ -322,7 +324,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
             self.down_blocks.append(block)
             previous = width
         last = block_out_channels[-1]
-        self.mid_block = MidBlock(layers(previous, last, 2))
+        self.mid_block = MidBlock(layers(previous, last, mid_block_layers))
 
         # up
         self.up_blocks = nn.ModuleList()
@@ -419,7 +421,7 @@ def check_config(config: dict) -> None:
     for name, choices in CHOICES.items():
         check(config[name] in choices, name, f"be one of {', '.join(map(repr, choices))}")
     for name in ("in_channels", "out_channels", "time_embedding_dim", "norm_num_groups", "block_norm_num_groups",
-                 "num_train_timesteps"):  # fmt: skip
+                 "mid_block_layers", "num_train_timesteps"):  # fmt: skip
         check(whole(config[name]), name, "be a positive integer")
     for name in ("residual_blocks", "global_skip", "normalize_timesteps"):
         check(isinstance(config[name], bool), name, "be True or False")
