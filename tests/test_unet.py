@@ -194,6 +194,14 @@ def test_pooling_and_upsampling_rearrange_as_torch_does():
     assert torch.equal(RearrangeUpsample(8, 8).rearrange(pool(x)), x)
 
 
+def test_most_layers_of_the_default_are_in_the_middle():
+    model = OptimizedUNet2DModel()
+    assert [len(block.layers) for block in model.down_blocks] == [0, 1]
+    assert [len(block.layers) for block in model.up_blocks] == [2, 1]
+    assert len(model.mid_block.layers) == 6
+    assert OptimizedUNet2DModel.from_config({}).config.mid_block_layers == 6
+
+
 @pytest.mark.parametrize("skip_type", ["before_pool", "after_pool"])
 @pytest.mark.parametrize("down, up, expected_down, expected_up", [
     (1, 2, [1, 1, 1], [2, 2, 2]),
@@ -372,6 +380,7 @@ def test_the_checkpoint_of_an_older_version_still_loads():
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder))
     images = pipe(2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
     expected = json.loads((folder / "expected.json").read_text())
+    assert len(pipe.unet.mid_block.layers) == pipe.unet.config.mid_block_layers == 2  # its config does not say so
     torch.testing.assert_close(images.flatten(1)[:, ::7], torch.tensor(expected), atol=1e-3, rtol=0)
 
 

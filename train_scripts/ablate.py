@@ -34,7 +34,7 @@ from ddpm_diffusers.evaluation.protocol import check_count, mean_and_sd
 from ddpm_diffusers.schedulers import count_evaluations
 
 SCRIPTS = Path(__file__).parent
-PICTURED = ("baseline", "residual_blocks", "guide", "default", "stock")
+PICTURED = ("baseline", "residual_blocks", "guide", "coarser_layers", "default", "stock")
 
 
 @dataclass
@@ -305,6 +305,7 @@ def write_report(results_dir: Path, rows: list[dict], pictured: list[str]) -> No
     strips = {row["name"]: Image.open(results_dir / f"{row['name']}.png") for row in rows}
     write_file(results_dir / "grids.png", lambda path: plot_rows(strips, path))
     firsts = {row["name"]: next(iter(row["seeds"].values()))["spectrum"] for row in rows}
+    pictured = [name for name in firsts if name in pictured] or list(firsts)
     for kind in FREQUENCIES:  # of the first seed
         curves = {"real": next(iter(firsts.values()))["real"][kind]}
         curves |= {name: spectrum["samples"][kind] for name, spectrum in firsts.items() if name in pictured}
