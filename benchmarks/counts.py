@@ -1,5 +1,6 @@
 """What a call costs on any machine: operations, aten calls, allocations, waits for the device."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -27,6 +28,7 @@ class AtenCalls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls, self.allocations, self.allocated_bytes = Counter(), 0, 0
+        self.held_bytes, self.peak_bytes = 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "aten":
@@ -38,7 +40,13 @@ class AtenCalls(TorchDispatchMode):
                 known.add(storage.data_ptr())  # several results may share it
                 self.allocations += 1
                 self.allocated_bytes += storage.nbytes()
+                self.hold(storage.nbytes())
+                weakref.finalize(storage, self.hold, -storage.nbytes())
         return results
+
+    def hold(self, size: int) -> None:
+        self.held_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
 
 
 def storages(tree) -> Iterator[torch.UntypedStorage]:
@@ -62,7 +70,7 @@ class PythonSyncs(TorchFunctionMode):
 
 def aten_calls(call: Callable[[], object]) -> dict[str, int]:
     """For one call: `kernels`, the aten calls that run a kernel; `syncs`, those in which the host waits for the GPU;
-    and the `allocations` of their results with the `allocated_bytes`."""
+    the `allocations` of their results with the `allocated_bytes`, and the `peak_bytes` held at once."""
     with PythonSyncs() as python, AtenCalls() as aten:
         call()
     return {
@@ -70,6 +78,7 @@ def aten_calls(call: Callable[[], object]) -> dict[str, int]:
         "syncs": sum(number for name, number in aten.calls.items() if name in SYNCS) + python.calls,
         "allocations": aten.allocations,
         "allocated_bytes": aten.allocated_bytes,
+        "peak_bytes": aten.peak_bytes,
     }
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py default training 16 128 bf16 cpu
 
-Each is measured once, in a process of its own: torch's allocations on a GPU, elsewhere the process's resident memory.
+Each in several processes of its own, in turns: torch's allocations on a GPU, elsewhere the process's resident memory,
+which differs by a tenth and more from one process to the next, with what the allocator keeps between the tensors.
 """
 
 import json
@@ -16,6 +17,7 @@ from machine import set_up
 from networks import make_network, training_step
 from processes import run
 from report import grouped, table
+from windows import quartiles, turns
 
 from ddpm_diffusers import OptimizedUNet2DModel
 
@@ -27,11 +29,20 @@ TINY = {"block_out_channels": (8, 8), "block_norm_num_groups": 4}
 
 def measure(args, device: torch.device) -> dict:
     batch_size, precision = args.batch_sizes[0], args.precisions[-1]
-    rows = []
-    for resolution, name, kind in product(args.resolutions, NETWORKS, KINDS):
+    measured = {arm: [] for arm in product(args.resolutions, NETWORKS, KINDS)}
+    for resolution, name, kind in turns(list(measured), args.windows):
         output = run([__file__, name, kind, resolution, batch_size, precision, device.type], device)
-        row = {"network": name, "kind": kind, "resolution": resolution}
-        rows.append(row | json.loads(output.splitlines()[-1]))
+        measured[resolution, name, kind].append(json.loads(output.splitlines()[-1])["bytes"])
+    rows = [
+        {
+            "network": name,
+            "kind": kind,
+            "resolution": resolution,
+            "images_seen": STEPS * batch_size,
+            "bytes": {"windows": peaks, **quartiles(peaks)},
+        }
+        for (resolution, name, kind), peaks in measured.items()
+    ]
     return {"batch_size": batch_size, "precision": precision, "rows": rows}
 
 
@@ -87,19 +98,25 @@ def main(name: str, kind: str, resolution: int, batch_size: int, precision: str,
     work(OptimizedUNet2DModel(sample_size=8, **TINY).to(device), kind, 8, 1, precision, device)
     with Peak(device) as peak:
         work(network, kind, resolution, batch_size, precision, device)
-    print(json.dumps({"bytes": peak.bytes, "images_seen": STEPS * batch_size}))
+    print(json.dumps({"bytes": peak.bytes}))
 
 
 def report(result: dict) -> str:
     lines = [
-        (f"{rows[0]['network']}, {rows[0]['resolution']}", *(f"{row['bytes'] / 2**20:,.0f}" for row in rows))
+        (f"{rows[0]['network']}, {rows[0]['resolution']}", *(mebibytes(row["bytes"]) for row in rows))
         for _, rows in grouped(result["rows"], "resolution", "network")
     ]
     head = ("network, resolution", *(f"{kind}, MiB" for kind in KINDS))
     caption = (
         f"Batches of {result['batch_size']}, precision {result['precision']}; sampling is evaluations of the network."
+        f" Median and quartiles of {len(result['rows'][0]['bytes']['windows'])} processes."
     )
     return f"{caption}\n\n{table(head, lines)}"
+
+
+def mebibytes(peaks: dict) -> str:
+    median, first, third = (size / 2**20 for size in (peaks["median"], *peaks["quartiles"]))
+    return f"{median:,.0f} ({first:,.0f} to {third:,.0f})"
 
 
 if __name__ == "__main__":

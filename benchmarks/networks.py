@@ -57,7 +57,7 @@ def peer_class() -> type[nn.Module]:
 
 
 def make_network(name: str, resolution: int) -> nn.Module:
-    """One of `NETWORKS`, for grey images, with the widths (64, 64, 128) and always the same initial weights."""
+    """The default, the peer or one of train_scripts/configs, for grey images, always with the same initial weights."""
     torch.manual_seed(0)
     if name == PEER:
         return Peer()

@@ -3,8 +3,8 @@
     python benchmarks/run.py
 
 prints one table per section and saves it, with the figures behind it, in --output_dir; `--sections` selects some. The
-timings alternate, window by window; memory, data sets and the long trainings are measured once. It runs on a GPU if
-there is one.
+timings alternate, window by window; data sets and the long trainings are measured once. It runs on a GPU if there is
+one.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from machine import describe, set_up  # this import makes train_scripts importable
-from networks import NETWORKS, PEER, installed
+from networks import CONFIGS, NETWORKS, PEER, installed
 from summary import SECTIONS as COMPARED
 from summary import write_summary
 
@@ -36,6 +36,7 @@ SECTIONS = (
     "operators",
 )
 LONG = ("time_to_quality",)
+ALL_NETWORKS = (*NETWORKS, *sorted({path.stem for path in CONFIGS.glob("*.json")} - set(NETWORKS)))
 
 
 def listed(default: list | None, help: str):
@@ -48,7 +49,7 @@ class BenchmarkArguments:
         [name for name in SECTIONS if name not in LONG],
         f"some of {', '.join(SECTIONS)}; all but {', '.join(LONG)} by default",
     )
-    networks: list[str] = listed(list(NETWORKS), f"training_step: some of {', '.join(NETWORKS)}")
+    networks: list[str] = listed(list(NETWORKS), f"training_step: some of {', '.join(ALL_NETWORKS)}")
     resolutions: list[int] = listed([16, 28], "height and width; training_script and operators use only the first")
     batch_sizes: list[int] | None = listed(
         None, "for training; by default 128, on a GPU also 1024 and 4096; only training_step uses more than the first"
@@ -81,7 +82,7 @@ class BenchmarkArguments:
         self.precisions = self.precisions or (["no", "bf16"] if has_bf16 else ["no"])
         self.script_steps = self.script_steps or (2000 if on_gpu else 60)
         self.processes = self.processes or [1, 2][: torch.cuda.device_count() if on_gpu else torch.get_num_threads()]
-        for name, choices in {"sections": SECTIONS, "networks": NETWORKS, "precisions": ("no", "bf16")}.items():
+        for name, choices in {"sections": SECTIONS, "networks": ALL_NETWORKS, "precisions": ("no", "bf16")}.items():
             values = getattr(self, name)
             if not values or not set(values) <= set(choices):
                 raise ValueError(f"`--{name}` is {values}; it must hold some of {', '.join(choices)}.")

@@ -106,12 +106,14 @@ def samplings(record: dict) -> Iterator[tuple]:
 
 
 def memories(record: dict) -> Iterator[tuple]:
-    rows = {(row["network"], row["kind"], row["resolution"]): row["bytes"] / 2**20 for row in record["rows"]}
+    rows = {(row["network"], row["kind"], row["resolution"]): row["bytes"] for row in record["rows"]}
     for (network, kind, resolution), ours in rows.items():
         theirs = rows["stock", kind, resolution]
-        if network == "default" and theirs:  # 0 where too little was used to be seen
+        if network == "default" and all(theirs["windows"]):  # 0 where too little was used to be seen
             what = f"memory of {kind}, {described(record | {'resolution': resolution})}, MiB"
-            yield compared(what, ours, STOCK, theirs, [ours / theirs], more_is_better=False)
+            times = paired(ours["windows"], theirs["windows"])
+            sizes = (ours["median"] / 2**20, STOCK, theirs["median"] / 2**20)
+            yield compared(what, *sizes, times, more_is_better=False)
 
 
 def startups(record: dict) -> Iterator[tuple]:

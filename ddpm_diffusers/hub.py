@@ -5,6 +5,7 @@ fails with one sentence.
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -48,6 +49,7 @@ def model_card(
     settings: dict | None = None,
     figures: Iterable[dict] = (),
     has_samples: bool = False,
+    license: str | None = None,
 ) -> ModelCard:
     """The pipeline's card for `repo_id`, including what only the training knows; `.save(path)` writes it.
 
@@ -59,11 +61,13 @@ def model_card(
         settings: Training settings, shown as a table; those that are None, or may be a path or a token, are left out.
         figures: As in `add_figures`.
         has_samples: Whether the repository has a grid of samples, `samples.png`.
+        license: License of the model, as the Hub abbreviates it, such as "mit".
 
     Raises:
         ValueError: If `add_figures` refuses the figures.
     """
     card = pipeline_pixel_diffusion.model_card(pipe, repo_id, has_samples)
+    card.data.license = license
     if dataset_name == SYNTHETIC:
         training = f"Trained on {SYNTHETIC}, garments that ddpm-diffusers draws itself."
     elif dataset_name is not None and is_hub_id(dataset_name):
@@ -288,7 +292,7 @@ def is_publishable(name: str, value) -> bool:
     if isinstance(value, (list, tuple)):
         return all(is_publishable(name, part) for part in value)
     if isinstance(value, str):
-        return not (re.search(r"^hf_|[/\\~]", value) or Path(value).exists())
+        return not (re.search(r"^hf_|[/\\~]", value) or os.path.exists(value))
     return isinstance(value, (bool, int, float))
 
 

@@ -35,6 +35,15 @@ def test_the_default_is_cheaper_than_its_peers(costs):
     assert costs["default"]["allocated_bytes"] < 0.9 * costs["stock"]["allocated_bytes"]
 
 
+@torch.no_grad()
+def test_sampling_holds_less_than_stock():
+    networks = [make_network(name, 28).eval() for name in ("default", "stock")]
+    default, stock = (
+        aten_calls(lambda network=network: network(torch.zeros(1, 1, 28, 28), 5))["peak_bytes"] for network in networks
+    )
+    assert default < 0.93 * stock
+
+
 def test_a_training_step_waits_for_nothing(costs):
     assert {name: cost["syncs"] for name, cost in costs.items()} == dict.fromkeys(costs, 0)
 
@@ -48,11 +57,14 @@ def test_operations_are_those_of_the_layers():
 
 def test_calls_waits_and_allocations_are_counted():
     values = torch.arange(4.0)
-    counts = {"kernels": 2, "syncs": 0, "allocations": 2, "allocated_bytes": 2 * 16}
+    counts = {"kernels": 2, "syncs": 0, "allocations": 2, "allocated_bytes": 2 * 16, "peak_bytes": 2 * 16}
     assert aten_calls(lambda: (values + 1).view(2, 2) * 2) == counts
-    assert aten_calls(lambda: values.mul_(2).t()) == {"kernels": 1, "syncs": 0, "allocations": 0, "allocated_bytes": 0}
+    nothing = {"allocations": 0, "allocated_bytes": 0, "peak_bytes": 0}
+    assert aten_calls(lambda: values.mul_(2).t()) == {"kernels": 1, "syncs": 0, **nothing}
     grown = aten_calls(lambda: torch.add(values, 1, out=torch.empty(0)))
     assert grown["allocated_bytes"] == 16
+    assert aten_calls(lambda: [values + number for number in range(4)])["peak_bytes"] == 4 * 16
+    assert aten_calls(lambda: [(values + number).sum() for number in range(4)])["peak_bytes"] == 16 + 4 * 4
     waits = (values.tolist, values.cpu, values.numpy, values[0].item, values.nonzero, lambda: bool(values[0]),
              lambda: float(values[0]), lambda: values.masked_select(values > 1),
              lambda: values.equal(values))  # fmt: skip

@@ -234,6 +234,13 @@ def test_a_card_does_not_go_along_with_another_network(saved, tmp_path, monkeypa
     pipe.unet = torch.compile(pipe.unet)
     pipe.save_pretrained(tmp_path / "same")
     assert (tmp_path / "same" / "README.md").read_bytes() == (saved / "README.md").read_bytes()
+    with torch.no_grad():
+        next(pipe.unet.parameters()).mul_(1.001)  # trained further
+    pipe.save_pretrained(tmp_path / "trained")
+    assert not (tmp_path / "trained" / "README.md").exists()
+    half = DiffusionPipeline.from_pretrained(saved, dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half", variant="fp16")
+    assert (tmp_path / "half" / "README.md").read_bytes() == (saved / "README.md").read_bytes()
     pipe.unet = other = make_pipe().unet
     monkeypatch.chdir(saved)
     loaded = [DiffusionPipeline.from_pretrained(source, unet=other) for source in (saved, ".")]
@@ -406,8 +413,9 @@ def test_the_card_of_a_training_says_what_is_known_and_names_no_path(tiny_pipe, 
         ("zalando-datasets/fashion_mnist", ["zalando-datasets/fashion_mnist"]), ("mnist", ["mnist"]),
         ("garments", None), (str(tmp_path), None), ("./garments", None), ("synthetic-fashion", None), (None, None),
     ):  # fmt: skip
-        card = str(model_card(tiny_pipe, "user/name", dataset_name=name, settings=settings))
+        card = str(model_card(tiny_pipe, "user/name", dataset_name=name, settings=settings, license="mit"))
         metadata, body = front_matter(card)
+        assert metadata["license"] == "mit" and "license" not in front_matter(str(model_card(tiny_pipe, "a/b")))[0]
         assert metadata.get("datasets") == published and "model-index" not in metadata
         assert ("not on the Hub" in body) == (published is None and name != "synthetic-fashion")
         assert not re.search(f"{tmp_path}|secret|somewhere|snr_gamma|None|`?garments`? *\\|", card)

@@ -247,6 +247,9 @@ import json
 pipe = ddpm_diffusers.PixelDiffusionPipeline.from_pretrained(sys.argv[1])
 MyPipeline(MyUNet.from_config(pipe.unet.config), pipe.scheduler).save_pretrained(sys.argv[2])
 index = json.loads(Path(sys.argv[2], "model_index.json").read_text())
+from ddpm_diffusers.hub import model_card
+pipe = ddpm_diffusers.PixelDiffusionPipeline(MyUNet.from_config(pipe.unet.config), pipe.scheduler)
+assert "from_pretrained" not in str(model_card(pipe, "user/own"))  # the network's class is defined here alone
 print(json.dumps([index["_class_name"], index["unet"], sorted(path.name for path in Path(sys.argv[2]).rglob("*.py"))]))
 """
 

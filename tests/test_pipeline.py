@@ -9,6 +9,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
+from ddpm_diffusers.evaluation.protocol import image_shape
 
 
 def generators(*seeds):
@@ -187,6 +188,8 @@ def test_steps_that_a_scheduler_cannot_take_are_refused(tiny_pipe):
         (diffusers.ScoreSdeVeScheduler(), "has no step"),
         (diffusers.RePaintScheduler(), "step needs original_image, mask, too"),
         (None, "has no set_timesteps"),
+        (diffusers.IPNDMScheduler(), "has a noise schedule of its own"),
+        (diffusers.EDMEulerScheduler(), "has a noise schedule of its own"),
     ],
 )
 def test_a_scheduler_that_the_loop_cannot_call_is_refused(tiny_pipe, scheduler, reason):
@@ -194,6 +197,25 @@ def test_a_scheduler_that_the_loop_cannot_call_is_refused(tiny_pipe, scheduler, 
     with pytest.raises(ValueError, match=f"{name} cannot be the pipeline's `scheduler`: .*{reason}"):
         tiny_pipe.scheduler = scheduler
     assert type(tiny_pipe.scheduler).__name__ == "DDPMScheduler"
+
+
+def test_a_new_scheduler_of_another_noise_schedule_is_told(tiny_pipe, caplog):
+    tiny_pipe.scheduler = diffusers.DDIMScheduler.from_config(tiny_pipe.scheduler.config)
+    tiny_pipe.scheduler = make_scheduler("euler", tiny_pipe.scheduler)
+    assert not caplog.messages
+    tiny_pipe.scheduler = diffusers.DDIMScheduler(beta_end=0.01, prediction_type="v_prediction")
+    assert "DDIMScheduler has {'beta_end': 0.01, 'prediction_type': 'v_prediction'}" in caplog.messages[-1]
+
+
+def test_a_network_that_predicts_the_variance_needs_a_scheduler_that_learns_it():
+    unet = diffusers.UNet2DModel(sample_size=8, in_channels=1, out_channels=2, block_out_channels=(8,),
+                                 norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+                                 add_attention=False)  # fmt: skip
+    pipe = PixelDiffusionPipeline(unet.eval(), diffusers.DDPMScheduler(variance_type="learned_range"))
+    assert pipe(2, 3, output_type="pt").images.shape == (2, *image_shape(pipe)) == (2, 1, 8, 8)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="1 `in_channels` and 2 `out_channels`; these must be as many, or twice"):
+        pipe(2, 3)
 
 
 def test_numbers_may_be_of_numpy(tiny_pipe):

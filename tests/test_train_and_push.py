@@ -70,7 +70,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_two_processes_train_and_push_and_a_fresh_process_samples_the_same_bits(hub, tmp_path):
     output_dir = tmp_path / "run"
     flags = ["--output_dir", output_dir, "--train_batch_size", "16", "--hub_model_id", "user/garments",
-             "--hub_private_repo", "--hub_token", hub.token]  # fmt: skip
+             "--hub_private_repo", "--hub_license", "mit", "--hub_token", hub.token]  # fmt: skip
     env = environment(hub, tmp_path / "home")
     result = train(env, *flags, launcher=TWO)
     assert result.returncode == 0, result.stderr
@@ -87,7 +87,7 @@ def test_two_processes_train_and_push_and_a_fresh_process_samples_the_same_bits(
         assert sample("user/garments", mode, environment(hub, tmp_path / mode, token=True)) == here
     card = repo.files["README.md"].decode()
     assert 'from_pretrained("user/garments")' in card and "| global_batch_size | 32 |" in card
-    assert "synthetic-fashion" in card and str(tmp_path) not in card
+    assert "synthetic-fashion" in card and "license: mit" in card and str(tmp_path) not in card
 
     # the same command again goes on from the last checkpoint, and there is nothing new to commit
     again = train(env, *flags, launcher=TWO)

@@ -469,10 +469,16 @@ def test_arguments_come_from_a_file_and_flags_win(tmp_path):
     args = parse(str(tmp_path / "run.yaml"), "--learning_rate", "0.002")
     assert (args.resolution, args.learning_rate, args.use_ema, args.num_epochs) == (28, 0.002, False, 5)
     assert script.make_unet(args.unet_config, 28, 500).config.num_train_timesteps == 500
+    saved = str(Path(__file__).parent / "checkpoint_v0.1" / "unet" / "config.json")
+    assert script.make_unet(saved, 8, 1000).config.mid_block_layers == 2  # as when it is loaded
     for text, message in (
         ('{"resolutoin": 28}', "resolutoin"),
         ("[1]", "holds a list; it must hold arguments by name"),
-        ('{"train_batch_size": 16.0}', "is 16.0; it must be a whole number"),
+        ('{"train_batch_size": 16.0}', "`train_batch_size` in .*run.json is 16.0; it must be of type int"),
+        ('{"learning_rate": null}', "`learning_rate` in .* is None; it must be of type float"),
+        ('{"use_ema": 1}', "`use_ema` in .* is 1; it must be of type bool"),
+        ('{"seed": true}', "`seed` in .* is True; it must be of type int"),
+        ('{"snr_gamma": [5]}', r"`snr_gamma` in .* is \[5\]; it must be of type float | None"),
     ):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 import yaml
 from launch import PRECISIONS
@@ -95,6 +97,7 @@ class TrainingArguments:
     hub_model_id: str | None = arg(None, "repository to push to; the name of --output_dir by default")
     hub_token: str | None = arg(None, "Hub token; prefer `hf auth login` or HF_TOKEN: others can see a command line")
     hub_private_repo: bool = arg(False, "create the repository as private")
+    hub_license: str | None = arg(None, "license of the model for its card, as the Hub abbreviates it, such as mit")
 
     def __post_init__(self):
         def check(condition: bool, name: str, rule: str) -> None:
@@ -162,12 +165,25 @@ def settings_for_card(run: dict) -> dict:
 
 
 def run_script(main: Callable, arguments_class: type, doc: str) -> None:
-    """Run `main` with the command line's flags; wrong ones end the script with one line instead of a traceback."""
+    """Run `main` with the command line's flags; those that break a rule end the script with one line, no traceback."""
     try:
         args = parse_arguments(arguments_class, sys.argv[1:], doc)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}") from None  # YAML's has several
     main(args)
+
+
+def check_types(arguments_class: type, values: dict, path: str) -> None:
+    """Raise a ValueError for a file's value of another type than the argument's; the parser converts strings."""
+    for option in fields(arguments_class):
+        kinds = get_args(option.type) if isinstance(option.type, UnionType) else [option.type]
+        kinds = {get_origin(kind) or kind for kind in kinds}  # list for list[int]
+        kinds |= {int} if float in kinds else set()
+        kinds |= {str} if list not in kinds else set()
+        kinds |= {dict} if option.name == "unet_config" else set()
+        if option.name in values and type(values[option.name]) not in kinds:
+            kind = getattr(option.type, "__name__", option.type)
+            raise ValueError(f"`{option.name}` in {path} is {values[option.name]!r}; it must be of type {kind}.")
 
 
 def parse_arguments(arguments_class: type, argv: list[str], doc: str):
@@ -184,6 +200,7 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
         unknown = set(values) - {f.name for f in fields(arguments_class)}
         if unknown:
             raise ValueError(f"{argv[0]} holds {sorted(unknown)}, which are no arguments (see --help).")
+        check_types(arguments_class, values, argv[0])
         parser.set_defaults(**values)
         for action in parser._actions:
             action.required = action.required and action.dest not in values

@@ -4,8 +4,9 @@
       --schedulers ddim unipc dpmsolver++ dpmsolver++:use_karras_sigmas=true,timestep_spacing=linspace
 
 All samplers start from the same noise, and DDPM with many steps is the yardstick. comparison.json grows record by
-record: the same command continues where it stopped, and one with more schedulers or evaluations adds them, also on
-another machine (each record notes its precision). Under `accelerate launch` the processes share the sampling.
+record: the same command continues where it stopped, and one with more schedulers or evaluations adds them, also in
+another precision, which each record notes, but not with other versions, another kind of device or number of processes.
+Under `accelerate launch` the processes share the sampling.
 """
 
 import json
@@ -38,7 +39,7 @@ from ddpm_diffusers.checkpointing import list_differences
 from ddpm_diffusers.evaluation import comparison
 from ddpm_diffusers.evaluation.comparison import best_settings, distance, label_of, name_of
 from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows
-from ddpm_diffusers.evaluation.protocol import as_json
+from ddpm_diffusers.evaluation.protocol import as_json, image_shape
 from ddpm_diffusers.sampling import to_pil
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def main(args: ComparisonArguments) -> None:
         logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
     how = {"num_images": args.num_images, "seeds": args.seeds, "batch_size": args.batch_size}
     comparison.check_run(pipe, None, **how)
-    side, channels = pipe.unet.config.sample_size, pipe.unet.config.out_channels
+    channels, side, _ = image_shape(pipe)
     extractor = open_extractor(args, accelerator, channels)
     folder_lock = lock(output_dir) if accelerator.is_main_process else None
     reference = open_reference(args, accelerator, extractor, side, channels)

@@ -30,7 +30,15 @@ from ddpm_diffusers.data import ImageArrays, decode_image, load_images
 from ddpm_diffusers.evaluation import evaluate_pipeline
 from ddpm_diffusers.evaluation.damage import DAMAGE
 from ddpm_diffusers.evaluation.plots import plot_spectra
-from ddpm_diffusers.evaluation.protocol import IMAGES_KEPT, Statistics, check_count, check_images, check_run, record_of
+from ddpm_diffusers.evaluation.protocol import (
+    IMAGES_KEPT,
+    Statistics,
+    check_count,
+    check_images,
+    check_run,
+    image_shape,
+    record_of,
+)
 from ddpm_diffusers.grid import image_grid
 from ddpm_diffusers.hub import add_figures, is_hub_id
 from ddpm_diffusers.pipeline_pixel_diffusion import README
@@ -89,7 +97,7 @@ def main(args: EvaluateArguments) -> None:
         pipe = load_pipeline(args.model, args.variant, accelerator)
         options = swap_scheduler(pipe, args.scheduler, args.scheduler_config)
         check_run(pipe, None, args.num_images, args.seeds, args.batch_size)
-        side, channels = pipe.unet.config.sample_size, pipe.unet.config.out_channels
+        channels, side, _ = image_shape(pipe)
         extractor = open_extractor(args, accelerator, channels)
         count_evaluations(pipe.scheduler, args.num_inference_steps)  # raises on steps that it cannot take
     else:

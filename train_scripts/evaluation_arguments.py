@@ -15,7 +15,7 @@ from launch import PRECISIONS, check_processes, choose_precision, keep_freed_mem
 
 from ddpm_diffusers import PixelDiffusionPipeline
 from ddpm_diffusers.evaluation import FASHION_MNIST, FeatureExtractor, Reference, load_feature_extractor
-from ddpm_diffusers.evaluation.protocol import check_count
+from ddpm_diffusers.evaluation.protocol import check_count, image_shape
 
 
 @dataclass
@@ -94,11 +94,9 @@ def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> 
     pipe.set_progress_bar_config(disable=True)
     # lower precision for the network alone: autocast around all would reach the scheduler's arithmetic, too
     pipe.unet = accelerator.prepare_model(pipe.unet, evaluation_mode=True)
-    side = pipe.unet.config.sample_size
-    if not isinstance(side, int):
-        raise ValueError(
-            f"{model} makes images of `sample_size` {side}; only square images of one size are evaluated."
-        )
+    _, height, width = image_shape(pipe)
+    if height != width:
+        raise ValueError(f"{model} makes images of {height}x{width}; only square images can be evaluated.")
     return pipe
 
 

@@ -105,7 +105,8 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
             if differences:
                 raise ValueError(
                     f"`--output_dir` {output_dir} holds another run ({'; '.join(differences)}): give the same"
-                    " arguments, or choose another folder."
+                    " arguments, choose another folder, or start again in this one with `--overwrite_output_dir` and"
+                    " without `--resume_from_checkpoint`."
                 )
         else:
             run = {"id": uuid.uuid4().hex[:8]}

@@ -364,17 +364,19 @@ def main(args: TrainingArguments) -> None:
     if accelerator.is_main_process:
         save_pipeline(pipe, output_dir)
     logger.info(f"Pipeline: {output_dir}")
-    logger.info(f"Samples: {write_samples()}")
+    samples = write_samples()
+    logger.info(f"Samples: {samples}")
     # keep the card of a run that had finished before: it may have gained figures
     if accelerator.is_main_process and not (first_step == max_train_steps and (output_dir / README).exists()):
         dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
-        card = model_card(pipe, repo_id, dataset_name=dataset_name, settings=settings_for_card(run), has_samples=True)
-        write_text(output_dir / README, str(card))
+        about = {"dataset_name": dataset_name, "settings": settings_for_card(run), "license": args.hub_license}
+        write_text(output_dir / README, str(model_card(pipe, repo_id, **about, has_samples=True)))
     unet = None  # as above
     let_go(accelerator)
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
-        logger.info(f"Pushed: {push(output_dir, repo_id, args.hub_token, args.hub_private_repo)}")
+        url = push(output_dir, repo_id, args.hub_token, args.hub_private_repo)
+        logger.info(f"Pushed: {url}")
 
 
 if __name__ == "__main__":

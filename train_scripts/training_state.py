@@ -34,7 +34,7 @@ def restore(
 ) -> dict | None:
     """Set schedule, learning rates, gradient scaler and `window`; the state of this process's stream, if there is one.
 
-    The number of processes may have changed: the sums of losses then go to the first, and streams are dealt out anew.
+    The number of processes may have changed: the sums of losses then go to the first. A stream refuses that itself.
     """
     lr_scheduler.load_state_dict(state["lr_scheduler"])
     for group, rate in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):

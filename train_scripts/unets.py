@@ -32,6 +32,7 @@ def make_unet(
     class_name = config.get("_class_name", "OptimizedUNet2DModel")
     if class_name not in UNETS:
         raise ValueError(f"`_class_name` in `--unet_config` is {class_name!r}; it must be one of {', '.join(UNETS)}.")
+    saved = {"_class_name": class_name} if "_class_name" in config else {}  # maybe by an earlier version
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     if config.get("sample_size", resolution) not in (resolution, None, [resolution] * 2):
         logger.warning(
@@ -42,7 +43,7 @@ def make_unet(
     unknown = set(config) - set(inspect.signature(UNETS[class_name].__init__).parameters)
     if unknown:
         raise ValueError(f"`--unet_config` holds {sorted(unknown)}, which are no arguments of {class_name}.")
-    unet = UNETS[class_name](**config)
+    unet = UNETS[class_name].from_config({**saved, **config})
     channels = (unet.config.in_channels, unet.config.out_channels)
     if channels not in ((1, 1), (3, 3)):
         raise ValueError(

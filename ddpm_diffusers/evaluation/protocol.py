@@ -263,11 +263,11 @@ def check_run(pipe, reference: Reference | None, num_images: int, seeds: Sequenc
 
 
 def image_shape(pipe) -> tuple[int, int, int]:
-    """(C, H, W) of the images that the pipeline makes."""
+    """(C, H, W) of the images that the pipeline makes; a network may predict more channels, for the variance."""
     side = pipe.unet.config.sample_size
     if side is None:
         raise ValueError("The U-Net's `sample_size` is None, so what size it makes is unknown: set it in its config.")
-    return pipe.unet.config.out_channels, *(side if isinstance(side, (tuple, list)) else (side, side))
+    return pipe.unet.config.in_channels, *(side if isinstance(side, (tuple, list)) else (side, side))
 
 
 def as_json(config: dict) -> dict:

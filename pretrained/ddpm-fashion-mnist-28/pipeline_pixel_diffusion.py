@@ -1,7 +1,7 @@
 """Sampling images in pixel space with diffusers' schedulers and any U-Net that is called like diffusers' own.
 
-This file is self-contained (it needs torch, diffusers and huggingface_hub, which diffusers depends on): a copy of it
-beside `model_index.json` makes a Hub repository complete.
+This file is self-contained (it needs torch and diffusers, and what that depends on): a copy of it beside
+`model_index.json` makes a Hub repository complete.
 
 References: DDPM, Ho et al. 2020 (arXiv:2006.11239), algorithm 2; EDM, Karras et al. 2022 (arXiv:2206.00364), whose
 table 1 shows why a sampler may scale its input and start from a standard deviation other than 1.
@@ -18,13 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
+import safetensors.torch
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard, RepoUrl
 from huggingface_hub.utils import httpx
+
+logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -75,7 +80,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 pipe = DiffusionPipeline.from_pretrained("{repo_id}")
 images = pipe(batch_size=16, num_inference_steps={steps}).images
 
-# another scheduler, fewer steps
+# fewer steps, and as a rule better images: DPM-Solver++'s SDE variant with Karras' noise levels
 options = {{"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}}
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)
 images = pipe(batch_size=16, num_inference_steps={fewer_steps}).images
@@ -102,7 +107,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         scheduler (`SchedulerMixin`): A scheduler with the noise schedule and prediction type that the U-Net was
             trained with. Swap it with `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`. One
             that lacks `init_noise_sigma` or `scale_model_input` (`FlowMatchEulerDiscreteScheduler`, ...), or cannot
-            be called as `step(model_output, timestep, sample)` (`RePaintScheduler`, ...), raises a ValueError.
+            be called as `step(model_output, timestep, sample)` (`RePaintScheduler`, ...), or cannot take over the
+            present one's noise schedule (`IPNDMScheduler`, `EDMEulerScheduler`, ...), raises a ValueError; one
+            that was given another noise schedule is logged.
     """
 
     model_cpu_offload_seq = "unet"
@@ -114,7 +121,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler":
-            check_scheduler(value)
+            check_scheduler(value, self.__dict__.get("scheduler"))
             # `from_config` drops the arguments listed here, so the next class would use its own noise schedule
             defaults = value.config.get("_use_default_values", [])
             value.register_to_config(_use_default_values=[key for key in defaults if key not in CARRIED_OVER])
@@ -246,6 +253,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 f"`eta` is {eta}, but {type(self.scheduler).__name__} takes none: leave it at 0, or use"
                 " `DDIMScheduler`."
             )
+        predicted, channels = self.unet.config.get("out_channels"), self.unet.config.in_channels
+        learned = "learned" in str(self.scheduler.config.get("variance_type"))
+        if predicted not in (None, 2 * channels if learned else channels):
+            raise ValueError(
+                f"The U-Net has {channels} `in_channels` and {predicted} `out_channels`; these must be as many, or"
+                " twice as many with a scheduler of a learned `variance_type`, which such a network predicts, too."
+            )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             allowed = self._callback_tensor_inputs
@@ -292,9 +306,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     ) -> huggingface_hub.CommitInfo | None:  # fmt: skip
         """diffusers' method; also copies the model card of the source that the network was loaded from, if available.
 
-        If you trained that network further, write another card (`README.md`): its figures are of the source's weights.
-        With `push_to_hub`, the index, the code, the components' configs and weights, and a card as in `push_to_hub()`
-        are then uploaded to `repo_id`, by default the folder's name; other files in the folder are not.
+        It is not copied if the weights are no longer the source's, since its figures are of these. A card that is in
+        the folder already is left as it is. With `push_to_hub`, the index, the code, the components' configs and
+        weights, and a card as in `push_to_hub()` are then uploaded to `repo_id`, by default the folder's name; other
+        files in the folder are not.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
@@ -325,8 +340,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     ) -> huggingface_hub.CommitInfo:  # fmt: skip
         """diffusers' method, with a model card that describes the model instead of an empty one.
 
-        A card already in the repository is kept. Otherwise, it is that of the source that the network was loaded
-        from, with its snippets naming the new repository, or else a new one. Raises ValueError if the token is
+        A card already in the repository is kept, with the figures in it. Otherwise, it is that of the source that the
+        network was loaded from, if the weights are still the same, with its snippets naming the new repository, or
+        else a new one. Raises ValueError if the token is
         malformed, or if `private` is True and the repository is public; and whatever huggingface_hub raises.
         """
         upload = {"repo_id": repo_id, "commit_message": commit_message, "private": private, "create_pr": create_pr}
@@ -361,8 +377,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise a ValueError if the pipeline's loop cannot use the scheduler."""
+def check_scheduler(scheduler: SchedulerMixin, replaced: SchedulerMixin | None) -> None:
+    """Raise a ValueError if the pipeline's loop cannot use the scheduler, or it cannot follow the one `replaced`."""
     name, needed = type(scheduler).__name__, ("set_timesteps", "init_noise_sigma", "scale_model_input", "step")
     reason = ", ".join(attribute for attribute in needed if not hasattr(scheduler, attribute))
     reason = reason and f"it has no {reason}"
@@ -370,10 +386,21 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         more = list(inspect.signature(scheduler.step).parameters.values())[3:]
         more = [p.name for p in more if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         reason = more and f"its step needs {', '.join(more)}, too"
+    trained = replaced.config if replaced is not None and "beta_schedule" in replaced.config else {}
+    if not reason and trained and "beta_schedule" not in inspect.signature(type(scheduler).__init__).parameters:
+        reason = "it has a noise schedule of its own, and cannot take that of the scheduler in place"
     if reason:
         raise ValueError(
             f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one of a discrete noise schedule, such as"
             " `make_scheduler` makes."
+        )
+    both = [key for key in TRAINED_WITH if key in trained and key in scheduler.config]
+    changed = [key for key in both if not np.array_equal(trained[key], scheduler.config[key])]
+    if changed:
+        was, now = ({key: config[key] for key in changed} for config in (trained, scheduler.config))
+        logger.warning(
+            f"The new {name} has {now} where the scheduler in place had {was}. If the network was trained with the"
+            f" latter, samples will be poor: use `{name}.from_config(pipe.scheduler.config)` or `make_scheduler`."
         )
 
 
@@ -415,7 +442,7 @@ def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = F
     card = CARD.format(
         images=f"{channels} images of " + ("any size" if size[0] is None else f"{size[0]}x{size[1]} pixels"),
         samples=f"\n![Samples]({SAMPLES})\n" if has_samples else "",
-        usage=usage if type(pipe).__module__ == __name__ else "",  # a user's subclass cannot be loaded elsewhere
+        usage=usage if type(pipe).__module__ == __name__ and loads_elsewhere(pipe.config.unet[0]) else "",
         network=pipe.config.unet[1],
         parameters=pipe.unet.num_parameters(),
         prediction=scheduler.get("prediction_type", "epsilon"),
@@ -424,20 +451,27 @@ def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = F
     return ModelCard(card)
 
 
+def loads_elsewhere(library: str) -> bool:
+    """Whether a network of this library or module can be loaded where it was not defined: it saves its code, or is
+    diffusers'."""
+    return library == "diffusers" or library.rpartition(".")[2] == "unet_2d_optimized"
+
+
 def with_repo_id(card: str, repo_id: str) -> str:
-    """The text of a card, with its snippets changed to load `repo_id`."""
-    loaded = re.search(r'DiffusionPipeline\.from_pretrained\("([^"]+)"', card)
-    return card.replace(f'"{loaded[1]}"', f'"{repo_id}"') if loaded else card
+    """The text of a card, with the calls that load what its first snippet loads changed to load `repo_id`."""
+    call = r'(?<!\w)((?:Pixel)?DiffusionPipeline\.from_pretrained\()"'
+    loaded = re.search(call + '([^"]+)"', card)
+    return re.sub(call + re.escape(loaded[2]) + '"', rf'\g<1>"{repo_id}"', card) if loaded else card
 
 
 def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | None) -> None:
-    """Copy the card and samples of a folder or repository, if they can be read and the network was loaded from it.
+    """Copy the card and samples of a folder or repository, if they can be read and the network is still its own.
 
-    They describe no other network, and no other revision of it.
+    They describe no other network, no other revision of it, and not what a further training made of it.
     """
     loaded, in_cache = Path(unet.config.get("_name_or_path") or ""), f"models--{source}".replace("/", "--")
     is_local = loaded == Path(source, "unet")
-    if not is_local and in_cache not in loaded.parts:
+    if (not is_local and in_cache not in loaded.parts) or not has_weights_of(unet, loaded):
         return
     with contextlib.suppress(OSError, ValueError, httpx.HTTPError):  # absent, refused or out of reach
         for name in (README, SAMPLES):
@@ -446,6 +480,17 @@ def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | No
                 revision = loaded.parts[loaded.parts.index(in_cache) + 2]
                 path = huggingface_hub.hf_hub_download(source, name, revision=revision, token=token)
             shutil.copyfile(path, Path(folder, name))
+
+
+def has_weights_of(unet: ModelMixin, folder: Path) -> bool:
+    """Whether each of the network's tensors is in a file of the folder, of any variant, but for their dtype."""
+    state = {name.removeprefix("_orig_mod."): tensor.cpu() for name, tensor in unet.state_dict().items()}
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        for name, tensor in safetensors.torch.load_file(path).items():
+            if name in state and torch.equal(tensor.to(state[name].dtype), state[name]):
+                found.add(name)
+    return found == set(state)
 
 
 def create_repo(repo_id: str, private: bool | None, token: str | None) -> RepoUrl:
