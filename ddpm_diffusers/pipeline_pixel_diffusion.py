@@ -254,7 +254,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 " `DDIMScheduler`."
             )
         predicted, channels = self.unet.config.get("out_channels"), self.unet.config.in_channels
-        learned = "learned" in str(self.scheduler.config.get("variance_type"))
+        takes_variance = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters
+        learned = takes_variance and "learned" in str(self.scheduler.config.variance_type)
         if predicted not in (None, 2 * channels if learned else channels):
             raise ValueError(
                 f"The U-Net has {channels} `in_channels` and {predicted} `out_channels`; these must be as many, or"
