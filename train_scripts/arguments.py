@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_origin
+from typing import get_args, get_origin, get_type_hints
 
 import yaml
 from launch import PRECISIONS
@@ -175,15 +175,16 @@ def run_script(main: Callable, arguments_class: type, doc: str) -> None:
 
 def check_types(arguments_class: type, values: dict, path: str) -> None:
     """Raise a ValueError for a file's value of another type than the argument's; the parser converts strings."""
-    for option in fields(arguments_class):
-        kinds = get_args(option.type) if isinstance(option.type, UnionType) else [option.type]
+    hints = get_type_hints(arguments_class)  # HfArgumentParser has changed the fields' own
+    for name, value in values.items():
+        kinds = get_args(hints[name]) if isinstance(hints[name], UnionType) else [hints[name]]
         kinds = {get_origin(kind) or kind for kind in kinds}  # list for list[int]
         kinds |= {int} if float in kinds else set()
         kinds |= {str} if list not in kinds else set()
-        kinds |= {dict} if option.name == "unet_config" else set()
-        if option.name in values and type(values[option.name]) not in kinds:
-            kind = getattr(option.type, "__name__", option.type)
-            raise ValueError(f"`{option.name}` in {path} is {values[option.name]!r}; it must be of type {kind}.")
+        kinds |= {dict} if name == "unet_config" else set()
+        if type(value) not in kinds:
+            kind = getattr(hints[name], "__name__", hints[name])
+            raise ValueError(f"`{name}` in {path} is {value!r}; it must be of type {kind}.")
 
 
 def parse_arguments(arguments_class: type, argv: list[str], doc: str):
