@@ -107,8 +107,7 @@ class TrainingArguments:
         least = {"seed": 0, "dataloader_num_workers": 0, "lr_warmup_steps": 0}
         for name in [option.name for option in fields(self) if option.type in (int, int | None)]:
             value, at_least = getattr(self, name), least.get(name, 1)
-            whole = isinstance(value, int) and not isinstance(value, bool)  # a file may hold anything
-            check(value is None or (whole and value >= at_least), name, f"be a whole number of at least {at_least}")
+            check(value is None or value >= at_least, name, f"be a whole number of at least {at_least}")
         for name in ("learning_rate", "max_grad_norm", "snr_gamma", "adam_epsilon"):
             value = getattr(self, name)
             check(value is None or (math.isfinite(value) and value > 0), name, "be a positive number")
