@@ -48,7 +48,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
         name: A key of `SCHEDULERS`. "ddim" and "pndm" need numbers of steps that divide `num_train_timesteps`: they
             count back by the whole part of the quotient, and leave noise in 91 steps of 1,000 timesteps, for one.
         scheduler: The scheduler to follow, such as `pipe.scheduler`. Along with the noise schedule, its timestep
-            spacing and clipping are carried over, defaults included; options of the solver itself are not.
+            spacing and clipping are carried over, defaults included, and a `variance_type` that is learned or of the
+            same class; other options of the solver itself are not.
         overrides: Arguments of the new class, such as `use_karras_sigmas=True`.
 
     Raises:
@@ -70,6 +71,9 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     taken = dict(inspect.signature(scheduler_class.__init__).parameters)
     taken.pop("self")
     config = {key: scheduler.config[key] for key in CARRIED_OVER if key in taken and key in scheduler.config}
+    variance_type = scheduler.config.get("variance_type")  # "learned": of the network; else of the sampler
+    if "variance_type" in taken and ("learned" in str(variance_type) or isinstance(scheduler, scheduler_class)):
+        config["variance_type"] = variance_type
 
     for key, value in overrides.items():
         if key not in taken:
@@ -96,6 +100,20 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     return made
 
 
+def name_and_options(scheduler: SchedulerMixin, followed: SchedulerMixin) -> tuple[str, dict]:
+    """With what `make_scheduler(name, followed, **options)` makes the like of `scheduler`.
+
+    Raises:
+        ValueError: If its class is not in `SCHEDULERS`.
+    """
+    names = [name for name, class_name in SCHEDULERS.items() if class_name == type(scheduler).__name__]
+    if not names:
+        raise ValueError(f"{type(scheduler).__name__} cannot be used; use one of {', '.join(SCHEDULERS.values())}.")
+    made, config = make_scheduler(names[0], followed).config, scheduler.config
+    given = [key for key in config if not key.startswith("_") and key in made]
+    return names[0], {key: config[key] for key in given if not np.array_equal(config[key], made[key])}
+
+
 def count_evaluations(scheduler: SchedulerMixin, num_inference_steps: int) -> int:
     """Number of network evaluations that the pipeline makes: up to two per step, and more for a warm-up.
 
@@ -107,12 +125,14 @@ def count_evaluations(scheduler: SchedulerMixin, num_inference_steps: int) -> in
 
 def rehearse(scheduler: SchedulerMixin, name: str) -> None:
     """Raise a ValueError if the scheduler cannot sample with a network that outputs 0, e.g. due to a wrong option."""
-    scheduler, sample = copy.deepcopy(scheduler), torch.zeros(1, 1, 8, 8)
+    scheduler, sample = copy.deepcopy(scheduler), torch.zeros(1, 3, 8, 8)
+    learned = "learned" in str(scheduler.config.get("variance_type"))
+    output = torch.zeros(1, 6 if learned else 3, 8, 8)
     try:
         with torch.random.fork_rng(devices=[]):
-            scheduler.set_timesteps(min(REHEARSAL_STEPS, scheduler.config.num_train_timesteps))
-            for t in scheduler.timesteps:
+            for t in set_timesteps(scheduler, min(REHEARSAL_STEPS, scheduler.config.num_train_timesteps)):
                 scheduler.scale_model_input(sample, t)
-                sample = scheduler.step(torch.zeros_like(sample), t, sample).prev_sample
+                sample = scheduler.step(output, t, sample).prev_sample
     except Exception as error:  # each class fails in its own way
-        raise ValueError(f"Scheduler {name!r} cannot sample ({error}): change its options.") from error
+        reason = error.__cause__ or error  # without "cannot take 20 steps", which nobody asked for
+        raise ValueError(f"Scheduler {name!r} cannot sample ({reason}): change its options.") from error

@@ -391,7 +391,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: dict | None = None, return_unused_kwargs: bool = False, **kwargs):
         """A network of a `config`, as diffusers does it; one that was saved without `mid_block_layers` had two."""
-        if isinstance(config, dict) and "_class_name" in config:
+        if isinstance(config, dict) and "_diffusers_version" in config:
             config = {"mid_block_layers": 2, **config}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 

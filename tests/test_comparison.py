@@ -137,7 +137,7 @@ def test_the_pipeline_has_its_scheduler_back_after_an_error(tiny_pipe, calls):
         (("unipc", {"timestep_spacing": "even"}), r"'unipc:timestep_spacing=even' cannot sample \(even"),
         (("ddpm", {"clip_sample_range": "wide"}), "'ddpm:clip_sample_range=wide' cannot sample"),
         (diffusers.DDIMScheduler(beta_end=0.01), "`beta_end` is 0.02 in the scheduler that the network was trained"),
-        (diffusers.LCMScheduler(), "LCMScheduler cannot be compared; use one of DDPMScheduler"),
+        (diffusers.LCMScheduler(), "LCMScheduler cannot be used; use one of DDPMScheduler"),
     ],
 )
 def test_names_and_options_are_refused_before_any_sampling(tiny_pipe, calls, scheduler, message):

@@ -8,6 +8,9 @@ import pytest
 from arguments import parse_arguments
 from conftest import reset_accelerate
 from PIL import Image
+from samplers import swap_scheduler
+
+from ddpm_diffusers import make_scheduler
 
 
 @pytest.fixture
@@ -72,3 +75,14 @@ def test_wrong_arguments_are_refused_before_anything_is_written(generate, tmp_pa
     with pytest.raises(ValueError) as error:
         generate("none", *flags)
     assert message in str(error.value) and not (tmp_path / "none").exists()
+
+
+def test_the_options_of_the_own_scheduler_are_kept_and_told(tiny_pipe):
+    own = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
+    tiny_pipe.scheduler = make_scheduler("dpmsolver++", tiny_pipe.scheduler, **own)
+    assert swap_scheduler(tiny_pipe, None, None) == own
+    assert swap_scheduler(tiny_pipe, None, '{"solver_order": 3}') == {**own, "solver_order": 3}
+    config = tiny_pipe.scheduler.config
+    assert config.use_karras_sigmas and config.algorithm_type == "sde-dpmsolver++" and config.solver_order == 3
+    assert swap_scheduler(tiny_pipe, "dpmsolver++", '{"solver_order": 1}') == {"solver_order": 1}
+    assert not tiny_pipe.scheduler.config.use_karras_sigmas  # another scheduler was asked for, by its name

@@ -213,9 +213,11 @@ def test_a_network_that_predicts_the_variance_needs_a_scheduler_that_learns_it()
                                  add_attention=False)  # fmt: skip
     pipe = PixelDiffusionPipeline(unet.eval(), diffusers.DDPMScheduler(variance_type="learned_range"))
     assert pipe(2, 3, output_type="pt").images.shape == (2, *image_shape(pipe)) == (2, 1, 8, 8)
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="1 `in_channels` and 2 `out_channels`; these must be as many, or twice"):
-        pipe(2, 3)
+    # DPM-Solver takes the first three channels for the noise
+    for scheduler_class in (diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler):
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+        with pytest.raises(ValueError, match="1 `in_channels` and 2 `out_channels`; these must be as many, or twice"):
+            pipe(2, 3)
 
 
 def test_numbers_may_be_of_numpy(tiny_pipe):

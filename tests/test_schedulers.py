@@ -45,10 +45,11 @@ class ExactDenoiser(diffusers.ModelMixin, ConfigMixin):
     """The best possible prediction for pixels drawn from N(MEAN, STD^2), at any real timestep."""
 
     @register_to_config
-    def __init__(self, sample_size: int = 8, in_channels: int = 1, prediction_type: str = "epsilon"):
+    def __init__(self, sample_size: int = 8, in_channels: int = 1, prediction_type: str = "epsilon",
+                 beta_schedule: str = "linear"):  # fmt: skip
         super().__init__()
         self.unused = torch.nn.Parameter(torch.zeros(1))
-        alphas_cumprod = diffusers.DDPMScheduler().alphas_cumprod.double()
+        alphas_cumprod = diffusers.DDPMScheduler(beta_schedule=beta_schedule).alphas_cumprod.double()
         self.log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod))
 
     def forward(self, sample, timestep):
@@ -288,6 +289,36 @@ def test_an_option_with_a_value_that_cannot_serve_shows_in_a_rehearsal():
     fine = make_scheduler("ddpm", diffusers.DDPMScheduler())
     rehearse(fine, "ddpm")
     assert len(fine.timesteps) == 1000  # it is as it was
+
+
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+
+@pytest.mark.parametrize("name, options", [
+    *((name, {}) for name in ("dpmsolver++", "dpmsolver++_singlestep", "unipc", "deis", "sa_solver", "kdpm2")),
+    ("dpmsolver++", SDE),
+])  # fmt: skip
+def test_noise_levels_of_one_timestep_are_all_passed(name, options):
+    """The last timesteps of this schedule hold so little signal that Karras' first noise levels share one."""
+    noise = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    scheduler = diffusers.DDPMScheduler(timestep_spacing="trailing", clip_sample=False, **noise)
+    pipe = PixelDiffusionPipeline(ExactDenoiser(**noise), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(name, scheduler, use_karras_sigmas=True, **options)
+    rehearse(pipe.scheduler, name)
+    mean, spread = mean_and_spread(pipe, 100)
+    timesteps = pipe.scheduler.timesteps.long().tolist()
+    assert len(set(timesteps)) < len(timesteps)
+    assert abs(mean - MEAN) < 0.03 and abs(spread - 1) < 0.05
+
+
+def test_the_variance_is_of_the_network_if_learned_and_else_of_the_class():
+    wide = diffusers.DDPMScheduler(variance_type="fixed_large")
+    assert make_scheduler("ddpm", wide).config.variance_type == "fixed_large"
+    assert make_scheduler("dpmsolver++", wide).config.variance_type is None
+    learned = make_scheduler("dpmsolver++", diffusers.DDPMScheduler(variance_type="learned_range"))
+    assert make_scheduler("ddpm", learned).config.variance_type == learned.config.variance_type == "learned_range"
+    rehearse(learned, "dpmsolver++")
 
 
 def test_overrides_reach_the_scheduler():

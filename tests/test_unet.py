@@ -199,7 +199,7 @@ def test_most_layers_of_the_default_are_in_the_middle():
     assert [len(block.layers) for block in model.down_blocks] == [0, 1]
     assert [len(block.layers) for block in model.up_blocks] == [2, 1]
     assert len(model.mid_block.layers) == 6
-    assert OptimizedUNet2DModel.from_config({}).config.mid_block_layers == 6
+    assert OptimizedUNet2DModel.from_config({"_class_name": "OptimizedUNet2DModel"}).config.mid_block_layers == 6
 
 
 @pytest.mark.parametrize("skip_type", ["before_pool", "after_pool"])

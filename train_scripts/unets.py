@@ -32,7 +32,7 @@ def make_unet(
     class_name = config.get("_class_name", "OptimizedUNet2DModel")
     if class_name not in UNETS:
         raise ValueError(f"`_class_name` in `--unet_config` is {class_name!r}; it must be one of {', '.join(UNETS)}.")
-    saved = {"_class_name": class_name} if "_class_name" in config else {}  # maybe by an earlier version
+    saved = {key: config[key] for key in ("_class_name", "_diffusers_version") if key in config}
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     if config.get("sample_size", resolution) not in (resolution, None, [resolution] * 2):
         logger.warning(

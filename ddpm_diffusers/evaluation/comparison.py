@@ -12,14 +12,13 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from tqdm.auto import tqdm
 
 from ..sampling import NotFiniteError
-from ..schedulers import SCHEDULERS, count_evaluations, make_scheduler, rehearse
+from ..schedulers import count_evaluations, make_scheduler, name_and_options, rehearse
 from .protocol import Reference, check_run, evaluate_pipeline, image_shape
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,10 @@ def plan(
         raise ValueError(f"`evaluations` is {list(evaluations)}; it must hold numbers from 1.")
     settings, left_out = {}, []
     for entry in schedulers:
-        name, options = name_and_options(entry, scheduler)
+        if isinstance(entry, SchedulerMixin):
+            name, options = name_and_options(entry, scheduler)
+        else:
+            name, options = (entry, {}) if isinstance(entry, str) else entry
         made = make_scheduler(name, scheduler, **options)
         rehearse(made, label(name, options))
         for budget in evaluations:
@@ -117,21 +119,6 @@ def plan(
         reasons = "; ".join(f"{label_of(record)}: {record['left_out']}" for record in left_out)
         raise ValueError(f"There is nothing to compare ({reasons or 'no schedulers'}): give others, or more steps.")
     return list(settings.values()), left_out
-
-
-def name_and_options(entry: str | tuple[str, dict] | SchedulerMixin, scheduler: SchedulerMixin) -> tuple[str, dict]:
-    """The key in `SCHEDULERS` and the options; a scheduler's options are where it differs from `make_scheduler`'s."""
-    if isinstance(entry, str):
-        return entry, {}
-    if not isinstance(entry, SchedulerMixin):
-        name, options = entry
-        return name, dict(options)
-    names = [name for name, class_name in SCHEDULERS.items() if class_name == type(entry).__name__]
-    if not names:
-        raise ValueError(f"{type(entry).__name__} cannot be compared; use one of {', '.join(SCHEDULERS.values())}.")
-    followed = make_scheduler(names[0], scheduler).config
-    given = {key: value for key, value in entry.config.items() if not key.startswith("_") and key in followed}
-    return names[0], {key: value for key, value in given.items() if not np.array_equal(value, followed[key])}
 
 
 def most_steps(scheduler: SchedulerMixin, evaluations: int) -> int:

@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -158,7 +159,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
         Args:
             batch_size: Number of images, at least 1.
-            num_inference_steps: Number of scheduler steps, from 1 to the number of training timesteps. A second-order
+            num_inference_steps: Number of scheduler steps, from 1 to the number of training timesteps (solvers with
+                `timestep_spacing` "linspace" or "leading" need fewer than all, or divide by zero). A second-order
                 scheduler evaluates the network up to twice per step. Recommended for fast sampling: 15, with
                 `DPMSolverMultistepScheduler`, `algorithm_type="sde-dpmsolver++"` and `use_karras_sigmas=True`
                 (measured in `train_scripts/README.md`, "Few steps").
@@ -255,11 +257,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             )
         predicted, channels = self.unet.config.get("out_channels"), self.unet.config.in_channels
         takes_variance = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters
+        takes_variance &= channels == 3 or isinstance(self.scheduler, DDPMScheduler)  # others split after channel 3
         learned = takes_variance and "learned" in str(self.scheduler.config.variance_type)
         if predicted not in (None, 2 * channels if learned else channels):
             raise ValueError(
                 f"The U-Net has {channels} `in_channels` and {predicted} `out_channels`; these must be as many, or"
-                " twice as many with a scheduler of a learned `variance_type`, which such a network predicts, too."
+                " twice as many with a scheduler of a learned `variance_type`, which such a network predicts, too"
+                " (`DDPMScheduler`; with 3 channels also DPM-Solver)."
             )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
@@ -412,6 +416,8 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=No
     except Exception as error:  # some have a minimum or maximum number of steps, and raise various errors
         name = type(scheduler).__name__
         raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else it looks its place up by timestep, and Karras noise levels may share one
     return scheduler.timesteps
 
 
