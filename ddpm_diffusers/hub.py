@@ -116,20 +116,24 @@ def add_figures(card: str, figures: Iterable[dict]) -> str:
     return str(card)
 
 
-def prepare_repo(repo_id: str, token: str | None = None, private: bool | None = None) -> str:
+def prepare_repo(
+    repo_id: str, token: str | None = None, private: bool | None = None, license: str | None = None
+) -> str:
     """Create the repository if it does not exist, and check write access: before a training, not after it.
 
     Args:
         repo_id: "owner/name", or a name in the token's own namespace.
         token: Hub token; by default, that of `HF_TOKEN` or `hf auth login`.
         private: Whether a new repository is private; if True, an existing one must be, too.
+        license: That of the model card to be pushed, which the Hub must know.
 
     Returns:
         The full id. If the Hub cannot be reached or has a temporary error, logs a warning and returns `repo_id` as is.
 
     Raises:
         PermissionError: If there is no token, or it is refused or may not write there.
-        ValueError: If the token or the id is malformed, or `private` is True and the repository is public.
+        ValueError: If the token or the id is malformed, `private` is True and the repository is public, or the Hub
+            does not know the license.
     """
     validate_repo_id(repo_id)
     check_token(token)
@@ -139,6 +143,10 @@ def prepare_repo(repo_id: str, token: str | None = None, private: bool | None = 
         )
     api = HfApi(token=token)
     try:
+        if license is not None:
+            card = ModelCard("---\n{}\n---\n")
+            card.data.license = license
+            card.validate()
         repo_id = create_repo(repo_id, private, token).repo_id
         api.auth_check(repo_id, write=True)
     except CLIENT_ERRORS as error:

@@ -192,6 +192,9 @@ class Handler(BaseHTTPRequestHandler):
         return {"type": "user", "id": self.user, "name": self.user, "fullname": self.user, "orgs": [], "auth": auth}
 
     def validate_yaml(self):
+        license = re.search(r"^license: (.*)$", json.loads(self.body)["content"], re.MULTILINE)
+        if license and license[1] not in ("mit", "apache-2.0"):  # the Hub knows more
+            return self.reply(b'"license" must be one of [apache-2.0, mit]', 400)
         return {"errors": [], "warnings": []}
 
     def create_repo(self):

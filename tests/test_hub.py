@@ -334,6 +334,13 @@ def test_prepare_repo_creates_the_repository_and_returns_its_full_id(hub, client
         assert client("prepare_repo", repo_id=wrong)["error"] == "HFValidationError"  # a ValueError
 
 
+def test_a_license_that_the_hub_does_not_know_shows_before_the_training(hub, client):
+    answer = client("prepare_repo", repo_id="user/licensed", license="my own")
+    assert answer["error"] == "ValueError" and '"license" must be one of' in answer["text"]
+    assert "user/licensed" not in hub.repos
+    assert client("prepare_repo", repo_id="user/licensed", license="mit") == {"result": "user/licensed"}
+
+
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, client, saved):
     assert client("prepare_repo", repo_id="user/public") == {"result": "user/public"}
     answer = client("prepare_repo", repo_id="user/public", private=True)

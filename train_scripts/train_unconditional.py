@@ -78,7 +78,7 @@ def main(args: TrainingArguments) -> None:
 
     repo_id = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = prepare_repo(repo_id, args.hub_token, args.hub_private_repo or None)
+        repo_id = prepare_repo(repo_id, args.hub_token, args.hub_private_repo or None, args.hub_license)
 
     # model, noise schedule, data
     set_seed(args.seed)
