@@ -15,7 +15,8 @@ NO_KERNEL = {"view", "_unsafe_view", "detach", "alias", "t", "transpose", "permu
              "select", "slice", "split", "split_with_sizes", "as_strided", "empty", "empty_like", "empty_strided",
              "new_empty_strided", "_reshape_alias", "lift_fresh"}  # fmt: skip
 # calls in which the host waits for the GPU: of aten, and of torch's Python API where aten does not see them
-SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
+SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # by a mask, it waits to know how many are meant
 PYTHON_SYNCS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
 
 
@@ -27,12 +28,15 @@ class AtenCalls(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.allocations, self.allocated_bytes = Counter(), 0, 0
+        self.calls, self.masks, self.allocations, self.allocated_bytes = Counter(), 0, 0, 0
         self.held_bytes, self.peak_bytes = 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "aten":
-            self.calls[func.overloadpacket.__name__] += 1
+            name = func.overloadpacket.__name__
+            self.calls[name] += 1
+            indices = [leaf for leaf in tree_leaves(args[1:2]) if isinstance(leaf, torch.Tensor)]
+            self.masks += name in INDEXING and any(index.dtype == torch.bool for index in indices)
         known = {storage.data_ptr() for storage in storages((args, kwargs))}
         results = func(*args, **(kwargs or {}))
         for storage in storages(results):
@@ -75,7 +79,7 @@ def aten_calls(call: Callable[[], object]) -> dict[str, int]:
         call()
     return {
         "kernels": sum(number for name, number in aten.calls.items() if name not in NO_KERNEL),
-        "syncs": sum(number for name, number in aten.calls.items() if name in SYNCS) + python.calls,
+        "syncs": sum(number for name, number in aten.calls.items() if name in SYNCS) + aten.masks + python.calls,
         "allocations": aten.allocations,
         "allocated_bytes": aten.allocated_bytes,
         "peak_bytes": aten.peak_bytes,

@@ -107,9 +107,10 @@ def report(result: dict) -> str:
         for _, rows in grouped(result["rows"], "resolution", "network")
     ]
     head = ("network, resolution", *(f"{kind}, MiB" for kind in KINDS))
+    number = len(result["rows"][0]["bytes"]["windows"])
     caption = (
         f"Batches of {result['batch_size']}, precision {result['precision']}; sampling is evaluations of the network."
-        f" Median and quartiles of {len(result['rows'][0]['bytes']['windows'])} processes."
+        f" Median and quartiles of {'one process' if number == 1 else f'{number} processes'}."
     )
     return f"{caption}\n\n{table(head, lines)}"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from machine import describe
-from networks import CONFIGS, ROOT
+from networks import CONFIGS, ROOT, make_network
 from processes import flags, run
 from report import table
 
@@ -33,7 +33,9 @@ def measure(args, device: torch.device) -> dict:
 
 def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.device) -> dict:
     record = folder / "time_to_quality.json"
+    config = make_network(name, RESOLUTION).config
     settings = {
+        "network": json.loads(json.dumps({key: value for key, value in config.items() if key[0] != "_"})),
         "dataset": args.dataset_id or Path(args.dataset_name).name,
         "mixed_precision": args.precisions[-1],
         "num_images": args.num_images,

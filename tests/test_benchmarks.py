@@ -87,10 +87,10 @@ def test_bad_arguments(arguments, message):
 def test_the_summary_is_of_the_records_that_are_kept():
     results = ROOT / "benchmarks" / "results"
     assert summary.summary(results) + "\n" == (results / "summary.md").read_text("utf-8")
-    for name in SECTIONS:
-        if (results / f"{name}.json").is_file():
-            report = importlib.import_module(name).report(json.loads((results / f"{name}.json").read_text("utf-8")))
-            assert report + "\n" == (results / f"{name}.md").read_text("utf-8"), name
+    for record in results.rglob("*.json"):
+        if record.stem in SECTIONS:
+            report = importlib.import_module(record.stem).report(json.loads(record.read_text("utf-8")))
+            assert report + "\n" == record.with_suffix(".md").read_text("utf-8"), record
 
 
 @pytest.mark.parametrize("distances, line", [

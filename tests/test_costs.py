@@ -67,7 +67,9 @@ def test_calls_waits_and_allocations_are_counted():
     assert aten_calls(lambda: [(values + number).sum() for number in range(4)])["peak_bytes"] == 16 + 4 * 4
     waits = (values.tolist, values.cpu, values.numpy, values[0].item, values.nonzero, lambda: bool(values[0]),
              lambda: float(values[0]), lambda: values.masked_select(values > 1),
-             lambda: values.equal(values))  # fmt: skip
+             lambda: values.equal(values), lambda: values[values > 1],
+             lambda: values.index_put_((values > 1,), values[0]),
+             lambda: values.repeat_interleave(torch.tensor([1, 2, 1, 0])))  # fmt: skip
     assert [aten_calls(wait)["syncs"] for wait in waits] == [1] * len(waits)
 
 

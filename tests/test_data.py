@@ -522,7 +522,7 @@ def run(script, *arguments, env):
         env={**environment, "PYTHONPATH": str(Path(data.__file__).parents[1]), **env},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -98,12 +98,6 @@ def test_another_number_of_processes_goes_on(one, two, tmp_path):
     torch.testing.assert_close(losses(one)[7:], losses(resumed), rtol=1e-5, atol=0)  # the line that 50 falls into, too
 
 
-def test_another_global_batch_is_refused(two, tmp_path):
-    result = train(tmp_path / "run", [sys.executable], *HUNDRED, "--train_batch_size", "32",
-                   "--resume_from_checkpoint", str(two / "checkpoint-50"), ACCELERATE_USE_CPU="true")  # fmt: skip
-    assert "another run (global_batch_size: 64 there, 32 here)" in result.stderr and not (tmp_path / "run").exists()
-
-
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
     if torch.cuda.device_count() > 1:
         pytest.skip("with two GPUs they do")

@@ -5,6 +5,7 @@ from pathlib import Path
 import generate as script
 import numpy as np
 import pytest
+import torch
 from arguments import parse_arguments
 from conftest import reset_accelerate
 from PIL import Image
@@ -17,7 +18,6 @@ from ddpm_diffusers import make_scheduler
 def generate(tiny_pipe, tmp_path, monkeypatch):
     """Run the script here on a tiny pipeline, with a file of flags and others; returns the folder of samples."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    tiny_pipe.save_pretrained(tmp_path / "model", variant="fp16")
     tiny_pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "flags.yaml").write_text(f"model: {tmp_path / 'model'}\nscheduler: ddim\nnum_inference_steps: 4\n")
 
@@ -49,9 +49,20 @@ def test_image_i_is_of_seed_and_scheduler_whatever_the_batch(generate, capsys):
 
 def test_weights_in_half_precision_give_nearly_the_same(generate):
     full = pixels(generate("full", "--num_images", "2"))
-    half = pixels(generate("half", "--num_images", "2", "--variant", "fp16", "--dtype", "bfloat16"))
+    half = pixels(generate("half", "--num_images", "2", "--dtype", "bfloat16"))
     difference = np.abs(np.stack(list(full.values())) - np.stack(list(half.values())))
     assert 0 < difference.mean() < 0.03 * 255
+
+
+@torch.no_grad()
+def test_a_variant_has_weights_of_its_own(generate, tiny_pipe, tmp_path):
+    plain = pixels(generate("plain", "--num_images", "1"))
+    for parameter in tiny_pipe.unet.parameters():
+        parameter.mul_(0.5)
+    tiny_pipe.save_pretrained(tmp_path / "model", variant="fp16")
+    assert np.array_equal(pixels(generate("again", "--num_images", "1"))["000000.png"], plain["000000.png"])
+    variant = pixels(generate("variant", "--num_images", "1", "--variant", "fp16"))
+    assert not np.array_equal(variant["000000.png"], plain["000000.png"])
 
 
 def test_only_samples_are_overwritten_and_only_if_asked(generate):

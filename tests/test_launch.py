@@ -12,6 +12,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from arguments import TrainingArguments, parse_arguments
 from conftest import UNET
+from launch import choose_precision
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -49,10 +50,16 @@ def test_the_arguments_of_the_quickstart_are_the_scripts():
     not Path("/proc/cpuinfo").is_file() or not hasattr(torch.cpu, "get_capabilities"),
     reason="this system or this torch does not tell the processor's features",
 )
-def test_auto_is_bf16_where_the_processor_calculates_with_it(tmp_path):
+def test_auto_is_bf16_where_the_processor_calculates_with_it():
     flags = Path("/proc/cpuinfo").read_text().split()
-    arguments = train(tmp_path / "run", "--mixed_precision", "auto")
-    assert arguments["mixed_precision"] == ("bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "no")
+    assert choose_precision("auto", use_cpu=True) == ("bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "no")
+
+
+@pytest.mark.parametrize("supported, precision", [(True, "bf16"), (False, "fp16")])
+def test_auto_is_half_precision_on_any_gpu(monkeypatch, supported, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert choose_precision("auto", use_cpu=False) == precision
 
 
 KEEPING = """

@@ -326,7 +326,7 @@ def test_a_process_that_fails_ends_with_its_workers(start_script, tmp_path):
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return output
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +38,24 @@ def parse(*argv: str) -> script.TrainingArguments:
 @pytest.fixture
 def train(tmp_path):
     """Run the script here with tiny settings; returns its output folder."""
+    return partial(train_in, tmp_path)
 
-    def run(*flags: str) -> Path:
-        reset_accelerate()
-        length = [] if "--num_epochs" in flags else ["--max_train_steps", "3"]
-        defaults = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64", "--resolution", "8",
-                    "--train_batch_size", "16", "--unet_config", UNET, *length,
-                    "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2", "--logger", "none",
-                    "--output_dir", str(tmp_path / "run")]  # fmt: skip
-        script.main(parse(*defaults, *flags))
-        return Path(parse(*defaults, *flags).output_dir)
 
-    return run
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The weights after a run with the settings of `train` alone."""
+    return load_file(train_in(tmp_path_factory.mktemp("plain")) / WEIGHTS)
+
+
+def train_in(folder: Path, *flags: str) -> Path:
+    reset_accelerate()
+    length = [] if "--num_epochs" in flags else ["--max_train_steps", "3"]
+    defaults = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64", "--resolution", "8",
+                "--train_batch_size", "16", "--unet_config", UNET, *length,
+                "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2", "--logger", "none",
+                "--output_dir", str(folder / "run")]  # fmt: skip
+    script.main(parse(*defaults, *flags))
+    return Path(parse(*defaults, *flags).output_dir)
 
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
@@ -111,30 +118,17 @@ def test_the_averaged_weights_are_saved_and_no_pickle_is(finished):
     assert not [path for path in output_dir.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
 
 
-def test_a_resumed_run_ends_with_the_same_bits(finished, tmp_path):
-    output_dir, _ = finished
-    interrupted = tmp_path / "run"
-    interrupted.mkdir()
-    shutil.copytree(output_dir / "checkpoint-9", interrupted / "checkpoint-9")  # step 9 is in the middle of an epoch
-    result = launch(interrupted, "--resume_from_checkpoint", "latest")
-    assert result.returncode == 0, result.stderr
-    assert (interrupted / WEIGHTS).read_bytes() == (output_dir / WEIGHTS).read_bytes()
-    optimizer = "checkpoint-24/optimizer.safetensors"
-    assert (interrupted / optimizer).read_bytes() == (output_dir / optimizer).read_bytes()
-
-
 @pytest.mark.parametrize("flags", [
     ["--prediction_type", "v_prediction"],
     ["--prediction_type", "sample", "--ddpm_beta_schedule", "squaredcos_cap_v2"],
     ["--snr_gamma", "5"],
     ["--random_flip"],
     ["--no_use_ema"],
-    ["--mixed_precision", "bf16", "--gradient_checkpointing"],
+    ["--mixed_precision", "bf16"],
     ["--unet_config", '{"in_channels": 3, "out_channels": 3, "block_out_channels": [8, 8]}',
      "--logger", "tensorboard"],
 ], ids=" ".join)  # fmt: skip
-def test_variants(train, flags, tmp_path):
-    plain = load_file(train("--output_dir", str(tmp_path / "plain"), "--max_train_steps", "3") / WEIGHTS)
+def test_variants(train, plain, flags):
     output_dir = train(*flags)
     trained = load_file(output_dir / WEIGHTS)
     assert trained.keys() != plain.keys() or not all(torch.equal(trained[name], plain[name]) for name in plain)
@@ -144,6 +138,13 @@ def test_variants(train, flags, tmp_path):
     given = dict(zip(flags[::2], flags[1::2], strict=False))
     assert pipe.scheduler.config.prediction_type == given.get("--prediction_type", "epsilon")
     assert pipe.scheduler.config.beta_schedule == given.get("--ddpm_beta_schedule", "scaled_linear")
+
+
+def test_gradient_checkpointing_takes_memory_not_precision(train, plain):
+    assert script.make_unet(UNET, 8, 1000, gradient_checkpointing=True).is_gradient_checkpointing
+    trained = load_file(train("--gradient_checkpointing") / WEIGHTS)
+    for name, weight in plain.items():
+        torch.testing.assert_close(trained[name], weight)
 
 
 def test_the_stock_unet_trains_by_the_same_script(train):

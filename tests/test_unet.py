@@ -269,7 +269,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(config):
 
 @pytest.mark.parametrize(
     "config",
-    [{}, GUIDE | {"block_out_channels": (32, 32)}, BASELINE | {"block_out_channels": (8, 8)}],
+    [
+        {"up_layers_per_block": 1, "mid_block_layers": 1},
+        GUIDE | {"block_out_channels": (32, 32), "down_layers_per_block": 1, "up_layers_per_block": 1},
+        BASELINE | {"block_out_channels": (8, 8), "down_layers_per_block": 1, "up_layers_per_block": 1},
+    ],
     ids=["default", "guide", "baseline"],
 )
 def test_compiles_whole_and_once_for_all_batch_sizes(config):
@@ -348,7 +352,7 @@ def test_group_offloading(offload_type):
 def test_compile_repeated_blocks():
     torch._dynamo.reset()
     sample, timestep = inputs(2, 1, 16, 16)
-    model = make(block_out_channels=(8, 8, 16, 16), sample_size=16)
+    model = make(block_out_channels=(8, 8, 16, 16), sample_size=16, up_layers_per_block=1, mid_block_layers=1)
     expected = model(sample, timestep).sample
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     assert all(block._compiled_call_impl is not None for block in [*model.down_blocks, *model.up_blocks])
