@@ -5,9 +5,27 @@ import re
 from pathlib import Path
 
 import ablate
+import compare_schedulers
+import evaluate
+import generate
+import push_to_hub
 import pytest
+import run
+import train_feature_extractor
+import train_unconditional
 import yaml
+from transformers import HfArgumentParser
 
+ARGUMENTS = {
+    "ablate": ablate.AblateArguments,
+    "compare_schedulers": compare_schedulers.ComparisonArguments,
+    "evaluate": evaluate.EvaluateArguments,
+    "generate": generate.GenerateArguments,
+    "push_to_hub": push_to_hub.PushArguments,
+    "run": run.BenchmarkArguments,
+    "train_feature_extractor": train_feature_extractor.FeatureExtractorArguments,
+    "train_unconditional": train_unconditional.TrainingArguments,
+}
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "train_scripts" / "results"
 
@@ -41,6 +59,22 @@ def anchors(path: Path) -> list[str]:
     """Of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.M)
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("file", ["README.md", "train_scripts/README.md", "benchmarks/README.md", "Makefile"])
+def test_commands_have_flags_that_their_script_knows(file):
+    text = (ROOT / file).read_text("utf-8").replace("\\\n", " ")
+    for name, value in re.findall(r'^(\w+)="([^"]*)"', text, re.M):  # a part that several commands share
+        text = text.replace(f"${name} ", value.replace("\n", " ") + " ")
+    commands = re.findall(r"python (?:\S*/)?(\w+)\.py (.*)|launch .*?train_scripts/(\w+)\.py (.*)", text)
+    found = 0
+    for script, flags, launched, its_flags in commands:
+        if (script or launched) in ARGUMENTS:
+            known = HfArgumentParser(ARGUMENTS[script or launched])._option_string_actions
+            given = re.findall(r"(?<=\s)--\w+", f" {flags or its_flags}")
+            assert set(given) <= set(known), f"{script or launched}: {set(given) - set(known)}"
+            found += len(given)
+    assert found > 1
 
 
 @pytest.mark.slow
