@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from arguments import TrainingArguments, run_script
 from conftest import UNET
 
 ROOT = Path(__file__).parents[1]
@@ -82,12 +83,12 @@ def test_a_run_in_two_parts_logs_each_step_once_and_the_token_nowhere(logger, tm
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
 
-def test_a_tracker_that_is_not_installed_is_asked_for_in_one_line_before_any_work(tmp_path):
+def test_a_tracker_that_is_not_installed_is_asked_for_in_one_line_before_any_work(monkeypatch):
     absent = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None]
     if not absent:
         pytest.skip("all trackers are installed")
-    script = ROOT / "train_scripts" / "train_unconditional.py"
-    command = [sys.executable, script, "--logger", absent[0], "--output_dir", tmp_path / "run"]
-    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert result.returncode == 1 and "Traceback" not in result.stderr and not (tmp_path / "run").exists()
-    assert f"`--logger {absent[0]}` needs a package: pip install {absent[0]}, or --logger none." in result.stderr
+    monkeypatch.setattr(sys, "argv", ["train_unconditional.py", "--logger", absent[0]])
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda args: pytest.fail("the work began"), TrainingArguments, "?")
+    needed = f"`--logger {absent[0]}` needs a package: pip install {absent[0]}, or --logger none."
+    assert stop.value.code == f"train_unconditional.py: {needed}"
