@@ -46,7 +46,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
 
     Args:
         name: A key of `SCHEDULERS`. "ddim" and "pndm" need numbers of steps that divide `num_train_timesteps`: they
-            count back by the whole part of the quotient, and leave noise in 91 steps of 1,000 timesteps, for one.
+            count back by the whole part of the quotient, so with "trailing" spacing they leave noise in 91 steps of
+            1,000 timesteps, for one.
         scheduler: The scheduler to follow, such as `pipe.scheduler`. Along with the noise schedule, its timestep
             spacing and clipping are carried over, defaults included, and a `variance_type` that is learned or of the
             same class; other options of the solver itself are not.

@@ -153,6 +153,23 @@ def test_dpmsolver_sde_keeps_a_seed_of_its_own(tiny_pipe):
     assert torch.equal(first, second)
 
 
+def test_what_a_scheduler_had_of_its_own_does_not_move_the_noise_of_the_next(tiny_pipe):
+    pytest.importorskip("torchsde")
+    expected = tiny_pipe(1, 3, generators(0)[0], output_type="pt").images
+    tiny_pipe.scheduler = make_scheduler("dpmsolver_sde", tiny_pipe.scheduler, noise_sampler_seed=3)
+    tiny_pipe.scheduler = diffusers.DDPMScheduler.from_config(tiny_pipe.scheduler.config)
+    assert torch.equal(tiny_pipe(1, 3, generators(0)[0], output_type="pt").images, expected)
+
+
+def test_after_a_call_the_scheduler_adds_the_noise_of_the_timestep(tiny_pipe):
+    tiny_pipe.scheduler = make_scheduler("euler", tiny_pipe.scheduler)
+    tiny_pipe(1, 4)
+    image, noise = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
+    timesteps = tiny_pipe.scheduler.timesteps
+    noisy = [tiny_pipe.scheduler.add_noise(image, noise, t[None]).mean().item() for t in timesteps]
+    assert noisy == pytest.approx(tiny_pipe.scheduler.sigmas[: len(timesteps)].tolist())
+
+
 def test_a_tuple_of_generators_is_as_a_list(tiny_pipe):
     first, second = (tiny_pipe(2, 2, kind(generators(0, 1)), output_type="pt").images for kind in (list, tuple))
     assert torch.equal(first, second)
@@ -181,6 +198,9 @@ def test_steps_that_a_scheduler_cannot_take_are_refused(tiny_pipe):
     tiny_pipe(1, 60)
 
 
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+
+
 @pytest.mark.parametrize(
     "scheduler, reason",
     [
@@ -190,9 +210,14 @@ def test_steps_that_a_scheduler_cannot_take_are_refused(tiny_pipe):
         (None, "has no set_timesteps"),
         (diffusers.IPNDMScheduler(), "has a noise schedule of its own"),
         (diffusers.EDMEulerScheduler(), "has a noise schedule of its own"),
+        (
+            diffusers.HeunDiscreteScheduler.from_config(diffusers.DDPMScheduler(**ZERO_SNR).config),
+            "cannot follow a schedule with `rescale_betas_zero_snr=True`",
+        ),
     ],
 )
 def test_a_scheduler_that_the_loop_cannot_call_is_refused(tiny_pipe, scheduler, reason):
+    tiny_pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.DDPMScheduler(**ZERO_SNR))
     name = type(scheduler).__name__
     with pytest.raises(ValueError, match=f"{name} cannot be the pipeline's `scheduler`: .*{reason}"):
         tiny_pipe.scheduler = scheduler

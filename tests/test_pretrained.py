@@ -37,7 +37,7 @@ def test_its_card_says_what_it_was_trained_on_and_how_it_was_judged(folder):
     assert card.data.datasets == ["zalando-datasets/fashion_mnist"] and card.data.license == "mit"
     figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert figures["frechet_distance"] > 0 and figures["precision"] > 0.8 and figures["recall"] > 0.8
-    assert f'from_pretrained("pretrained/{folder.name}")' in card.text
+    assert f'from_pretrained("./pretrained/{folder.name}")' in card.text
     assert min(Image.open(folder / "samples.png").size) > 100
 
 

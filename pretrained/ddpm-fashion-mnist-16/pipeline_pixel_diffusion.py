@@ -64,15 +64,15 @@ Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffuser
 
 ## Limits
 
-- The images resemble those of its training data, gaps and biases included, and may come close to single ones of them.
+- The images resemble those of its training data, gaps and biases included, and may closely resemble single ones of them.
 - Small images only, drawn at random: there is no prompt, no class and no other way to ask for one.
-- For study and experiments; not for deciding anything about people, and its images are evidence of nothing.
+- For study and experiments: not for decisions about people, nor as evidence of anything.
 """
 # the comment on the first import keeps diffusers from taking it for an import of this file
 USAGE = """
 ## Usage
 
-Where ddpm-diffusers is installed, its classes serve and no code of this repository is run:
+With ddpm-diffusers installed, its classes are used and no code of this repository is run:
 
 ```python
 import ddpm_diffusers  # lets diffusers find the installed classes
@@ -87,7 +87,7 @@ pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, 
 images = pipe(batch_size=16, num_inference_steps={fewer_steps}).images
 ```
 
-Elsewhere the code in this repository serves, once it is trusted, after `pip install "diffusers[torch]" einops`:
+Without it, `trust_remote_code` runs the code in this repository (it needs `pip install "diffusers[torch]" einops`):
 
 ```python
 from diffusers import DiffusionPipeline
@@ -135,7 +135,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Number of network evaluations in the last call."""
+        """Number of network evaluations of the last call, unless it was interrupted."""
         return self._num_timesteps
 
     @property
@@ -210,6 +210,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                     tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
                 progress_bar.update()
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(None)  # else `add_noise` would go by the place reached, not by timestep
 
         images = latents
         if output_type != "latent":
@@ -296,7 +298,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         step_kwargs = {"generator": generator} if "generator" in parameters else {}
         if "eta" in parameters:
             step_kwargs["eta"] = eta
-        if hasattr(self.scheduler, "noise_sampler_seed"):
+        if "noise_sampler_seed" in inspect.signature(type(self.scheduler).__init__).parameters:
             # DPM-Solver SDE draws its own Brownian path: from one seed, from one per image, or from none
             seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in as_list(generator)]
             single = seeds[0] if seeds else self.scheduler.config.noise_sampler_seed
@@ -318,7 +320,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
-        if self.name_or_path and not card.exists():
+        if self.unet is not None and self.name_or_path and not card.exists():
             copy_card(self.unet, self.name_or_path, save_directory, token)
         if not push_to_hub:
             return None
@@ -365,7 +367,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """Write `model_index.json` and, beside it, this file, so that it loads where the package is not installed."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         if type(self).__module__ == __name__:  # a user's subclass is not in this file
-            shutil.copyfile(__file__, Path(save_directory) / f"{class_name_in_index(type(self))[0]}.py")
+            with contextlib.suppress(shutil.SameFileError):  # a copy that saves beside itself
+                shutil.copyfile(__file__, Path(save_directory) / f"{class_name_in_index(type(self))[0]}.py")
         for name, (library, class_name) in ((name, self.config[name]) for name in self.components):
             # a component that saved its code in its folder is loaded from there
             module = (library or "").rpartition(".")[2]
@@ -394,6 +397,9 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: SchedulerMixin | None) 
     trained = replaced.config if replaced is not None and "beta_schedule" in replaced.config else {}
     if not reason and trained and "beta_schedule" not in inspect.signature(type(scheduler).__init__).parameters:
         reason = "it has a noise schedule of its own, and cannot take that of the scheduler in place"
+    for key in ("rescale_betas_zero_snr", "use_flow_sigmas"):
+        if not reason and trained.get(key) and key not in inspect.signature(type(scheduler).__init__).parameters:
+            reason = f"it cannot follow a schedule with `{key}=True`, as that of the scheduler in place"
     if reason:
         raise ValueError(
             f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one of a discrete noise schedule, such as"
@@ -418,6 +424,11 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=No
         raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it looks its place up by timestep, and Karras noise levels may share one
+    if scheduler.timesteps[-1] < 0:  # in 61 steps of 1,000, for one, "trailing" spacing rounds to one too many
+        if hasattr(scheduler, "sigmas"):
+            scheduler.timesteps = scheduler.timesteps.clamp(min=0)  # the noise level that it has there is that of 0
+        else:
+            scheduler.timesteps = scheduler.timesteps[:-1]  # for it -1 is the last timestep, all noise
     return scheduler.timesteps
 
 
@@ -486,7 +497,8 @@ def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | No
             if not is_local:  # the cache's folder is models--OWNER--NAME/snapshots/REVISION/unet
                 revision = loaded.parts[loaded.parts.index(in_cache) + 2]
                 path = huggingface_hub.hf_hub_download(source, name, revision=revision, token=token)
-            shutil.copyfile(path, Path(folder, name))
+            if not Path(folder, name).exists():
+                shutil.copyfile(path, Path(folder, name))
 
 
 def has_weights_of(unet: ModelMixin, folder: Path) -> bool:

@@ -9,6 +9,7 @@ References: the guide "From Pixelated to Crisp" (cells of its notebook are named
 (arXiv:1606.08415); ICNR, Aitken et al. 2017 (arXiv:1707.02937).
 """
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -213,7 +214,8 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
             accepts any that are divisible by 2^(levels - 1).
         in_channels, out_channels (`int`): Channels of the sample and of the prediction.
         block_out_channels (`tuple[int, ...]`): Channels at each level, highest resolution first; at least two levels.
-        norm_type (`"group"` | `"batch"`): Guide section "Group Normalization".
+        norm_type (`"group"` | `"batch"`): Guide section "Group Normalization". Not `"batch"` together with gradient
+            checkpointing, which would update its running statistics twice a step.
         act_fn (`"gelu"` | `"relu"`): Guide section "GELU".
         downsample_type (`"rearrange"` | `"max_pool"`): Space to depth and a convolution, or 2x2 max pooling. Guide
             section "RearrangePooling".
@@ -399,7 +401,8 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         """Write `config.json` and, beside it, this file, so that a pipeline with it loads without the package."""
         if type(self).__module__ == __name__:  # a user's subclass is not in this file
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
+            with contextlib.suppress(shutil.SameFileError):  # a copy that saves beside itself
+                shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
