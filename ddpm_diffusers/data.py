@@ -285,15 +285,19 @@ def decode_images(table: pa.Table, indices: list[int], image_column, resolution,
     return pixel_table(pixels, table.drop_columns([image_column]))
 
 
+class DamagedImage(ValueError):
+    """An image is missing or cannot be decoded."""
+
+
 def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
     """Decode an Arrow row (bytes, or a file's path) to a PIL image: upright, opaque, 8 bits per channel."""
     if encoded is None:
-        raise ValueError(f"Image {index} of the data set is missing (null): remove the row, or choose another column.")
+        raise DamagedImage(f"Image {index} of the data set is missing (null): remove the row, or choose another column.")
     try:
         image = PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
         ImageOps.exif_transpose(image, in_place=True)  # also decodes it
     except Exception as error:  # PIL raises many types for damaged files
-        raise ValueError(
+        raise DamagedImage(
             f"Image {index} of the data set cannot be decoded ({error}): repair or remove it, or use the built-in set,"
             f" `dataset_name` {SYNTHETIC}."
         ) from error

@@ -6,6 +6,7 @@ next. A position is thus the place in the stream where a block starts, and how m
 reads that block again.
 """
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from .data import (
     SYNTHETIC,
+    DamagedImage,
     as_batch,
     check_image_column,
     decode_image,
@@ -30,6 +32,8 @@ from .data import (
     warn_if_colour_is_lost,
 )
 from .worker_signals import LeaveSignalsToMain
+
+logger = logging.getLogger(__name__)
 
 LISTED_SHARDS = 1024  # of a data set that is not opened as a stream; each pass shuffles them
 ROWS = 64  # decoded at a time
@@ -95,7 +99,8 @@ class StreamedBatches:
 
     Raises:
         ValueError: If an argument or the first image cannot be used, the data set is empty, or the state belongs to
-            other arguments; while iterating, if an image cannot be used or a part has no images.
+            other arguments; while iterating, if an image is of another kind or size than can be used, or a part has
+            no images. Damaged and missing images after the first are left out, with a warning.
     """
 
     def __init__(
@@ -207,7 +212,6 @@ class Parts(torch.utils.data.IterableDataset):
     def blocks(self, part: int, num_parts: int, start: dict) -> Iterator[tuple[np.ndarray, dict, bool]]:
         """Yield every block as it is decoded: its images so far, where it starts, and whether it is complete."""
         run = self.run
-        (channels, resolution, _), (column,) = run.shape, run.stream.column_names
         rows = None
         while True:
             if rows is None:
@@ -222,16 +226,14 @@ class Parts(torch.utils.data.IterableDataset):
             images, count = np.empty((run.buffer_size, *run.shape), np.uint8), 0
             while tables := list(islice(rows, min(ROWS, run.buffer_size - count))):
                 table, first = with_content(pa.concat_tables(tables)), start["block"] * run.buffer_size + count
+                indices = range(first, first + len(table))
+                where = f"counted in the order in which part {part} of {num_parts} reads its pass {start['pass']}"
                 try:
-                    decoded = decode_images(
-                        table, range(first, first + len(table)), column, resolution, channels, run.size
-                    )
+                    decoded = self.decode(table, indices, where)
                 except ValueError as error:
-                    where = f"counted in the order in which part {part} of {num_parts} reads its pass {start['pass']}"
                     raise ValueError(f"{error} (The image is {where}.)") from error
-                pixels = decoded.column("image").chunk(0).flatten().to_numpy()
-                images[count : count + len(table)] = pixels.reshape(-1, *run.shape)
-                count += len(table)
+                images[count : count + len(decoded)] = decoded
+                count += len(decoded)
                 yield images[:count], start, False
             if count:
                 yield images[:count], start, True
@@ -243,6 +245,19 @@ class Parts(torch.utils.data.IterableDataset):
                 )
             else:
                 start, rows = {**START, "pass": start["pass"] + 1}, None
+
+
+    def decode(self, table: pa.Table, indices: range, where: str) -> np.ndarray:
+        """Decode a table's images but for damaged ones: a long run must not end for one of millions."""
+        (channels, resolution, _), (column,) = self.run.shape, self.run.stream.column_names
+        try:
+            decoded = decode_images(table, indices, column, resolution, channels, self.run.size)
+            return decoded.column("image").chunk(0).flatten().to_numpy().reshape(-1, *self.run.shape)
+        except DamagedImage as error:
+            if len(table) == 1:
+                logger.warning("%s Left out: it is %s.", error, where)
+                return np.empty((0, *self.run.shape), np.uint8)
+        return np.concatenate([self.decode(table.slice(i, 1), indices[i : i + 1], where) for i in range(len(table))])
 
 
 def with_content(table: pa.Table) -> pa.Table:
