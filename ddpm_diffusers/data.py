@@ -25,8 +25,10 @@ from datasets import (
     load_from_disk,
 )
 from datasets import config as datasets_config
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from diffusers.utils import logging
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image as PILImage
@@ -149,7 +151,8 @@ def load_images(
         resolution: Height and width to resize to (bilinear, antialiased).
         channels: 1 for grey, 3 for RGB.
         dataset_config_name: Configuration to use, if the data set has several.
-        train_data_dir: Folder of images, used instead of `dataset_name`.
+        train_data_dir: Folder of images, used instead of `dataset_name`: all in it and its subfolders are the split
+            "train", unless it holds only folders named after splits (`train`, `test`, ...).
         split: Split to read, or a part of it, such as `"train[:90%]"` (with `save_to_disk` data, whole splits only).
         image_column: Column that holds the images.
         center_crop: Crop each image to its central square first. Without it, all must be square and of one size.
@@ -235,7 +238,9 @@ def open_dataset(
     name = train_data_dir or dataset_name
     try:
         if train_data_dir is not None:
-            return load_dataset("imagefolder", data_dir=train_data_dir, split=split, cache_dir=cache_dir)
+            files = None if has_split_folders(train_data_dir) else {"train": "**"}
+            folder = {"data_dir": train_data_dir, "data_files": files}
+            return load_dataset("imagefolder", **folder, split=split, cache_dir=cache_dir)
         if (Path(dataset_name) / "state.json").is_file() or (Path(dataset_name) / "dataset_dict.json").is_file():
             loaded = load_from_disk(dataset_name)
             if isinstance(loaded, Dataset):
@@ -244,7 +249,10 @@ def open_dataset(
                     raise ValueError(f"it has no split {split!r}, but {own} alone")
                 return loaded
             return select_split(loaded, split)
-        return load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir, streaming=streaming)
+        loaded = load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir, streaming=streaming)
+        if not streaming and loaded.builder_name == "imagefolder" and Path(dataset_name).is_dir():
+            warn_if_images_are_left_out(loaded, dataset_name)
+        return loaded
     except DatasetNotFoundError as error:
         raise ValueError(f"There is no data set {name!r} that can be read ({error}): {advice}.") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
@@ -253,6 +261,24 @@ def open_dataset(
         raise ValueError(f"Data set {name!r} is empty: {advice}.") from error
     except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
         raise ValueError(f"Data set {name!r} cannot be read ({error}): {advice}.") from error
+
+
+def has_split_folders(folder: str) -> bool:
+    """Whether a folder holds only folders named after splits: else a class or file named so is an image like others."""
+    names = {path.name for path in Path(folder).iterdir() if path.name[0] != "."}
+    return bool(names) and names <= {name for words in SPLIT_KEYWORDS.values() for name in words}
+
+
+def warn_if_images_are_left_out(loaded: Dataset, folder: str) -> None:
+    """Warn if `datasets` takes a part of a folder's images for a split, by names, and leaves out all others."""
+    suffixes = set(ImageFolder.EXTENSIONS)
+    there = sum(path.suffix.lower() in suffixes for path in Path(folder).rglob("*"))
+    found = sum(split.num_examples for split in loaded.info.splits.values())
+    if found < there:
+        logger.warning(
+            f"{folder} holds {there} images, of which `datasets` takes {found}, by names of splits in their paths (or"
+            " a list of theirs): rename these, or pass the folder as `train_data_dir`, which takes all."
+        )
 
 
 def select_split(loaded: DatasetDict, split: str) -> Dataset:

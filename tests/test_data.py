@@ -86,6 +86,26 @@ def cache(tmp_path):
 # sources and pixels
 
 
+def test_a_class_or_file_named_as_a_split_is_an_image_like_others(tmp_path, cache, caplog):
+    images, folder = random_images(7, "L", (8, 8)), tmp_path / "source"
+    paths = ("car/0.png", "car/toy-train.png", "plane/test_1.png", "train/0.png", "train/1.png", "4.png", "val.png")
+    for image, path in zip(images, paths, strict=True):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / path)
+    decoded = read(load_images(train_data_dir=str(folder), resolution=8, cache_dir=cache), 8)
+    assert sorted(image.tobytes() for image in decoded) == sorted(np.asarray(image).tobytes() for image in images)
+    assert not caplog.messages
+    assert len(load_images(str(folder), resolution=8, cache_dir=cache)) < 7  # as `datasets` documents it
+    assert "holds 7 images, of which `datasets` takes" in caplog.text and "`train_data_dir`" in caplog.text
+
+    for path in ("car", "plane", "4.png", "val.png"):  # what is left is a split
+        (folder / path).rename(tmp_path / path)
+    (tmp_path / "car").rename(folder / "test")
+    for split in ("train", "test"):
+        found = load_images(train_data_dir=str(folder), split=split, resolution=8, cache_dir=cache)
+        assert len(found) == 2
+
+
 @pytest.mark.parametrize("kind", ["parquet", "images", "train_data_dir", "disk", "disk with splits"])
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("L", 3), ("RGB", 1), ("RGB", 3)])
 @pytest.mark.parametrize("resolution", [12, 7])
