@@ -21,7 +21,9 @@ SCHEDULER, NUM_INFERENCE_STEPS = "ddim", 50
 
 
 def measure(args, device: torch.device) -> dict:
-    num_images = len(load_images(args.dataset_name, resolution=RESOLUTION))  # decoded before the first training
+    # decoded, and known to be there, before the first training
+    load_images(args.dataset_name, resolution=RESOLUTION, split="test")
+    num_images = len(load_images(args.dataset_name, resolution=RESOLUTION))
     rows = []
     for name, epochs in (("stock", STOCK_EPOCHS), *(("default", epochs) for epochs in args.epochs)):
         steps = max(1, round(epochs * num_images / BATCH_SIZE))
@@ -32,7 +34,7 @@ def measure(args, device: torch.device) -> dict:
 
 
 def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.device) -> dict:
-    record = folder / "time_to_quality.json"
+    record, trained = folder / "time_to_quality.json", folder / "trained.json"
     config = make_network(name, RESOLUTION).config
     settings = {
         "network": json.loads(json.dumps({key: value for key, value in config.items() if key[0] != "_"})),
@@ -58,9 +60,13 @@ def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.dev
         "output_dir": folder,
         **({"unet_config": CONFIGS / "stock.json"} if name == "stock" else {}),
     }
-    start = time.perf_counter()
-    run([ROOT / "train_scripts" / "train_unconditional.py", *flags(training), "--overwrite_output_dir"], device)
-    seconds = time.perf_counter() - start
+    known = json.loads(trained.read_text()) if trained.is_file() else None
+    if known is None or known["settings"] != settings:  # a training whose evaluation was cut off is kept
+        trained.unlink(missing_ok=True)
+        start = time.perf_counter()
+        run([ROOT / "train_scripts" / "train_unconditional.py", *flags(training), "--overwrite_output_dir"], device)
+        known = {"seconds": time.perf_counter() - start, "settings": settings}
+        trained.write_text(json.dumps(known))
     judging = {
         **data,
         "model": folder,
@@ -73,7 +79,7 @@ def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.dev
     run([ROOT / "train_scripts" / "evaluate.py", *flags(judging), "--overwrite"], device)
     figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())["figures"]
     distance = figures["train"]["frechet_distance"]["mean"]
-    row = {"network": name, "steps": steps, "seconds": seconds, "distance": distance}
+    row = {"network": name, "steps": steps, "seconds": known["seconds"], "distance": distance}
     record.write_text(json.dumps(row | {"settings": settings}))
     return row
 

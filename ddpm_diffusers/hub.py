@@ -46,6 +46,7 @@ def model_card(
     repo_id: str,
     *,
     dataset_name: str | None = None,
+    base_model: str | None = None,
     settings: dict | None = None,
     figures: Iterable[dict] = (),
     has_samples: bool = False,
@@ -58,6 +59,7 @@ def model_card(
         repo_id: "owner/name", which the card's snippets load.
         dataset_name: As given to the training. The card names it only if it is a Hub id (no local path) or the
             built-in set.
+        base_model: The model that the training started from; named only if it is a Hub id.
         settings: Training settings, shown as a table; those that are None, or may be a path or a token, are left out.
         figures: As in `add_figures`.
         has_samples: Whether the repository has a grid of samples, `samples.png`.
@@ -75,6 +77,11 @@ def model_card(
         training = f"Trained on [{dataset_name}](https://huggingface.co/datasets/{dataset_name})."
     else:
         training = "Trained on images that are not on the Hub."
+    if base_model is not None:
+        named = is_hub_id(base_model) and "/" in base_model
+        card.data.base_model = base_model if named else None
+        name = f"[{base_model}](https://huggingface.co/{base_model})" if named else "a model that is not on the Hub"
+        training += f" It started from the weights of {name}."
     rows = [(name, value) for name, value in (settings or {}).items() if is_publishable(name, value)]
     if rows:
         training += "\n\n" + table(("setting", "value"), rows)

@@ -50,8 +50,9 @@ def plain(tmp_path_factory) -> dict[str, torch.Tensor]:
 def train_in(folder: Path, *flags: str) -> Path:
     reset_accelerate()
     length = [] if "--num_epochs" in flags else ["--max_train_steps", "3"]
+    network = [] if "--pretrained_model_name_or_path" in flags else ["--unet_config", UNET]
     defaults = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64", "--resolution", "8",
-                "--train_batch_size", "16", "--unet_config", UNET, *length,
+                "--train_batch_size", "16", *network, *length,
                 "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2", "--logger", "none",
                 "--output_dir", str(folder / "run")]  # fmt: skip
     script.main(parse(*defaults, *flags))
@@ -150,6 +151,30 @@ def test_gradient_checkpointing_takes_memory_not_precision(train, plain):
 def test_the_stock_unet_trains_by_the_same_script(train):
     output_dir = train("--unet_config", str(ROOT / "train_scripts" / "configs" / "stock.json"))
     assert isinstance(DiffusionPipeline.from_pretrained(str(output_dir)).unet, UNet2DModel)
+
+
+def test_training_goes_on_from_the_weights_of_a_saved_pipeline(train, tmp_path, caplog):
+    source = train("--output_dir", str(tmp_path / "source"))
+    begin = ["--pretrained_model_name_or_path", str(source)]
+    tuned = train(*begin, "--learning_rate", "1e-9", "--resolution", "16")
+    assert "was for images of `sample_size` 8; this one is for `--resolution` 16" in caplog.text
+    assert DiffusionPipeline.from_pretrained(str(tuned)).unet.config.sample_size == 16
+    weights = load_file(source / WEIGHTS)
+    for name, weight in load_file(tuned / WEIGHTS).items():
+        torch.testing.assert_close(weight, weights[name], atol=1e-7, rtol=0)
+    card = (tuned / "README.md").read_text()
+    assert "It started from the weights of a model that is not on the Hub." in card and str(tmp_path) not in card
+
+    (tmp_path / "empty").mkdir()
+    for flags, message in (
+        ((*begin, "--prediction_type", "sample"), "`prediction_type` epsilon, .*: pass `--prediction_type epsilon`"),
+        ((*begin, "--ddpm_beta_schedule", "linear"), "pass `--ddpm_beta_schedule scaled_linear`"),
+        ((*begin, "--unet_config", "{}"), "Give `--unet_config` or `--pretrained_model_name_or_path`"),
+        ((begin[0], str(tmp_path / "empty")), "empty cannot be loaded .*: give a saved pipeline"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(*flags, "--output_dir", str(tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()
 
 
 def test_real_fashion_mnist(train, fashion_mnist):
@@ -447,6 +472,8 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_difference(train):
     (["--unet_config", "{3}"], "is no JSON"),
     (["--lr_scheduler", "piecewise_constant"], "`--lr_scheduler` is 'piecewise_constant'; it must be one of cosine"),
     (["--lr_scheduler", "constant", "--lr_warmup_steps", "1"], "`--lr_warmup_steps` is 1; it must be 0 with"),
+    (["--lr_scheduler", "polynomial", "--lr_warmup_steps", "3"],
+     r"`--lr_warmup_steps` is 3; it must be in \[0, 2\] for a run of 3 steps"),
     (["--lr_warmup_steps", "9"], r"`--lr_warmup_steps` is 9; it must be in \[0, 3\]"),
     (["--adam_beta2", "1"], r"`--adam_beta2` is 1.0; it must be in \[0, 1\)"),
     (["--adam_weight_decay", "-0.1"], "`--adam_weight_decay` is -0.1; it must be a number of at least 0"),

@@ -9,6 +9,7 @@ table shows each row's precision. Several `--train_seeds` give means and standar
 """
 
 import json
+import logging
 import math
 import statistics
 import subprocess
@@ -28,10 +29,12 @@ from tqdm.auto import tqdm
 from unets import make_unet
 
 from ddpm_diffusers import make_scheduler
-from ddpm_diffusers.evaluation import FASHION_MNIST, load_feature_extractor
+from ddpm_diffusers.evaluation import FASHION_MNIST, Reference, load_feature_extractor
 from ddpm_diffusers.evaluation.plots import FREQUENCIES, plot_rows, plot_spectra
 from ddpm_diffusers.evaluation.protocol import check_count, mean_and_sd
 from ddpm_diffusers.schedulers import count_evaluations
+
+logger = logging.getLogger(__name__)
 
 SCRIPTS = Path(__file__).parent
 PICTURED = ("baseline", "residual_blocks", "guide", "coarser_layers", "default", "stock")
@@ -67,7 +70,7 @@ class AblateArguments:
         metadata={"help": f"rows to show in the spectra; by default {', '.join(PICTURED)}, if in the ladder"},
     )
     jobs: int = arg(1, "number of trainings to run at a time")
-    compile: bool = arg(False, "torch.compile each network for its training; for GPUs: no gain on a CPU")
+    compile: bool = arg(False, "torch.compile each network for its training; for GPUs")
     accelerate_config: str = arg(
         str(SCRIPTS / "accelerate" / "cpu.yaml"), "accelerate config file for each training and evaluation"
     )
@@ -99,10 +102,14 @@ def main(args: AblateArguments) -> None:
     settings = {**settings_of(args), "feature_extractor": {"name": extractor.name, "digest": extractor.digest}}
     results_dir = Path(args.results_dir or args.output_dir)
     folder_lock = lock(results_dir)
-    rows = {name: open_row(results_dir, name, unets[name], settings) for name in unet_configs}
+    rows = {name: open_row(results_dir, name, unets[name], settings) for name in names}
     todo = [(name, seed) for seed in args.train_seeds for name in names if str(seed) not in rows[name]["seeds"]]
     for name, seed in todo:
         check_training(args, name, seed, rows[name])
+    for channels in {unets[name].config.in_channels for name, _ in todo}:
+        extractor.check_channels(channels)
+        # fills the caches for the evaluations, and raises what they would after the trainings
+        Reference.of_dataset(args.dataset_name, extractor, resolution=args.resolution, channels=channels)
 
     failures = []
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -122,7 +129,9 @@ def main(args: AblateArguments) -> None:
             pool.shutdown(cancel_futures=True)  # those already running are left to finish
             raise
 
-    if kept := [row for row in rows.values() if row["seeds"]]:
+    rows |= other_rows(results_dir, rows, unets, settings)
+    order = dict.fromkeys((*unet_configs, *rows))  # as in the ladder, then those of other ladders
+    if kept := [rows[name] for name in order if name in rows and rows[name]["seeds"]]:
         write_report(results_dir, kept, pictured)
         print((results_dir / "table.md").read_text())
     folder_lock.release()
@@ -185,7 +194,7 @@ def num_processes(args: AblateArguments) -> int:
 
 def open_row(results_dir: Path, name: str, unet: ModelMixin, settings: dict) -> dict:
     """The row as kept in `results_dir`, or a new one; ValueError if the kept one was made with other settings."""
-    settings = {"unet": json.loads(json.dumps(config_of(unet))), **settings}
+    settings = {"unet": config_of(unet), **settings}
     path = results_dir / f"{name}.json"
     if not path.is_file():
         return {"name": name, "num_parameters": unet.num_parameters(), **settings, "seeds": {}}
@@ -199,8 +208,23 @@ def open_row(results_dir: Path, name: str, unet: ModelMixin, settings: dict) -> 
     return row
 
 
+def other_rows(results_dir: Path, rows: dict, unets: dict[str, ModelMixin], settings: dict) -> dict[str, dict]:
+    """The rows kept in `results_dir` that are not run now: of the same settings and, if in the ladder, network."""
+    others = {}
+    for path in sorted(results_dir.glob("*.json")):
+        if path.stem not in rows:
+            row = json.loads(path.read_text())
+            asked = settings | ({"unet": config_of(unets[path.stem])} if path.stem in unets else {})
+            if any(row.get(part) != value for part, value in asked.items()):
+                logger.warning("%s was made with other settings, or of another network: left out.", path)
+            else:
+                others[path.stem] = row
+    return others
+
+
 def config_of(unet: ModelMixin) -> dict:
-    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    """The network's arguments, as JSON has them."""
+    return json.loads(json.dumps({key: value for key, value in unet.config.items() if not key.startswith("_")}))
 
 
 def show_some(values: dict, keys: list[str]) -> str:
@@ -307,9 +331,9 @@ def write_report(results_dir: Path, rows: list[dict], pictured: list[str]) -> No
     firsts = {row["name"]: next(iter(row["seeds"].values()))["spectrum"] for row in rows}
     pictured = [name for name in firsts if name in pictured] or list(firsts)
     for kind in FREQUENCIES:  # of the first seed
-        curves = {"real": next(iter(firsts.values()))["real"][kind]}
-        curves |= {name: spectrum["samples"][kind] for name, spectrum in firsts.items() if name in pictured}
-        write_file(results_dir / f"{kind}.png", lambda path, c=curves, k=kind: plot_spectra(c, path, k))
+        real = next(iter(firsts.values()))["real"][kind]
+        curves = {name: spectrum["samples"][kind] for name, spectrum in firsts.items() if name in pictured}
+        write_file(results_dir / f"{kind}.png", lambda path, c=curves, r=real, k=kind: plot_spectra(c, r, path, k))
 
 
 def markdown(rows: list[dict]) -> str:

@@ -47,6 +47,9 @@ class TrainingArguments:
     dataloader_num_workers: int = arg(0, "data-loading worker processes; 0 is usually fastest without --streaming")
     # model and noise schedule
     unet_config: str | None = arg(None, "U-Net arguments, as a JSON file (see train_scripts/configs) or JSON text")
+    pretrained_model_name_or_path: str | None = arg(
+        None, "folder or Hub id of a pipeline, whose network and weights to start from in place of new ones"
+    )
     prediction_type: str = arg("epsilon", "what the network predicts: epsilon, v_prediction or sample")
     ddpm_num_steps: int = arg(1000, "timesteps of the noise schedule")
     ddpm_beta_schedule: str = arg("scaled_linear", "linear, scaled_linear or squaredcos_cap_v2")
@@ -76,7 +79,7 @@ class TrainingArguments:
     mixed_precision: str | None = arg(
         None, "auto (bf16 if the hardware supports it), no, fp16 or bf16; accelerate's setting by default"
     )
-    compile: bool = arg(False, "torch.compile the network; for GPUs: no gain on a CPU")
+    compile: bool = arg(False, "torch.compile the network: for GPUs, and CPUs with AMX in bf16")
     cuda_graph: bool = arg(
         True, "on one GPU, launch each step as a whole; not with fp16, gradient accumulation or gradient checkpointing"
     )
@@ -125,6 +128,8 @@ class TrainingArguments:
             "logger": (*TRACKERS, "none"),
         }.items():
             check(getattr(self, name) in choices, name, f"be one of {', '.join(filter(None, choices))}")
+        if self.unet_config is not None and self.pretrained_model_name_or_path is not None:
+            raise ValueError("Give `--unet_config` or `--pretrained_model_name_or_path`, which brings its own, not both.")
         if self.lr_scheduler == "constant":
             check(not self.lr_warmup_steps, "lr_warmup_steps",
                   "be 0 with `--lr_scheduler constant`, which does not warm up: use constant_with_warmup")  # fmt: skip
@@ -157,6 +162,7 @@ def settings_for_card(run: dict) -> dict:
         "dataloader_num_workers",
         "shuffle_buffer_size",
         "unet_config",
+        "pretrained_model_name_or_path",
     }
     elsewhere |= {"data"} if run["streaming"] else set()  # it names the folder
     elsewhere |= {"overwrite_output_dir", "num_epochs", *names[names.index("logging_steps") :]}

@@ -76,6 +76,9 @@ class EvaluateArguments(EvaluationArguments):
         super().__post_init__()
         if (self.model is None) == (self.images is None):
             raise ValueError("Give either `--model`, a pipeline, or `--images`, images in place of its samples.")
+        for name in ("scheduler", "scheduler_config", "variant") if self.images is not None else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"`--{name}` is for a `--model`; `--images` are judged as they are: leave it out.")
         if self.num_inference_steps < 1:
             raise ValueError(f"`--num_inference_steps` is {self.num_inference_steps}; it must be at least 1.")
         if self.damage is not None and (self.images is None or self.damage not in DAMAGE):
@@ -103,6 +106,7 @@ def main(args: EvaluateArguments) -> None:
     else:
         extractor = open_extractor(args, accelerator)
         images = given_images(args, extractor.num_channels)  # (N, C, H, W)
+        extractor.check_channels(images.shape[1])
         check_count(len(images), extractor)
         if args.damage is not None:
             images = DAMAGE[args.damage](images, args.damage_amount)
@@ -129,15 +133,16 @@ def main(args: EvaluateArguments) -> None:
 
     name = args.name or Path(args.model or args.images).resolve().name
     kept = record.pop("images")
-    record = {"name": name, **provenance(args, accelerator, pipe), **record}
+    split = {"train_split": args.train_split, "test_split": args.test_split, "center_crop": args.center_crop}
+    record = {"name": name, **provenance(args, accelerator, pipe), **split, **record}
     if pipe is not None:
         record["scheduler_options"] = options
     row = figures_table([(leading_cells(record), record["figures"])]) + "\n\n" + caption(record)
     write_text(output_dir / "row.md", row + "\n")
     write_file(output_dir / "grid.png", image_grid(to_pil(kept)).save)
     for kind, file in (("radial", "spectrum.png"), ("rings", "rings.png")):
-        curves = {"real": record["spectrum"]["real"][kind], name: record["spectrum"]["samples"][kind]}
-        write_file(output_dir / file, lambda path, c=curves, k=kind: plot_spectra(c, path, k))
+        real, samples = (record["spectrum"][of][kind] for of in ("real", "samples"))
+        write_file(output_dir / file, lambda path, r=real, s=samples, k=kind: plot_spectra({name: s}, r, path, k))
     write_text(output_dir / "evaluation.json", json.dumps(record, indent=2) + "\n")  # last: it means that all is there
     if args.write_card:
         card = Path(args.model, README)
@@ -161,11 +166,12 @@ def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
         )
         images = ImageArrays(dataset, (channels, args.resolution, args.resolution))
         count = min(args.num_images, len(images))
-        return images.__getitems__(np.linspace(0, len(images) - 1, count).round().astype(int))
+        return images.__getitems__(evenly_spaced(len(images), count))
 
     folder = Path(args.images)
     files = sorted(path for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    files = [path for path in files if path.name != "grid.png"][: args.num_images]  # the grid of generate.py
+    files = [path for path in files if path.name != "grid.png"]  # of generate.py
+    files = [files[i] for i in evenly_spaced(len(files), min(args.num_images, len(files)))]
     if not files:
         raise ValueError(
             f"`--images` {args.images} is no folder with images ({', '.join(IMAGE_SUFFIXES)}), nor one of the splits"
@@ -181,6 +187,11 @@ def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
             )
     pixels = np.stack([np.asarray(image.convert(mode)) for image in images])
     return torch.from_numpy(pixels.reshape(*pixels.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
+
+
+def evenly_spaced(length: int, count: int) -> np.ndarray:
+    """`count` places in a list of this length, which may be sorted by class."""
+    return np.linspace(0, length - 1, count).round().astype(int)
 
 
 def leading_cells(record: dict) -> dict:

@@ -155,7 +155,10 @@ class LogLines:
 
 
 def save_pipeline(pipe, output_dir: Path) -> None:
-    """`save_pretrained`, replacing files atomically: each old file stays until its successor is complete."""
+    """`save_pretrained`, replacing files atomically: each old file stays until its successor is complete.
+
+    Variants of the weights that were added to an earlier pipeline in the folder are removed: they are not of this one.
+    """
     partial = output_dir / ".pipeline.partial"
     with clear_write_errors(f"The pipeline cannot be written to {output_dir}", partial):
         shutil.rmtree(partial, ignore_errors=True)
@@ -166,6 +169,10 @@ def save_pipeline(pipe, output_dir: Path) -> None:
             target = output_dir / path.relative_to(partial)
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
+            if path.suffix == ".safetensors":
+                for other in target.parent.glob("*.safetensors*"):
+                    if other.name not in [file.name for file in files]:
+                        other.unlink()
         shutil.rmtree(partial)
 
 

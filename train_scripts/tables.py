@@ -29,8 +29,8 @@ def caption(record: dict) -> str:
     floor, extractor = record["figures"]["floor"], record["feature_extractor"]
     a_seed = " a seed" if len(record.get("seeds", [])) > 1 else ""
     lines = [
-        f"{record['num_images']:,} images{a_seed} against the train split of {record['dataset']}, by the features of"
-        f" {extractor['name']} {extractor['digest']}. As many test images, or all there are, have a distance of"
+        f"{record['num_images']:,} images{a_seed} against the {record.get('train_split', 'train')} split of {record['dataset']},"
+        f" by the features of {extractor['name']} {extractor['digest']}. As many test images, or all there are, have a distance of"
         f" {show(floor['frechet_distance'], '.4f')} (the floor), precision {show(floor['precision'], '.3f')} and"
         f" recall {show(floor['recall'], '.3f')}."
     ]

@@ -33,7 +33,7 @@ from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_fil
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
 from training_state import gather_state, restore
-from unets import make_unet
+from unets import load_unet, make_unet
 
 from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.checkpointing import load_checkpoint, plain_copy, save_checkpoint
@@ -82,14 +82,18 @@ def main(args: TrainingArguments) -> None:
 
     # model, noise schedule, data
     set_seed(args.seed)
-    model = make_unet(args.unet_config, args.resolution, args.ddpm_num_steps, args.gradient_checkpointing)
-    image_shape = (model.config.in_channels, args.resolution, args.resolution)  # (C, H, W)
     scheduler = DDPMScheduler(
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,
         prediction_type=args.prediction_type,
         timestep_spacing="trailing",
     )
+    if args.pretrained_model_name_or_path is None:
+        model = make_unet(args.unet_config, args.resolution, args.ddpm_num_steps, args.gradient_checkpointing)
+    else:
+        pretrained = args.pretrained_model_name_or_path
+        model = load_unet(pretrained, scheduler, args.resolution, args.gradient_checkpointing)
+    image_shape = (model.config.in_channels, args.resolution, args.resolution)  # (C, H, W)
     source = {
         "dataset_name": args.dataset_name,
         "dataset_config_name": args.dataset_config_name,
@@ -134,9 +138,10 @@ def main(args: TrainingArguments) -> None:
     warmup_steps = args.lr_warmup_steps
     if warmup_steps is None:
         warmup_steps = 0 if args.lr_scheduler == "constant" else max_train_steps // 10
-    if warmup_steps > max_train_steps:
+    most = max_train_steps - (args.lr_scheduler == "polynomial")  # which divides by the steps after the warm-up
+    if warmup_steps > most:
         raise ValueError(
-            f"`--lr_warmup_steps` is {warmup_steps}; it must be in [0, {max_train_steps}], the run's steps."
+            f"`--lr_warmup_steps` is {warmup_steps}; it must be in [0, {most}] for a run of {max_train_steps} steps."
         )
     # not prepared: it counts optimizer steps, whatever the accumulation and the number of processes
     lr_scheduler = get_scheduler(
@@ -370,6 +375,7 @@ def main(args: TrainingArguments) -> None:
     if accelerator.is_main_process and not (first_step == max_train_steps and (output_dir / README).exists()):
         dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
         about = {"dataset_name": dataset_name, "settings": settings_for_card(run), "license": args.hub_license}
+        about["base_model"] = args.pretrained_model_name_or_path
         write_text(output_dir / README, str(model_card(pipe, repo_id, **about, has_samples=True)))
     unet = None  # as above
     let_go(accelerator)

@@ -1,23 +1,34 @@
-"""Build the network that `--unet_config` describes."""
+"""The network to train: what `--unet_config` describes, or that of a saved pipeline."""
 
 import inspect
 import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
-from ddpm_diffusers import OptimizedUNet2DModel
+from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
+from ddpm_diffusers.pipeline_pixel_diffusion import TRAINED_WITH
 
 logger = logging.getLogger(__name__)
 
 UNETS = {"OptimizedUNet2DModel": OptimizedUNet2DModel, "UNet2DModel": UNet2DModel}
 
 
+# the flags that set what a network was trained with
+FLAGS = {
+    "num_train_timesteps": "ddpm_num_steps",
+    "beta_schedule": "ddpm_beta_schedule",
+    "prediction_type": "prediction_type",
+}
+
+
 def make_unet(
     unet_config: str | dict | None, resolution: int, num_train_timesteps: int, gradient_checkpointing: bool = False
-):
+) -> ModelMixin:
+    """A new network; ValueError if it cannot be made or trained."""
     config = unet_config or {}
     if isinstance(config, str):
         is_text = config.lstrip().startswith("{")
@@ -34,20 +45,50 @@ def make_unet(
         raise ValueError(f"`_class_name` in `--unet_config` is {class_name!r}; it must be one of {', '.join(UNETS)}.")
     saved = {key: config[key] for key in ("_class_name", "_diffusers_version") if key in config}
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    if config.get("sample_size", resolution) not in (resolution, None, [resolution] * 2):
-        logger.warning(
-            f"The network of `--unet_config` was for images of `sample_size` {config['sample_size']}; this one is for"
-            f" `--resolution` {resolution}."
-        )
+    warn_of_another_size(config, "unet_config", resolution)
     config |= {"sample_size": resolution, "num_train_timesteps": num_train_timesteps}
     unknown = set(config) - set(inspect.signature(UNETS[class_name].__init__).parameters)
     if unknown:
         raise ValueError(f"`--unet_config` holds {sorted(unknown)}, which are no arguments of {class_name}.")
-    unet = UNETS[class_name].from_config({**saved, **config})
+    return ready(UNETS[class_name].from_config({**saved, **config}), "unet_config", resolution, gradient_checkpointing)
+
+
+def load_unet(
+    name_or_path: str, scheduler: DDPMScheduler, resolution: int, gradient_checkpointing: bool = False
+) -> ModelMixin:
+    """The network of a saved pipeline, with its weights; ValueError if it cannot be trained with `scheduler`."""
+    flag = "pretrained_model_name_or_path"
+    try:
+        pipe = PixelDiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`--{flag}` {name_or_path} cannot be loaded ({error}): give a saved pipeline.") from error
+    was, now = pipe.scheduler.config, scheduler.config
+    for key in TRAINED_WITH:
+        if key in was and key in now and not np.array_equal(was[key], now[key]):
+            advice = f"pass `--{FLAGS[key]} {was[key]}`" if key in FLAGS else "there is no flag for it"
+            raise ValueError(
+                f"The network of `--{flag}` was trained with `{key}` {was[key]}, and would go on with {now[key]}:"
+                f" {advice}."
+            )
+    warn_of_another_size(pipe.unet.config, flag, resolution)
+    pipe.unet.register_to_config(sample_size=resolution)
+    return ready(pipe.unet, flag, resolution, gradient_checkpointing)
+
+
+def warn_of_another_size(config: dict, flag: str, resolution: int) -> None:
+    if config.get("sample_size", resolution) not in (resolution, None, [resolution] * 2, (resolution, resolution)):
+        logger.warning(
+            f"The network of `--{flag}` was for images of `sample_size` {config['sample_size']}; this one is for"
+            f" `--resolution` {resolution}."
+        )
+
+
+def ready(unet: ModelMixin, flag: str, resolution: int, gradient_checkpointing: bool) -> ModelMixin:
+    """The network in training mode; ValueError if it cannot be trained on such images."""
     channels = (unet.config.in_channels, unet.config.out_channels)
     if channels not in ((1, 1), (3, 3)):
         raise ValueError(
-            f"`in_channels` and `out_channels` in `--unet_config` are {channels[0]} and {channels[1]}; both must be 1"
+            f"`in_channels` and `out_channels` in `--{flag}` are {channels[0]} and {channels[1]}; both must be 1"
             " (grey) or both 3 (RGB)."
         )
     try:
@@ -55,11 +96,11 @@ def make_unet(
             unet.eval()(torch.zeros(1, channels[0], resolution, resolution), 0)
     except Exception as error:  # UNet2DModel does not check shapes up front
         raise ValueError(
-            f"The network of `--unet_config` cannot take images of `--resolution` {resolution} ({error}): choose"
+            f"The network of `--{flag}` cannot take images of `--resolution` {resolution} ({error}): choose"
             " another resolution or network, without classes or other conditions."
         ) from error
     if gradient_checkpointing:
-        if config.get("norm_type") == "batch":
+        if unet.config.get("norm_type") == "batch":
             raise ValueError(
                 "`--gradient_checkpointing` runs each block twice, so the running statistics of `norm_type` 'batch'"
                 " would be updated twice a step: leave it out, or use `norm_type` 'group'."

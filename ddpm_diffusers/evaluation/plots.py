@@ -12,7 +12,6 @@ from .comparison import distance, label_of, name_of
 
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
 LINES, MARKERS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "P", "X")
-REAL = "real"  # the curve that the others are compared with
 FREQUENCIES = {"radial": "radius (cycles an image)", "rings": "larger of |u| and |v| (cycles an image)"}
 DPI = 130
 
@@ -58,23 +57,25 @@ def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | 
     figure.savefig(path, dpi=DPI)
 
 
-def plot_spectra(curves: Mapping[str, Sequence[float]], path: str | Path, kind: str) -> None:
+def plot_spectra(
+    curves: Mapping[str, Sequence[float]], real: Sequence[float], path: str | Path, kind: str
+) -> None:
     """Plot mean power by frequency, in dB relative to that of real images, which is the line at 0.
 
     Args:
-        curves: Curves of a record's "spectrum", by name. Their first value, at frequency 0, is not drawn: it is 0, as
-            each image's mean is subtracted. The others are compared with the one named "real".
+        curves: Curves of the samples of a record's "spectrum", by name. Their first value, at frequency 0, is not
+            drawn: it is 0, as each image's mean is subtracted.
+        real: The curve of real images, which they are compared with.
         path: Path of the file; its extension sets the format.
         kind: "radial", whose outer half is the sharpness, or "rings", whose last value shows a checkerboard of
             period 2.
     """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    real = np.asarray(curves[REAL])[1:]
-    axes.axhline(0, color="black", linewidth=2, label=REAL)
-    for i, (name, values) in enumerate((name, values) for name, values in curves.items() if name != REAL):
+    axes.axhline(0, color="black", linewidth=2, label="real")
+    for i, (name, values) in enumerate(curves.items()):
         with np.errstate(divide="ignore"):  # points without any energy are not drawn
-            decibels = 10 * np.log10(np.asarray(values)[1:] / real)
+            decibels = 10 * np.log10(np.asarray(values)[1:] / np.asarray(real)[1:])
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
         axes.plot(range(1, len(values)), decibels, marker=".", label=name, **style)
     axes.set(xlabel=FREQUENCIES[kind], ylabel="mean power relative to real images (dB)")
