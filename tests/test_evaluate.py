@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import evaluate as script
+import numpy as np
 import pytest
 import torch
 from arguments import parse_arguments
@@ -134,6 +135,9 @@ def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, garments, tmp_
     record = evaluate("--images", str(folder), "--num_images", "1000")
     assert record["num_images"] == 160
     assert record["per_seed"] == [expected]
+    fewer = evaluate("--images", str(folder), "--num_images", "120", "--overwrite")  # spread over all, as if sorted
+    spread = images[np.linspace(0, 159, 120).round().astype(int)]
+    assert fewer["per_seed"] == [evaluate_images(spread, reference)]
 
     Image.new("RGB", (16, 16), "red").save(folder / "000400.png")  # all are read in colour, and refused for it
     with pytest.raises(ValueError, match="The images are RGB, but .* is for grey ones"):
@@ -152,6 +156,7 @@ def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, garments, tmp_
         (["--images", "test", "--write_card", "--dataset_id", "a/b"], "needs a local `--model` with a card"),
         (["--model", "MODEL", "--write_card"], "needs the data set's id on the Hub, which .* is not"),
         (["--images", "test", "--damage", "blur", "--damage_amount", "nan"], r"is nan; it must be in \[0, 1\]"),
+        (["--images", "test", "--scheduler", "ddim"], "`--scheduler` is for a `--model`"),
         (["--images", "nowhere"], "nowhere is no folder with images .*nor one of the splits train and test"),
         (["--model", "MODEL", "--num_images", "20"], "20 images to evaluate; there must be more than the"),
         (["--model", "MODEL", "--seeds", "1", "1"], r"`--seeds` is \[1, 1\]; it must hold different"),

@@ -430,6 +430,14 @@ def test_the_card_of_a_training_says_what_is_known_and_names_no_path(tiny_pipe, 
         assert body.index("## Training") < body.index("## Limits")
 
 
+def test_the_card_names_the_model_of_the_hub_that_a_training_started_from(tiny_pipe, tmp_path):
+    metadata, body = front_matter(str(model_card(tiny_pipe, "user/name", base_model="google/ddpm-cifar10-32")))
+    assert metadata["base_model"] == "google/ddpm-cifar10-32"
+    assert "(https://huggingface.co/google/ddpm-cifar10-32)" in body
+    metadata, body = front_matter(str(model_card(tiny_pipe, "user/name", base_model=str(tmp_path))))
+    assert "base_model" not in metadata and "a model that is not on the Hub" in body and str(tmp_path) not in body
+
+
 def test_figures_replace_earlier_ones_in_the_metadata_and_the_body(tiny_pipe):
     plain = str(model_card(tiny_pipe, "user/name", dataset_name="mnist"))
     better = {**FIGURE, "metric_value": 2.25}
