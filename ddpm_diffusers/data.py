@@ -264,9 +264,11 @@ def open_dataset(
 
 
 def has_split_folders(folder: str) -> bool:
-    """Whether a folder holds only folders named after splits: else a class or file named so is an image like others."""
-    names = {path.name for path in Path(folder).iterdir() if path.name[0] != "."}
-    return bool(names) and names <= {name for words in SPLIT_KEYWORDS.values() for name in words}
+    """Whether a folder's images are all in folders named after splits; else such a name is that of a class."""
+    paths = list(Path(folder).expanduser().iterdir())
+    names = {path.name for path in paths if path.is_dir() and path.name[0] != "."}
+    loose = any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in paths)
+    return bool(names) and not loose and names <= {name for words in SPLIT_KEYWORDS.values() for name in words}
 
 
 def warn_if_images_are_left_out(loaded: Dataset, folder: str) -> None:
@@ -318,7 +320,9 @@ class DamagedImage(ValueError):
 def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
     """Decode an Arrow row (bytes, or a file's path) to a PIL image: upright, opaque, 8 bits per channel."""
     if encoded is None:
-        raise DamagedImage(f"Image {index} of the data set is missing (null): remove the row, or choose another column.")
+        raise DamagedImage(
+            f"Image {index} of the data set is missing (null): remove the row, or choose another column."
+        )
     try:
         image = PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
         ImageOps.exif_transpose(image, in_place=True)  # also decodes it

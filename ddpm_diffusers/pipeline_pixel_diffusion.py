@@ -64,7 +64,7 @@ Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffuser
 
 ## Limits
 
-- The images resemble those of its training data, gaps and biases included, and may closely resemble single ones of them.
+- The images resemble those of its training data, with its gaps and biases, and may closely resemble single ones.
 - Small images only, drawn at random: there is no prompt, no class and no other way to ask for one.
 - For study and experiments: not for decisions about people, nor as evidence of anything.
 """

@@ -246,7 +246,6 @@ class Parts(torch.utils.data.IterableDataset):
             else:
                 start, rows = {**START, "pass": start["pass"] + 1}, None
 
-
     def decode(self, table: pa.Table, indices: range, where: str) -> np.ndarray:
         """Decode a table's images but for damaged ones: a long run must not end for one of millions."""
         (channels, resolution, _), (column,) = self.run.shape, self.run.stream.column_names

@@ -101,6 +101,7 @@ def test_a_class_or_file_named_as_a_split_is_an_image_like_others(tmp_path, cach
     for path in ("car", "plane", "4.png", "val.png"):  # what is left is a split
         (folder / path).rename(tmp_path / path)
     (tmp_path / "car").rename(folder / "test")
+    (folder / "README.md").write_text("no image")
     for split in ("train", "test"):
         found = load_images(train_data_dir=str(folder), split=split, resolution=8, cache_dir=cache)
         assert len(found) == 2

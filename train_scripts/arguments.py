@@ -129,7 +129,9 @@ class TrainingArguments:
         }.items():
             check(getattr(self, name) in choices, name, f"be one of {', '.join(filter(None, choices))}")
         if self.unet_config is not None and self.pretrained_model_name_or_path is not None:
-            raise ValueError("Give `--unet_config` or `--pretrained_model_name_or_path`, which brings its own, not both.")
+            raise ValueError(
+                "Give `--unet_config` or `--pretrained_model_name_or_path`, which brings its own, not both."
+            )
         if self.lr_scheduler == "constant":
             check(not self.lr_warmup_steps, "lr_warmup_steps",
                   "be 0 with `--lr_scheduler constant`, which does not warm up: use constant_with_warmup")  # fmt: skip

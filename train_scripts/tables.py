@@ -28,9 +28,10 @@ def caption(record: dict) -> str:
     """How a record's figures were measured."""
     floor, extractor = record["figures"]["floor"], record["feature_extractor"]
     a_seed = " a seed" if len(record.get("seeds", [])) > 1 else ""
+    split = record.get("train_split", "train")
     lines = [
-        f"{record['num_images']:,} images{a_seed} against the {record.get('train_split', 'train')} split of {record['dataset']},"
-        f" by the features of {extractor['name']} {extractor['digest']}. As many test images, or all there are, have a distance of"
+        f"{record['num_images']:,} images{a_seed} against the {split} split of {record['dataset']}, by the features of"
+        f" {extractor['name']} {extractor['digest']}. As many test images, or all there are, have a distance of"
         f" {show(floor['frechet_distance'], '.4f')} (the floor), precision {show(floor['precision'], '.3f')} and"
         f" recall {show(floor['recall'], '.3f')}."
     ]

@@ -57,9 +57,7 @@ def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | 
     figure.savefig(path, dpi=DPI)
 
 
-def plot_spectra(
-    curves: Mapping[str, Sequence[float]], real: Sequence[float], path: str | Path, kind: str
-) -> None:
+def plot_spectra(curves: Mapping[str, Sequence[float]], real: Sequence[float], path: str | Path, kind: str) -> None:
     """Plot mean power by frequency, in dB relative to that of real images, which is the line at 0.
 
     Args:
