@@ -13,6 +13,7 @@ from machine import describe
 from networks import CONFIGS, ROOT, make_network
 from processes import flags, run
 from report import table
+from run_folder import write_text
 
 from ddpm_diffusers.data import load_images
 
@@ -60,13 +61,14 @@ def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.dev
         "output_dir": folder,
         **({"unet_config": CONFIGS / "stock.json"} if name == "stock" else {}),
     }
+    of_training = {name: value for name, value in settings.items() if name != "num_images"}
     known = json.loads(trained.read_text()) if trained.is_file() else None
-    if known is None or known["settings"] != settings:  # a training whose evaluation was cut off is kept
+    if known is None or known["settings"] != of_training:  # a training whose evaluation was cut off is kept
         trained.unlink(missing_ok=True)
         start = time.perf_counter()
         run([ROOT / "train_scripts" / "train_unconditional.py", *flags(training), "--overwrite_output_dir"], device)
-        known = {"seconds": time.perf_counter() - start, "settings": settings}
-        trained.write_text(json.dumps(known))
+        known = {"seconds": time.perf_counter() - start, "settings": of_training}
+        write_text(trained, json.dumps(known))
     judging = {
         **data,
         "model": folder,

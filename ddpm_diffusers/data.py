@@ -7,6 +7,7 @@ larger than memory.
 import hashlib
 import io
 import numbers
+import re
 from pathlib import Path
 
 import numpy as np
@@ -259,27 +260,40 @@ def open_dataset(
         raise ConnectionError(f"The Hub cannot be reached for data set {name!r} ({error}): {advice}.") from error
     except IndexError as error:  # what `datasets` raises for no rows on disk, and for an empty name
         raise ValueError(f"Data set {name!r} is empty: {advice}.") from error
-    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
+    except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(f"Data set {name!r} cannot be read ({error}): {advice}.") from error
 
 
 def has_split_folders(folder: str) -> bool:
     """Whether a folder's images are all in folders named after splits; else such a name is that of a class."""
-    paths = list(Path(folder).expanduser().iterdir())
-    names = {path.name for path in paths if path.is_dir() and path.name[0] != "."}
-    loose = any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in paths)
-    return bool(names) and not loose and names <= {name for words in SPLIT_KEYWORDS.values() for name in words}
+    paths = [path for path in Path(folder).expanduser().iterdir() if is_seen(path)]
+    names = [path.name for path in paths if path.is_dir() and any(map(is_image, path.rglob("*")))]
+    words = "|".join(word for words in SPLIT_KEYWORDS.values() for word in words)
+    splits = [name for name in names if re.fullmatch(rf"({words})([-._ \d].*)?", name)]
+    mixed = len(splits) < len(names) or any(map(is_image, paths))
+    if mixed and len(splits) > 1:
+        logger.warning(f"{folder} has other images than in {', '.join(sorted(splits))}: all are taken for one split.")
+    return bool(splits) and not mixed
+
+
+def is_seen(path: Path) -> bool:
+    """Whether `datasets` looks at a path of this name."""
+    return not path.name.startswith((".", "__"))
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in ImageFolder.EXTENSIONS and is_seen(path)
 
 
 def warn_if_images_are_left_out(loaded: Dataset, folder: str) -> None:
     """Warn if `datasets` takes a part of a folder's images for a split, by names, and leaves out all others."""
-    suffixes = set(ImageFolder.EXTENSIONS)
-    there = sum(path.suffix.lower() in suffixes for path in Path(folder).rglob("*"))
+    paths = (path.relative_to(folder) for path in Path(folder).rglob("*") if is_image(path))
+    there = sum(all(map(is_seen, list(path.parents)[:-1])) for path in paths)
     found = sum(split.num_examples for split in loaded.info.splits.values())
     if found < there:
         logger.warning(
             f"{folder} holds {there} images, of which `datasets` takes {found}, by names of splits in their paths (or"
-            " a list of theirs): rename these, or pass the folder as `train_data_dir`, which takes all."
+            " a list of theirs): rename these to have all."
         )
 
 
@@ -314,7 +328,7 @@ def decode_images(table: pa.Table, indices: list[int], image_column, resolution,
 
 
 class DamagedImage(ValueError):
-    """An image is missing or cannot be decoded."""
+    """An image is missing or its data cannot be decoded, now or ever."""
 
 
 def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
@@ -327,7 +341,8 @@ def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
         image = PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
         ImageOps.exif_transpose(image, in_place=True)  # also decodes it
     except Exception as error:  # PIL raises many types for damaged files
-        raise DamagedImage(
+        of_the_machine = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+        raise (ValueError if of_the_machine else DamagedImage)(
             f"Image {index} of the data set cannot be decoded ({error}): repair or remove it, or use the built-in set,"
             f" `dataset_name` {SYNTHETIC}."
         ) from error

@@ -34,11 +34,13 @@ from .data import (
 from .worker_signals import LeaveSignalsToMain
 
 logger = logging.getLogger(__name__)
+logger.setLevel(logging.WARNING)  # also where the script hushes processes but the main one: each reads other images
 
 LISTED_SHARDS = 1024  # of a data set that is not opened as a stream; each pass shuffles them
 ROWS = 64  # decoded at a time
 FETCHES = 16  # at a time, for images that are files on a server
-START = {"pass": 0, "block": 0, "stream": None, "used": 0}  # start of a part; `stream` is where the block starts
+# start of a part; `stream` is where the block starts, `row` how many rows of the pass come before it
+START = {"pass": 0, "block": 0, "stream": None, "row": 0, "used": 0}
 
 
 def open_stream(
@@ -223,10 +225,10 @@ class Parts(torch.utils.data.IterableDataset):
                 if start["stream"] is not None:
                     stream.load_state_dict(start["stream"])
                 rows = stream.iter(batch_size=1)  # `iter(stream)` would split it again, among the workers
-            images, count = np.empty((run.buffer_size, *run.shape), np.uint8), 0
+            images, count, row = np.empty((run.buffer_size, *run.shape), np.uint8), 0, start.get("row", 0)
             while tables := list(islice(rows, min(ROWS, run.buffer_size - count))):
-                table, first = with_content(pa.concat_tables(tables)), start["block"] * run.buffer_size + count
-                indices = range(first, first + len(table))
+                table = with_content(pa.concat_tables(tables))
+                indices = range(row, row := row + len(table))
                 where = f"counted in the order in which part {part} of {num_parts} reads its pass {start['pass']}"
                 try:
                     decoded = self.decode(table, indices, where)
@@ -237,11 +239,11 @@ class Parts(torch.utils.data.IterableDataset):
                 yield images[:count], start, False
             if count:
                 yield images[:count], start, True
-                start = {**start, "block": start["block"] + 1, "stream": stream.state_dict(), "used": 0}
+                start = {**start, "block": start["block"] + 1, "stream": stream.state_dict(), "row": row, "used": 0}
             elif start["block"] == 0:
                 raise ValueError(
-                    f"Part {part} of {num_parts} has no image (each worker of each process has a part): use fewer"
-                    " workers or processes."
+                    f"Part {part} of {num_parts} has no image that is sound (each worker of each process has a part):"
+                    " use fewer workers or processes."
                 )
             else:
                 start, rows = {**START, "pass": start["pass"] + 1}, None

@@ -124,6 +124,14 @@ def test_no_number_of_steps_goes_beyond_the_last_timestep(name):
     assert abs(mean - MEAN) < 0.03 and spread == pytest.approx(mean_and_spread(make_pipe(name), 50)[1], abs=0.1)
 
 
+def test_timesteps_below_0_of_another_kind_of_schedule_stay(tiny_pipe):
+    pipe = PixelDiffusionPipeline(tiny_pipe.unet, scheduler := diffusers.EDMEulerScheduler())
+    pipe(1, 5)
+    expected = diffusers.EDMEulerScheduler()
+    expected.set_timesteps(5)
+    assert torch.equal(scheduler.timesteps, expected.timesteps) and scheduler.timesteps[-1] < 0
+
+
 FORGETS_ITS_START = {"euler_ancestral", "kdpm2_ancestral", "dpmsolver_sde"}  # fresh noise at every step
 
 

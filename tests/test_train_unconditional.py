@@ -163,7 +163,9 @@ def test_training_goes_on_from_the_weights_of_a_saved_pipeline(train, tmp_path, 
     for name, weight in load_file(tuned / WEIGHTS).items():
         torch.testing.assert_close(weight, weights[name], atol=1e-7, rtol=0)
     card = (tuned / "README.md").read_text()
-    assert "It started from the weights of a model that is not on the Hub." in card and str(tmp_path) not in card
+    assert "It started from the weights of a model that is not on the Hub." in card
+    published = [path for path in tuned.rglob("*") if path.suffix in (".json", ".md") and path.name != "run.json"]
+    assert published and not [path for path in published if str(tmp_path) in path.read_text()]
 
     (tmp_path / "empty").mkdir()
     for flags, message in (
@@ -171,10 +173,24 @@ def test_training_goes_on_from_the_weights_of_a_saved_pipeline(train, tmp_path, 
         ((*begin, "--ddpm_beta_schedule", "linear"), "pass `--ddpm_beta_schedule scaled_linear`"),
         ((*begin, "--unet_config", "{}"), "Give `--unet_config` or `--pretrained_model_name_or_path`"),
         ((begin[0], str(tmp_path / "empty")), "empty cannot be loaded .*: give a saved pipeline"),
+        ((*begin, "--output_dir", str(source), "--overwrite_output_dir"), "which the run would start from"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(*flags, "--output_dir", str(tmp_path / "refused"))
-    assert not (tmp_path / "refused").exists()
+            train("--output_dir", str(tmp_path / "refused"), *flags)
+    assert not (tmp_path / "refused").exists() and load_file(source / WEIGHTS).keys() == weights.keys()
+
+
+@pytest.mark.parametrize("network", [UNET, str(ROOT / "train_scripts" / "configs" / "stock.json")])
+def test_a_run_from_a_saved_pipeline_resumes_without_it_and_publishes_no_path(train, tmp_path, network):
+    source = train("--unet_config", network, "--output_dir", str(tmp_path / "source"))
+    begin = ["--pretrained_model_name_or_path", str(source), "--checkpointing_steps", "2"]
+    whole = load_file(train(*begin, "--output_dir", str(tmp_path / "whole")) / WEIGHTS)
+    output_dir = train(*begin)
+    shutil.rmtree(output_dir / "checkpoint-3")
+    shutil.rmtree(source)
+    train(*begin, "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(weight, whole[name]) for name, weight in load_file(output_dir / WEIGHTS).items())
+    assert str(tmp_path) not in (output_dir / "unet" / "config.json").read_text()
 
 
 def test_real_fashion_mnist(train, fashion_mnist):

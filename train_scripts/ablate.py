@@ -103,6 +103,7 @@ def main(args: AblateArguments) -> None:
     results_dir = Path(args.results_dir or args.output_dir)
     folder_lock = lock(results_dir)
     rows = {name: open_row(results_dir, name, unets[name], settings) for name in names}
+    others = other_rows(results_dir, rows, unets, settings)
     todo = [(name, seed) for seed in args.train_seeds for name in names if str(seed) not in rows[name]["seeds"]]
     for name, seed in todo:
         check_training(args, name, seed, rows[name])
@@ -129,7 +130,7 @@ def main(args: AblateArguments) -> None:
             pool.shutdown(cancel_futures=True)  # those already running are left to finish
             raise
 
-    rows |= other_rows(results_dir, rows, unets, settings)
+    rows |= others
     order = dict.fromkeys((*unet_configs, *rows))  # as in the ladder, then those of other ladders
     if kept := [rows[name] for name in order if name in rows and rows[name]["seeds"]]:
         write_report(results_dir, kept, pictured)
@@ -211,11 +212,11 @@ def open_row(results_dir: Path, name: str, unet: ModelMixin, settings: dict) -> 
 def other_rows(results_dir: Path, rows: dict, unets: dict[str, ModelMixin], settings: dict) -> dict[str, dict]:
     """The rows kept in `results_dir` that are not run now: of the same settings and, if in the ladder, network."""
     others = {}
-    for path in sorted(results_dir.glob("*.json")):
+    for path in sorted(results_dir.glob("[!.]*.json")):
         if path.stem not in rows:
             row = json.loads(path.read_text())
             asked = settings | ({"unet": config_of(unets[path.stem])} if path.stem in unets else {})
-            if any(row.get(part) != value for part, value in asked.items()):
+            if not isinstance(row, dict) or any(row.get(part) != value for part, value in asked.items()):
                 logger.warning("%s was made with other settings, or of another network: left out.", path)
             else:
                 others[path.stem] = row

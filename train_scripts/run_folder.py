@@ -154,26 +154,25 @@ class LogLines:
         os.fsync(self.file.fileno())
 
 
-def save_pipeline(pipe, output_dir: Path) -> None:
+def save_pipeline(pipe, output_dir: Path, changed: bool) -> None:
     """`save_pretrained`, replacing files atomically: each old file stays until its successor is complete.
 
-    Variants of the weights that were added to an earlier pipeline in the folder are removed: they are not of this one.
+    Then, if the weights have `changed`, other files of weights are removed, such as variants of an earlier training.
     """
     partial = output_dir / ".pipeline.partial"
     with clear_write_errors(f"The pipeline cannot be written to {output_dir}", partial):
         shutil.rmtree(partial, ignore_errors=True)
         pipe.save_pretrained(partial)
-        files = [path for path in partial.rglob("*") if path.is_file()]
+        files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == "model_index.json"):  # last: it makes them a pipeline
-            flush(path)
-            target = output_dir / path.relative_to(partial)
+            flush(partial / path)
+            target = output_dir / path
             target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
-            if path.suffix == ".safetensors":
-                for other in target.parent.glob("*.safetensors*"):
-                    if other.name not in [file.name for file in files]:
-                        other.unlink()
+            os.replace(partial / path, target)
         shutil.rmtree(partial)
+        for path in output_dir.glob("unet/*.safetensors*") if changed else ():
+            if path.relative_to(output_dir) not in files:
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -88,10 +88,13 @@ def main(args: TrainingArguments) -> None:
         prediction_type=args.prediction_type,
         timestep_spacing="trailing",
     )
-    if args.pretrained_model_name_or_path is None:
-        model = make_unet(args.unet_config, args.resolution, args.ddpm_num_steps, args.gradient_checkpointing)
+    pretrained = args.pretrained_model_name_or_path
+    if pretrained is None or resume_path is not None:  # a checkpoint has the weights, and the source may be gone
+        config = args.unet_config if pretrained is None else str(resume_path / "unet" / "config.json")
+        model = make_unet(config, args.resolution, args.ddpm_num_steps, args.gradient_checkpointing)
+    elif Path(pretrained).resolve() == output_dir.resolve():
+        raise ValueError(f"`--output_dir` is {pretrained}, which the run would start from: choose another.")
     else:
-        pretrained = args.pretrained_model_name_or_path
         model = load_unet(pretrained, scheduler, args.resolution, args.gradient_checkpointing)
     image_shape = (model.config.in_channels, args.resolution, args.resolution)  # (C, H, W)
     source = {
@@ -367,16 +370,16 @@ def main(args: TrainingArguments) -> None:
     if not all(parameter.isfinite().all() for parameter in pipe.unet.parameters()):
         raise SystemExit("The weights are not finite after the last step: nothing was saved. Lower `--learning_rate`.")
     if accelerator.is_main_process:
-        save_pipeline(pipe, output_dir)
+        save_pipeline(pipe, output_dir, changed=first_step < max_train_steps)
     logger.info(f"Pipeline: {output_dir}")
     samples = write_samples()
     logger.info(f"Samples: {samples}")
     # keep the card of a run that had finished before: it may have gained figures
     if accelerator.is_main_process and not (first_step == max_train_steps and (output_dir / README).exists()):
         dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
-        about = {"dataset_name": dataset_name, "settings": settings_for_card(run), "license": args.hub_license}
-        about["base_model"] = args.pretrained_model_name_or_path
-        write_text(output_dir / README, str(model_card(pipe, repo_id, **about, has_samples=True)))
+        about = {"dataset_name": dataset_name, "base_model": pretrained, "license": args.hub_license}
+        card = model_card(pipe, repo_id, settings=settings_for_card(run), has_samples=True, **about)
+        write_text(output_dir / README, str(card))
     unet = None  # as above
     let_go(accelerator)
     accelerator.end_training()

@@ -63,6 +63,8 @@ def load_unet(
     except (OSError, ValueError) as error:
         raise ValueError(f"`--{flag}` {name_or_path} cannot be loaded ({error}): give a saved pipeline.") from error
     was, now = pipe.scheduler.config, scheduler.config
+    if "beta_schedule" not in was:
+        raise ValueError(f"`--{flag}` {name_or_path} has {type(pipe.scheduler).__name__}, of another kind of noise.")
     for key in TRAINED_WITH:
         if key in was and key in now and not np.array_equal(was[key], now[key]):
             advice = f"pass `--{FLAGS[key]} {was[key]}`" if key in FLAGS else "there is no flag for it"
@@ -71,8 +73,11 @@ def load_unet(
                 f" {advice}."
             )
     warn_of_another_size(pipe.unet.config, flag, resolution)
-    pipe.unet.register_to_config(sample_size=resolution)
-    return ready(pipe.unet, flag, resolution, gradient_checkpointing)
+    # without `_name_or_path`, which would be saved and pushed with the network
+    config = {key: value for key, value in pipe.unet.config.items() if key != "_name_or_path"}
+    unet = type(pipe.unet).from_config({**config, "sample_size": resolution})
+    unet.load_state_dict(pipe.unet.state_dict())
+    return ready(unet, flag, resolution, gradient_checkpointing)
 
 
 def warn_of_another_size(config: dict, flag: str, resolution: int) -> None:

@@ -424,7 +424,8 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=No
         raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it looks its place up by timestep, and Karras noise levels may share one
-    if scheduler.timesteps[-1] < 0:  # in 61 steps of 1,000, for one, "trailing" spacing rounds to one too many
+    if "beta_schedule" in scheduler.config and scheduler.timesteps[-1] == -1:
+        # in 61 steps of 1,000, for one, "trailing" spacing rounds to a timestep too many
         if hasattr(scheduler, "sigmas"):
             scheduler.timesteps = scheduler.timesteps.clamp(min=0)  # the noise level that it has there is that of 0
         else:
