@@ -41,7 +41,7 @@ def test_the_ladder_leads_from_the_guides_baseline_to_its_network_to_the_default
     without = set()
     for name, row in ladder.items():
         if name.startswith("no_"):
-            changed = differences(row, ladder["coarser_layers"])
+            changed = differences(row, {})
             assert changed and len(changed - {"time_embedding_dim"}) == 1, name
             without |= changed
     # the resnet blocks and their numbers of layers came last: without them the default is a rung of its own
@@ -49,7 +49,7 @@ def test_the_ladder_leads_from_the_guides_baseline_to_its_network_to_the_default
     assert differences(ladder["time_every_block"], {}) == {"block_type"} | layers
     assert differences(ladder["resnet_blocks"], {}) == layers
     switches = set(config_of({})) - {"sample_size", "in_channels", "out_channels", "block_out_channels"}
-    assert switches - {"norm_num_groups", "num_train_timesteps"} == without | {"block_type"} | layers
+    assert switches - {"norm_num_groups", "num_train_timesteps"} == without | layers
 
 
 def test_a_ladder_that_cannot_be_climbed_is_refused(tmp_path):
@@ -125,8 +125,19 @@ def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(garment
     assert failed.returncode != 0 and "train_unconditional.py ended with status 1, its log" in failed.stderr
     assert "is not empty" in failed.stderr and "| default | 3 |" in failed.stdout
 
+    # another ladder adds to the table; what has the name of one of its rows and another network is left out
+    del ladder["default"], ladder["other"]
+    ladder["stock"] = {**tiny, "global_skip": False, "act_fn": "relu"}
+    ladder["third"] = {**ladder["stock"], "mid_block_layers": 1}
+    (tmp_path / "third.yaml").write_text(yaml.safe_dump(ladder))
+    third = ablate("--ladder", str(tmp_path / "third.yaml"), "--rows", "third")
+    assert third.returncode == 0 and "| third | 1 |" in third.stdout and "| default | 3 |" in third.stdout
+    assert "stock.json was made with other settings, or of another network" in third.stderr
+    assert "| stock |" not in third.stdout
+
     for flags, message in (
         (("--num_inference_steps", "0"), "num_inference_steps"),
+        (("--dataset_name", "synthetic-fashion", "--train_seeds", "5"), "has 'train' alone"),
         (("--num_images", "96"), "more than the 96 features"),
         (("--learning_rate", "1e-3"), "made with `learning_rate` 0.002, and `learning_rate` 0.001 is asked for"),
         (("--num_images", "200"), "made with `num_images` 150, and `num_images` 200 is asked for"),
