@@ -216,7 +216,7 @@ def other_rows(results_dir: Path, rows: dict, unets: dict[str, ModelMixin], sett
         if path.stem not in rows:
             row = json.loads(path.read_text())
             asked = settings | ({"unet": config_of(unets[path.stem])} if path.stem in unets else {})
-            if not isinstance(row, dict) or any(row.get(part) != value for part, value in asked.items()):
+            if any(row.get(part) != value for part, value in asked.items()):
                 logger.warning("%s was made with other settings, or of another network: left out.", path)
             else:
                 others[path.stem] = row
