@@ -4,14 +4,17 @@ A batch gathers rows of those arrays: no Python code runs per image, nothing is 
 larger than memory.
 """
 
+import glob
 import hashlib
 import io
-import numbers
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import (
     ClassLabel,
@@ -36,11 +39,13 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from . import synthetic_fashion
+from .pipeline_pixel_diffusion import check_positive
 
 logger = logging.get_logger(__name__)
 
 SYNTHETIC = "synthetic-fashion"
 SYNTHETIC_SIZE = 20_000
+FETCHES = 16  # at a time, of images that are not in the data set's own files
 CHUNK_BYTES = 2**26  # per record batch: large, so that a batch gathers from few; bounded, to bound memory
 
 
@@ -169,9 +174,7 @@ def load_images(
         ValueError: If a data set, split, column, image or size cannot be used; the message says what to do.
         ConnectionError: If the Hub cannot be reached.
     """
-    for name, value in (("resolution", resolution), ("max_samples", 1 if max_samples is None else max_samples)):
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
+    check_positive(resolution=resolution, max_samples=1 if max_samples is None else max_samples)
     if channels not in (1, 3):
         raise ValueError(f"`channels` is {channels!r}; it must be 1 (grey) or 3 (RGB).")
     if dataset_name == SYNTHETIC and train_data_dir is None:
@@ -189,7 +192,7 @@ def load_images(
     kept = [image_column] + [name for name in ("label",) if name in source.column_names]
     labels = {name: source.features[name] for name in kept[1:]}
     pixels = channels * resolution**2
-    first = source.with_format("arrow")[:1].column(image_column)[0].as_py()
+    first = with_content(source.with_format("arrow")[:1].select([image_column])).column(0)[0].as_py()
     first = decode_image(first, 0)
     warn_if_colour_is_lost(first, channels)
     settings = {
@@ -239,20 +242,17 @@ def open_dataset(
     name = train_data_dir or dataset_name
     try:
         if train_data_dir is not None:
-            files = None if has_split_folders(train_data_dir) else {"train": "**"}
-            folder = {"data_dir": train_data_dir, "data_files": files}
-            return load_dataset("imagefolder", **folder, split=split, cache_dir=cache_dir)
+            files = files_by_split(train_data_dir)
+            return load_dataset("imagefolder", data_files=files, split=split, cache_dir=cache_dir)
         if (Path(dataset_name) / "state.json").is_file() or (Path(dataset_name) / "dataset_dict.json").is_file():
             loaded = load_from_disk(dataset_name)
-            if isinstance(loaded, Dataset):
-                own = str(loaded.split or "train")
-                if split != own:
-                    raise ValueError(f"it has no split {split!r}, but {own} alone")
-                return loaded
-            return select_split(loaded, split)
+            splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
+            if split not in splits:
+                raise ValueError(f"it has no split {split!r}, but {', '.join(splits)} alone")
+            return splits[split]
         loaded = load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir, streaming=streaming)
         if not streaming and loaded.builder_name == "imagefolder" and Path(dataset_name).is_dir():
-            warn_if_images_are_left_out(loaded, dataset_name)
+            warn_if_images_are_not_taken_once(loaded, dataset_name)
         return loaded
     except DatasetNotFoundError as error:
         raise ValueError(f"There is no data set {name!r} that can be read ({error}): {advice}.") from error
@@ -264,16 +264,24 @@ def open_dataset(
         raise ValueError(f"Data set {name!r} cannot be read ({error}): {advice}.") from error
 
 
-def has_split_folders(folder: str) -> bool:
-    """Whether a folder's images are all in folders named after splits; else such a name is that of a class."""
-    paths = [path for path in Path(folder).expanduser().iterdir() if is_seen(path)]
-    names = [path.name for path in paths if path.is_dir() and any(map(is_image, path.rglob("*")))]
-    words = "|".join(word for words in SPLIT_KEYWORDS.values() for word in words)
-    splits = [name for name in names if re.fullmatch(rf"({words})([-._ \d].*)?", name)]
-    mixed = len(splits) < len(names) or any(map(is_image, paths))
-    if mixed and len(splits) > 1:
-        logger.warning(f"{folder} has other images than in {', '.join(sorted(splits))}: all are taken for one split.")
-    return bool(splits) and not mixed
+def files_by_split(folder: str) -> dict[str, list[str]]:
+    """Patterns of a folder's images: all are "train", unless all are in folders named after splits.
+
+    Left to itself, `datasets` would look for such names at any depth, and a class may have one.
+    """
+    root = Path(folder).expanduser().resolve()
+    paths = [path for path in root.iterdir() if is_seen(path)]
+    folders = [path for path in paths if path.is_dir() and any(map(is_image, path.rglob("*")))]
+    patterns, named = {}, []
+    for path in folders:
+        for split, words in SPLIT_KEYWORDS.items():
+            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", path.name):
+                patterns.setdefault(str(split), []).append(f"{glob.escape(str(path))}/**")
+                named.append(path.name)
+    mixed = len(named) < len(folders) or any(map(is_image, paths))
+    if mixed and len(named) > 1:
+        logger.warning(f"{folder} has other images than in {', '.join(sorted(named))}: all are taken for one split.")
+    return patterns if patterns and not mixed else {"train": [f"{glob.escape(str(root))}/**"]}
 
 
 def is_seen(path: Path) -> bool:
@@ -285,28 +293,23 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in ImageFolder.EXTENSIONS and is_seen(path)
 
 
-def warn_if_images_are_left_out(loaded: Dataset, folder: str) -> None:
-    """Warn if `datasets` takes a part of a folder's images for a split, by names, and leaves out all others."""
+def warn_if_images_are_not_taken_once(loaded: Dataset, folder: str) -> None:
+    """Warn if `datasets`, by names of splits in a folder's paths, leaves images out or takes some twice."""
     paths = (path.relative_to(folder) for path in Path(folder).rglob("*") if is_image(path))
     there = sum(all(map(is_seen, list(path.parents)[:-1])) for path in paths)
     found = sum(split.num_examples for split in loaded.info.splits.values())
-    if found < there:
+    if found != there:
         logger.warning(
-            f"{folder} holds {there} images, of which `datasets` takes {found}, by names of splits in their paths (or"
-            " a list of theirs): rename these to have all."
+            f"{folder} holds {there} images, and `datasets` takes {found}, by names of splits in their paths (or by a"
+            " list of theirs): rename these to have each image once."
         )
-
-
-def select_split(loaded: DatasetDict, split: str) -> Dataset:
-    if split not in loaded:
-        raise ValueError(f"it has no split {split!r}, but {', '.join(loaded)}")
-    return loaded[split]
 
 
 def decode_images(table: pa.Table, indices: list[int], image_column, resolution, channels, size) -> pa.Table:
     """Decode a table's images to uint8 rows, (C, H, W) each; all must be of `size`, or if None are center-cropped."""
     pixels = np.empty((len(table), channels, resolution, resolution), np.uint8)
-    for row, (index, encoded) in enumerate(zip(indices, table.column(image_column), strict=True)):
+    images = with_content(table.select([image_column])).column(0)
+    for row, (index, encoded) in enumerate(zip(indices, images, strict=True)):
         image = decode_image(encoded.as_py(), index)
         side = min(image.size)
         if size is None:
@@ -325,6 +328,17 @@ def decode_images(table: pa.Table, indices: list[int], image_column, resolution,
             image = image.resize((resolution, resolution), PILImage.Resampling.BILINEAR)
         pixels[row] = np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1)
     return pixel_table(pixels, table.drop_columns([image_column]))
+
+
+def with_content(table: pa.Table) -> pa.Table:
+    """The one-column table of images, with those in archives, or on the Hub or another server, fetched as bytes."""
+    if not any("://" in (path or "") for path in pc.struct_field(table.column(0), "path").to_pylist()):
+        return table
+    images = table.column(0).combine_chunks()
+    fetch = partial(Image().embed_storage, local_files=False)
+    with ThreadPoolExecutor(FETCHES) as pool:
+        rows = list(pool.map(fetch, (images.slice(i, 1) for i in range(len(images)))))
+    return pa.table({table.column_names[0]: pa.chunked_array(rows)})
 
 
 class DamagedImage(ValueError):

@@ -8,8 +8,6 @@ reads that block again.
 
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -30,7 +28,9 @@ from .data import (
     decode_images,
     open_dataset,
     warn_if_colour_is_lost,
+    with_content,
 )
+from .pipeline_pixel_diffusion import check_positive
 from .worker_signals import LeaveSignalsToMain
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ logger.setLevel(logging.WARNING)  # also where the script hushes processes but t
 
 LISTED_SHARDS = 1024  # of a data set that is not opened as a stream; each pass shuffles them
 ROWS = 64  # decoded at a time
-FETCHES = 16  # at a time, for images that are files on a server
 # start of a part; `stream` is where the block starts, `row` how many rows of the pass come before it
 START = {"pass": 0, "block": 0, "stream": None, "row": 0, "used": 0}
 
@@ -121,9 +120,7 @@ class StreamedBatches:
     ):
         if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2] or shape[1] < 1:
             raise ValueError(f"`shape` is {shape}; it must be (1 or 3, resolution, resolution).")
-        for name, value in (("batch_size", batch_size), ("buffer_size", buffer_size), ("world_size", world_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
+        check_positive(batch_size=batch_size, buffer_size=buffer_size, world_size=world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` is {rank}; it must be in [0, {world_size - 1}], one of the processes.")
         self.stream, self.shape, self.batch_size, self.seed = stream.with_format("arrow"), shape, batch_size, seed
@@ -225,7 +222,7 @@ class Parts(torch.utils.data.IterableDataset):
                 if start["stream"] is not None:
                     stream.load_state_dict(start["stream"])
                 rows = stream.iter(batch_size=1)  # `iter(stream)` would split it again, among the workers
-            images, count, row = np.empty((run.buffer_size, *run.shape), np.uint8), 0, start.get("row", 0)
+            images, count, row = np.empty((run.buffer_size, *run.shape), np.uint8), 0, start["row"]
             while tables := list(islice(rows, min(ROWS, run.buffer_size - count))):
                 table = with_content(pa.concat_tables(tables))
                 indices = range(row, row := row + len(table))
@@ -259,14 +256,3 @@ class Parts(torch.utils.data.IterableDataset):
                 logger.warning("%s Left out: it is %s.", error, where)
                 return np.empty((0, *self.run.shape), np.uint8)
         return np.concatenate([self.decode(table.slice(i, 1), indices[i : i + 1], where) for i in range(len(table))])
-
-
-def with_content(table: pa.Table) -> pa.Table:
-    """The one-column table of images, with those that are files on the Hub or another server fetched as bytes."""
-    images = table.column(0).combine_chunks()
-    if not any("://" in (path or "") for path in images.field("path").to_pylist()):
-        return table
-    fetch = partial(Image().embed_storage, local_files=False)
-    with ThreadPoolExecutor(FETCHES) as pool:
-        rows = list(pool.map(fetch, (images.slice(i, 1) for i in range(len(images)))))
-    return pa.table({table.column_names[0]: pa.chunked_array(rows)})

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_a_class_or_file_named_as_a_split_is_an_image_like_others(tmp_path, cach
     assert sorted(image.tobytes() for image in decoded) == sorted(np.asarray(image).tobytes() for image in images)
     assert not caplog.messages
     assert len(load_images(str(folder), resolution=8, cache_dir=cache)) < 7  # as `datasets` documents it
-    assert "holds 7 images, of which `datasets` takes" in caplog.text
+    assert "holds 7 images, and `datasets` takes" in caplog.text
 
     for path in ("car", "plane", "4.png", "val.png"):  # what is left is a split
         (folder / path).rename(tmp_path / path)
@@ -108,6 +109,37 @@ def test_a_class_or_file_named_as_a_split_is_an_image_like_others(tmp_path, cach
     for split in ("train", "test"):
         found = load_images(train_data_dir=str(folder), split=split, resolution=8, cache_dir=cache)
         assert len(found) == 2
+
+
+def test_a_class_named_as_a_split_stays_within_its_split(tmp_path, cache, caplog):
+    folder = tmp_path / "toys [2024]"  # which as a pattern would match another name
+    kept = {}
+    for split, count in (("train", 3), ("test", 2)):
+        kept[split] = random_images(2 * count, "L", (8, 8), seed=count)
+        for i, image in enumerate(kept[split]):
+            path = folder / split / ("train" if i % 2 else "train_station") / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    for split, images in kept.items():
+        decoded = load_images(train_data_dir=str(folder), split=split, resolution=8, cache_dir=cache)
+        found = sorted(image.tobytes() for image in read(decoded, 8))
+        assert found == sorted(np.asarray(image).tobytes() for image in images)
+        assert decoded.features["label"].names == ["train", "train_station"]
+    folder = folder.rename(tmp_path / "toys")
+    assert not caplog.messages and len(load_images(str(folder), resolution=8, cache_dir=cache)) > 6
+    assert "toys holds 10 images, and `datasets` takes" in caplog.text
+
+
+@pytest.mark.parametrize("argument", ["dataset_name", "train_data_dir"])
+def test_images_in_an_archive(argument, tmp_path, cache):
+    images = random_images(4, "L", (8, 8))
+    (tmp_path / "source").mkdir()
+    with zipfile.ZipFile(tmp_path / "source" / "train.zip", "w") as archive:
+        for i, image in enumerate(images):
+            archive.writestr(f"{i}.png", encode(image)["bytes"])
+    decoded = load_images(**{argument: str(tmp_path / "source")}, resolution=8, cache_dir=cache)
+    found = sorted(image.tobytes() for image in read(decoded, 8))
+    assert found == sorted(np.asarray(image).tobytes() for image in images)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "images", "train_data_dir", "disk", "disk with splits"])
