@@ -19,11 +19,11 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from . import pipeline_pixel_diffusion
 from .data import SYNTHETIC
 from .pipeline_pixel_diffusion import (
-    COMPONENT_FILES,
     README,
     SAMPLES,
     PixelDiffusionPipeline,
     check_token,
+    component_files,
     create_repo,
     with_repo_id,
 )
@@ -241,10 +241,10 @@ def pipeline_files(folder: str | Path) -> list[str]:
     for name, value in index.items():
         if not name.isidentifier() or name.startswith("_") or not isinstance(value, list) or value[0] is None:
             continue
-        found = {path.name for pattern in COMPONENT_FILES for path in (folder / name).glob(pattern)}
+        found = component_files(folder / name)
         if not found or ("config.json" in found and not any(file.endswith(".safetensors") for file in found)):
             raise ValueError(f"{folder} lacks {'the weights' if found else 'all files'} of `{name}`: save it again.")
-        files += [f"{name}/{file}" for file in sorted(found)]
+        files += [f"{name}/{file}" for file in found]
     return files
 
 

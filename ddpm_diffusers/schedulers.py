@@ -9,7 +9,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import requires_backends
 
-from .pipeline_pixel_diffusion import CARRIED_OVER, TRAINED_WITH, set_timesteps
+from .pipeline_pixel_diffusion import CARRIED_OVER, MUST_BE_KNOWN, TRAINED_WITH, set_timesteps
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -84,7 +84,7 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
             raise ValueError(
                 f"`{key}` is {trained!r} in the scheduler that the network was trained with; it cannot change."
             )
-    for key in ("rescale_betas_zero_snr", "use_flow_sigmas"):
+    for key in MUST_BE_KNOWN:
         if scheduler.config.get(key) and key not in taken:
             raise ValueError(f"{scheduler_class.__name__} cannot follow a schedule with `{key}=True`.")
     if name in NO_SAMPLE_PREDICTION and config["prediction_type"] == "sample":

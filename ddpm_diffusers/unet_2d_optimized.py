@@ -119,7 +119,7 @@ class LinearTimesteps(nn.Module):
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         fraction = timesteps.float() / self.num_train_timesteps
-        return self.linear(fraction[:, None].to(self.linear.weight.dtype))
+        return self.linear(fraction[:, None].to(self.linear.bias.dtype))  # quantized weights are integers
 
 
 class RearrangeUpsample(nn.Module):

@@ -266,6 +266,19 @@ def test_shards_and_variants_are_files_of_the_pipeline(tmp_path):
     assert set(pipeline_files(tmp_path)) == written and sum(".index" in name for name in written) == 2
 
 
+def test_all_files_of_a_further_component_are_files_of_the_pipeline(hub, client, tmp_path):
+    make_pipe().save_pretrained(tmp_path / "own")
+    folder = tmp_path / "own" / "tokenizer"
+    for name in ("tokenizer_config.json", "vocab.txt", "parts/merges.txt", "__pycache__/code.pyc"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    index = tmp_path / "own" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": ["transformers", "BertTokenizer"]}))
+    client("push_folder", folder=tmp_path / "own", repo_id="user/own")
+    found = {name for name in hub.repos["user/own"].files if name.startswith("tokenizer/")}
+    assert found == {"tokenizer/tokenizer_config.json", "tokenizer/vocab.txt", "tokenizer/parts/merges.txt"}
+
+
 def test_a_folder_that_is_no_whole_pipeline_is_refused_before_any_request(hub, client, saved, tmp_path):
     asked = len(hub.requests)
     assert client("push_folder", folder=tmp_path, repo_id="user/x")["error"] == "ValueError"

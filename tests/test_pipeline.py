@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import TINY, randomize
 from diffusers import DDPMPipeline, UNet2DModel
-from PIL import Image
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.evaluation.protocol import image_shape
@@ -245,6 +244,54 @@ def test_a_network_that_predicts_the_variance_needs_a_scheduler_that_learns_it()
             pipe(2, 3)
 
 
+def test_others_than_ddpm_take_a_learned_variance_only_from_predicted_noise():
+    unet = diffusers.UNet2DModel(sample_size=8, in_channels=3, out_channels=6, block_out_channels=(8,),
+                                 norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+                                 add_attention=False)  # fmt: skip
+    for prediction in ("epsilon", "v_prediction"):
+        pipe = PixelDiffusionPipeline(unet.eval(), diffusers.DDPMScheduler(
+            variance_type="learned_range", prediction_type=prediction))  # fmt: skip
+        pipe(1, 2)
+        pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        if prediction == "epsilon":
+            pipe(1, 2)
+    with pytest.raises(ValueError, match="with 3 channels and predicted noise also DPM-Solver"):
+        pipe(1, 2)
+
+
+def test_images_of_more_channels_than_pil_has_are_refused_before_any_work(tiny_pipe):
+    tiny_pipe.unet = OptimizedUNet2DModel(**TINY | {"in_channels": 5, "out_channels": 5}).eval()
+    assert tiny_pipe(1, 1, output_type="np").images.shape == (1, 8, 8, 5)
+    tiny_pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network was called"))
+    with pytest.raises(ValueError, match="images of 5 channels, which PIL has no mode for: pass `output_type` 'np'"):
+        tiny_pipe(1, 1)
+
+
+@pytest.mark.parametrize("name", ["pndm", "dpmsolver++", "unipc"])
+def test_a_network_may_reuse_the_memory_of_its_output(tiny_pipe, name):
+    """As one does that is compiled into a CUDA graph."""
+    tiny_pipe.scheduler = make_scheduler(name, tiny_pipe.scheduler)
+    expected = tiny_pipe(1, 8, generators(0), output_type="latent").images
+    memory = torch.empty(1, 1, 8, 8)
+    tiny_pipe.unet.register_forward_hook(lambda module, args, output: type(output)(memory.copy_(output.sample)))
+    assert torch.equal(tiny_pipe(1, 8, generators(0), output_type="latent").images, expected)
+
+
+def test_an_error_during_sampling_leaves_the_scheduler_usable(tiny_pipe):
+    tiny_pipe.scheduler = make_scheduler("euler", tiny_pipe.scheduler)
+
+    def stop(pipe, i, t, tensors):
+        raise KeyboardInterrupt
+
+    clean, noise = torch.zeros(3, 1, 8, 8), torch.ones(3, 1, 8, 8)
+    tiny_pipe.scheduler.set_timesteps(4)
+    timesteps = tiny_pipe.scheduler.timesteps[:3]
+    expected = tiny_pipe.scheduler.add_noise(clean, noise, timesteps)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_pipe(1, 4, callback_on_step_end=stop)
+    assert torch.equal(tiny_pipe.scheduler.add_noise(clean, noise, timesteps), expected)
+
+
 def test_numbers_may_be_of_numpy(tiny_pipe):
     assert len(tiny_pipe(np.int64(2), np.int32(3), eta=np.float32(0)).images) == 2
 
@@ -296,7 +343,3 @@ def test_a_unet_without_sample_size_takes_its_size_from_the_latents(tiny_pipe):
     assert tiny_pipe(1, 2, latents=torch.randn(1, 1, 16, 8)).images[0].size == (8, 16)
     with pytest.raises(ValueError, match="`sample_size` is None: give `latents`"):
         tiny_pipe(1, 2)
-
-
-def test_images_are_pil(tiny_pipe):
-    assert isinstance(tiny_pipe(num_inference_steps=1).images[0], Image.Image)

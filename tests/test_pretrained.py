@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from ddpm_diffusers import make_scheduler
-from ddpm_diffusers.evaluation.features import FASHION_MNIST, SHIPPED, to_input
+from ddpm_diffusers.evaluation.features import SHIPPED, to_input
 from ddpm_diffusers.sampling import sample_images
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def test_it_draws_garments_of_every_kind(folder):
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
     images = sample_images(pipe, 100, 10, batch_size=50)
-    classifier = AutoModelForImageClassification.from_pretrained(SHIPPED[FASHION_MNIST]).eval()
+    classifier = AutoModelForImageClassification.from_pretrained(SHIPPED).eval()
     noise = torch.randint(256, images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         sure, kinds = classifier(to_input(images, classifier.config.image_size)).logits.softmax(1).max(1)

@@ -24,11 +24,11 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard, RepoUrl
-from huggingface_hub.utils import httpx
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +44,7 @@ SAMPLED_WITH = (
     "dynamic_thresholding_ratio", "sample_max_value",
 )  # fmt: skip
 CARRIED_OVER = TRAINED_WITH + SAMPLED_WITH
+MUST_BE_KNOWN = ("rescale_betas_zero_snr", "use_flow_sigmas")  # a class without these has another noise schedule
 
 COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetensors.index*.json", "*.py")
 README, SAMPLES = "README.md", "samples.png"  # the model card, and the grid of samples that it shows
@@ -198,20 +199,23 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma  # (B, C, H, W)
         step_kwargs = self.prepare_step_kwargs(generator, eta)  # may draw from the generators, too
 
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                sample = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-                model_output = self.unet(sample, t).sample.float()  # (B, C, H, W)
-                latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+        try:
+            with self.progress_bar(total=len(timesteps)) as progress_bar:
+                for i, t in enumerate(timesteps):
+                    if self.interrupt:
+                        continue
+                    sample = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                    # a copy: solvers keep it, and a compiled network may write its next output in the same place
+                    model_output = self.unet(sample, t).sample.to(torch.float32, copy=True)  # (B, C, H, W)
+                    latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
 
-                if callback_on_step_end is not None:
-                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
-                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
-                progress_bar.update()
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(None)  # else `add_noise` would go by the place reached, not by timestep
+                    if callback_on_step_end is not None:
+                        tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
+                        latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                    progress_bar.update()
+        finally:
+            if hasattr(self.scheduler, "set_begin_index"):
+                self.scheduler.set_begin_index(None)  # else `add_noise` would go by the place reached, not by timestep
 
         images = latents
         if output_type != "latent":
@@ -228,9 +232,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
     ) -> tuple[int, int, int, int]:
         """Check the arguments and return the shape to sample, (batch_size, in_channels, height, width)."""
-        for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
+        check_positive(batch_size=batch_size, num_inference_steps=num_inference_steps)
         train_steps = self.scheduler.config.num_train_timesteps
         if num_inference_steps > train_steps:
             raise ValueError(
@@ -259,13 +261,20 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             )
         predicted, channels = self.unet.config.get("out_channels"), self.unet.config.in_channels
         takes_variance = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters
-        takes_variance &= channels == 3 or isinstance(self.scheduler, DDPMScheduler)  # others split after channel 3
+        # others take it apart after channel 3, and only if noise is predicted
+        simple = channels == 3 and self.scheduler.config.get("prediction_type") == "epsilon"
+        takes_variance &= simple or isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler))
         learned = takes_variance and "learned" in str(self.scheduler.config.variance_type)
         if predicted not in (None, 2 * channels if learned else channels):
             raise ValueError(
                 f"The U-Net has {channels} `in_channels` and {predicted} `out_channels`; these must be as many, or"
                 " twice as many with a scheduler of a learned `variance_type`, which such a network predicts, too"
-                " (`DDPMScheduler`; with 3 channels also DPM-Solver)."
+                " (`DDPMScheduler`; with 3 channels and predicted noise also DPM-Solver)."
+            )
+        if output_type == "pil" and channels > 4:
+            raise ValueError(
+                f"The U-Net makes images of {channels} channels, which PIL has no mode for: pass `output_type` 'np',"
+                " 'pt' or 'latent'."
             )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
@@ -330,7 +339,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         patterns = COMPONENT_FILES if safe_serialization else (*COMPONENT_FILES, "*.bin", "*.bin.index*.json")
         files = ["model_index.json", f"{class_name_in_index(type(self))[0]}.py"]
         folders = [Path(save_directory, name) for name in self.components]
-        files += [f"{folder.name}/{path.name}" for folder in folders for p in patterns for path in folder.glob(p)]
+        files += [f"{folder.name}/{file}" for folder in folders for file in component_files(folder, patterns)]
         if not subfolder and not huggingface_hub.file_exists(repo_id, README, token=token):
             text = card.read_text("utf-8") if card.exists() else str(model_card(self, repo_id, samples.exists()))
             card.write_text(with_repo_id(text, repo_id), "utf-8")
@@ -385,22 +394,18 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
+def check_positive(**values) -> None:
+    """Raise a ValueError that names the first of these that is no positive integer."""
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
+
+
 def check_scheduler(scheduler: SchedulerMixin, replaced: SchedulerMixin | None) -> None:
-    """Raise a ValueError if the pipeline's loop cannot use the scheduler, or it cannot follow the one `replaced`."""
-    name, needed = type(scheduler).__name__, ("set_timesteps", "init_noise_sigma", "scale_model_input", "step")
-    reason = ", ".join(attribute for attribute in needed if not hasattr(scheduler, attribute))
-    reason = reason and f"it has no {reason}"
-    if not reason:
-        more = list(inspect.signature(scheduler.step).parameters.values())[3:]
-        more = [p.name for p in more if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        reason = more and f"its step needs {', '.join(more)}, too"
+    """Raise a ValueError if the pipeline cannot use the scheduler; warn if its noise is not that of the `replaced`."""
+    name = type(scheduler).__name__
     trained = replaced.config if replaced is not None and "beta_schedule" in replaced.config else {}
-    if not reason and trained and "beta_schedule" not in inspect.signature(type(scheduler).__init__).parameters:
-        reason = "it has a noise schedule of its own, and cannot take that of the scheduler in place"
-    for key in ("rescale_betas_zero_snr", "use_flow_sigmas"):
-        if not reason and trained.get(key) and key not in inspect.signature(type(scheduler).__init__).parameters:
-            reason = f"it cannot follow a schedule with `{key}=True`, as that of the scheduler in place"
-    if reason:
+    if reason := refusal(scheduler, trained):
         raise ValueError(
             f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one of a discrete noise schedule, such as"
             " `make_scheduler` makes."
@@ -413,6 +418,23 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: SchedulerMixin | None) 
             f"The new {name} has {now} where the scheduler in place had {was}. If the network was trained with the"
             f" latter, samples will be poor: use `{name}.from_config(pipe.scheduler.config)` or `make_scheduler`."
         )
+
+
+def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
+    """Why the pipeline's loop cannot use the scheduler, or why it cannot follow the noise schedule in `trained`."""
+    needed = ("set_timesteps", "init_noise_sigma", "scale_model_input", "step")
+    if missing := [name for name in needed if not hasattr(scheduler, name)]:
+        return f"it has no {', '.join(missing)}"
+    more = list(inspect.signature(scheduler.step).parameters.values())[3:]
+    if more := [p.name for p in more if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]:
+        return f"its step needs {', '.join(more)}, too"
+    taken = inspect.signature(type(scheduler).__init__).parameters
+    if trained and "beta_schedule" not in taken:
+        return "it has a noise schedule of its own, and cannot take that of the scheduler in place"
+    for key in MUST_BE_KNOWN:
+        if trained.get(key) and key not in taken:
+            return f"it cannot follow a schedule with `{key}=True`, as that of the scheduler in place"
+    return None
 
 
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=None) -> torch.Tensor:
@@ -492,7 +514,7 @@ def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | No
     is_local = loaded == Path(source, "unet")
     if (not is_local and in_cache not in loaded.parts) or not has_weights_of(unet, loaded):
         return
-    with contextlib.suppress(OSError, ValueError, httpx.HTTPError):  # absent, refused or out of reach
+    with contextlib.suppress(Exception):  # absent, refused or out of reach, for which each client has other types
         for name in (README, SAMPLES):
             path = Path(source, name)
             if not is_local:  # the cache's folder is models--OWNER--NAME/snapshots/REVISION/unet
@@ -511,6 +533,14 @@ def has_weights_of(unet: ModelMixin, folder: Path) -> bool:
             if name in state and torch.equal(tensor.to(state[name].dtype), state[name]):
                 found.add(name)
     return found == set(state)
+
+
+def component_files(folder: Path, patterns: tuple[str, ...] = COMPONENT_FILES) -> list[str]:
+    """A component's files to upload, by paths in its folder: the known kinds of network and scheduler, else all."""
+    if folder.name in ("unet", "scheduler"):
+        return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return sorted(str(path) for path in files if "__pycache__" not in path.parts)
 
 
 def create_repo(repo_id: str, private: bool | None, token: str | None) -> RepoUrl:
