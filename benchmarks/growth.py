@@ -6,7 +6,6 @@ reads batches from that many built-in garments, in a process of its own, and pri
 """
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -15,8 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 from counts import count
-from networks import ROOT, training_step
-from processes import flags, run
+from networks import training_step
+from processes import run, speed_of_training
 from report import table, thousands, with_quartiles
 from windows import quartiles, time_arms, turns
 
@@ -30,7 +29,7 @@ SIZES = {
     "widths": ((32, 32, 64), (64, 64, 128), (128, 128, 256), (256, 256, 512)),
 }
 READ_BATCHES, READ_BATCH_SIZE = 2000, 128
-BATCH_SIZE, LOGGING_STEPS = 64, 10  # of the training script
+BATCH_SIZE = 64  # of the training script
 
 
 def measure(args, device: torch.device) -> dict:
@@ -120,19 +119,12 @@ def train_with(num_processes: int, args, output_dir: Path, cache: Path, device: 
         "cache_dir": cache,
         "train_batch_size": BATCH_SIZE,
         "max_train_steps": args.script_steps,
-        "logging_steps": LOGGING_STEPS,
         "mixed_precision": args.precisions[-1],
         "logger": "none",
-        "eval_batch_size": 1,
-        "ddpm_num_inference_steps": 1,
-        "output_dir": output_dir,
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_processes]
-    script = ROOT / "train_scripts" / "train_unconditional.py"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_processes)
     threads = max(1, torch.get_num_threads() // num_processes)
-    run([*launcher, script, *flags(values)], device, OMP_NUM_THREADS=str(threads))
-    lines = [json.loads(line) for line in (output_dir / "speed.jsonl").read_text().splitlines()]
-    return statistics.harmonic_mean(line["images_per_second"] for line in lines[1:])
+    return speed_of_training(values, output_dir, device, launcher, OMP_NUM_THREADS=str(threads))
 
 
 def report(result: dict) -> str:

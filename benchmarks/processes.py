@@ -1,11 +1,16 @@
 """Run scripts in processes of their own."""
 
+import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from networks import ROOT
+
+LOGGING_STEPS = 10  # of the training script; the first so many steps are not timed
 
 
 def flags(values: dict) -> list[str]:
@@ -14,14 +19,33 @@ def flags(values: dict) -> list[str]:
 
 def run(command: list, device: torch.device, **environment: str) -> str:
     """The standard output of `python command`; raises RuntimeError with the end of its stderr if it fails."""
-    on_cpu = {"ACCELERATE_USE_CPU": str(device.type == "cpu").lower()}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
-        env={**os.environ, **on_cpu, **environment},
+        env=environment_for(device) | environment,
     )
     if done.returncode:
         name = next((Path(part).name for part in command if str(part).endswith(".py")), command[0])
         raise RuntimeError(f"{name} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
     return done.stdout
+
+
+def environment_for(device: torch.device) -> dict[str, str]:
+    return {**os.environ, "ACCELERATE_USE_CPU": str(device.type == "cpu").lower()}
+
+
+def speed_of_training(
+    values: dict, output_dir: Path, device: torch.device, launcher: tuple = (), **environment: str
+) -> float:
+    """Images per second of `train_unconditional.py`, from its first line of speed.jsonl to the last."""
+    values = {
+        **values,
+        "logging_steps": LOGGING_STEPS,
+        "eval_batch_size": 1,
+        "ddpm_num_inference_steps": 1,
+        "output_dir": output_dir,
+    }
+    run([*launcher, ROOT / "train_scripts" / "train_unconditional.py", *flags(values)], device, **environment)
+    lines = [json.loads(line) for line in (output_dir / "speed.jsonl").read_text().splitlines()]
+    return statistics.harmonic_mean(line["images_per_second"] for line in lines[1:])

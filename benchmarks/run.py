@@ -21,7 +21,7 @@ from networks import CONFIGS, NETWORKS, PEER, installed
 from summary import SECTIONS as COMPARED
 from summary import write_summary
 
-from arguments import arg, run_script  # isort: skip
+from command_line import arg, run_script  # isort: skip
 from launch import choose_precision  # isort: skip
 from run_folder import write_text  # isort: skip
 

@@ -1,6 +1,5 @@
 """6. Import and start: what a user waits for before anything happens, each time in a new process."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 from networks import ROOT
-from processes import flags, run
+from processes import environment_for, flags, run
 from report import table, with_quartiles
 from windows import ratio, time_arms
 
@@ -45,13 +44,12 @@ def first_step(folder: Path, device: torch.device) -> Callable[[], None]:
     values = {"dataset_name": "synthetic-fashion", "max_train_samples": 2000, "cache_dir": folder / "cache"}
     values |= {"logging_steps": 1, "logger": "none", "output_dir": folder / "run"}
     command = [sys.executable, str(script), *flags(values)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": str(device.type == "cpu").lower()}
 
     def start() -> None:
         shutil.rmtree(folder / "run", ignore_errors=True)
         log = folder / "run" / "speed.jsonl"
         with open(errors, "w") as output:
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+            process = subprocess.Popen(command, env=environment_for(device), stdout=output, stderr=output)
         try:
             while not (log.is_file() and log.stat().st_size):
                 if process.poll() is not None:

@@ -15,6 +15,7 @@ from processes import flags, run
 from report import table
 from run_folder import write_text
 
+from ddpm_diffusers.checkpointing import config_of
 from ddpm_diffusers.data import load_images
 
 RESOLUTION, BATCH_SIZE, SEED, STOCK_EPOCHS = 16, 64, 0, 5.0
@@ -36,13 +37,12 @@ def measure(args, device: torch.device) -> dict:
 
 def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.device) -> dict:
     record, trained = folder / "time_to_quality.json", folder / "trained.json"
-    config = make_network(name, RESOLUTION).config
     settings = {
-        "network": json.loads(json.dumps({key: value for key, value in config.items() if key[0] != "_"})),
+        "network": config_of(make_network(name, RESOLUTION)),
         "dataset": args.dataset_id or Path(args.dataset_name).name,
         "mixed_precision": args.precisions[-1],
         "num_images": args.num_images,
-        "machine": describe(device)["device"],
+        **{name: describe(device)[name] for name in ("device", "threads", "versions")},
     }
     if record.is_file():
         row = json.loads(record.read_text())
@@ -82,7 +82,7 @@ def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.dev
     figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())["figures"]
     distance = figures["train"]["frechet_distance"]["mean"]
     row = {"network": name, "steps": steps, "seconds": known["seconds"], "distance": distance}
-    record.write_text(json.dumps(row | {"settings": settings}))
+    write_text(record, json.dumps(row | {"settings": settings}))
     return row
 
 
@@ -100,7 +100,5 @@ def report(result: dict) -> str:
         for row in (stock, *others)
     ]
     head = ("network", "epochs", "seconds of the training script", "x stock's", "distance", "reached")
-    caption = (
-        f"{result['num_images']:,} samples by DDIM in 50 steps, one training each (seed {SEED}), one after the other."
-    )
+    caption = f"{result['num_images']:,} samples by DDIM in 50 steps, one training each (seed {SEED})."
     return f"{caption}\n\n{table(head, lines)}"

@@ -4,14 +4,13 @@ Scripts and recipe read the same images from disk: PNGs in a `datasets` data set
 """
 
 import json
-import statistics
 import tempfile
 from pathlib import Path
 
 import torch
 from datasets import Dataset, Features, Image
-from networks import CONFIGS, ROOT, make_network, training_step
-from processes import flags, run
+from networks import CONFIGS, make_network, training_step
+from processes import LOGGING_STEPS, flags, run, speed_of_training
 from report import table, thousands, with_quartiles
 from windows import quartiles, ratio, seconds_of, turns
 
@@ -19,7 +18,6 @@ from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.sampling import to_pil
 
 NUM_IMAGES = 10_000
-LOGGING_STEPS = 10
 RECIPE = "diffusers' recipe, stock"
 AS_IT_COMES = f"{RECIPE}, float32 as by default"
 BARE = {"script, default": "bare step, default", "script, stock": "bare step, stock"}
@@ -53,7 +51,9 @@ def measure(args, device: torch.device) -> dict:
         }
 
         def script(name: str) -> float:
-            return run_script(name, data, asked, args.script_steps, Path(tempfile.mkdtemp(dir=folder)), cache, device)
+            unet = {"unet_config": CONFIGS / "stock.json"} if name == "stock" else {}
+            values = {"dataset_name": data, "cache_dir": cache, "max_train_steps": args.script_steps, **asked, **unet}
+            return speed_of_training(values, Path(tempfile.mkdtemp(dir=folder)), device)
 
         arms = {
             "bare step, default": lambda: bare_step("default"),
@@ -87,26 +87,6 @@ def save_images(folder: Path, cache: Path) -> None:
     garments = load_images("synthetic-fashion", resolution=28, max_samples=NUM_IMAGES, cache_dir=str(cache))
     images = to_pil(ImageArrays(garments, (1, 28, 28)).__getitems__(range(NUM_IMAGES)))
     Dataset.from_dict({"image": images}, features=Features({"image": Image()})).save_to_disk(folder)
-
-
-def run_script(
-    name: str, data: Path, asked: dict, steps: int, output_dir: Path, cache: Path, device: torch.device
-) -> float:
-    """Images per second of `train_unconditional.py`, from its first line of speed.jsonl to the last."""
-    values = {
-        "dataset_name": data,
-        "cache_dir": cache,
-        **asked,
-        "max_train_steps": steps,
-        "logging_steps": LOGGING_STEPS,
-        "eval_batch_size": 1,
-        "ddpm_num_inference_steps": 1,
-        "output_dir": output_dir,
-        **({"unet_config": CONFIGS / "stock.json"} if name == "stock" else {}),
-    }
-    run([ROOT / "train_scripts" / "train_unconditional.py", *flags(values)], device)
-    lines = [json.loads(line) for line in (output_dir / "speed.jsonl").read_text().splitlines()]
-    return statistics.harmonic_mean(line["images_per_second"] for line in lines[1:])
 
 
 def run_recipe(data: Path, asked: dict, steps: int, device: torch.device) -> float:

@@ -41,8 +41,12 @@ def versions() -> dict:
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints of a run in the order of their steps, damaged ones included (see `find_damage`)."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+    found = Path(output_dir).glob("checkpoint-*")
+    return sorted((path for path in found if path.name.removeprefix("checkpoint-").isdigit()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def find_damage(path: Path) -> str | None:
@@ -254,8 +258,7 @@ def load_checkpoint(path: str | Path, unet, ema, optimizer, arguments: dict) -> 
     """
     path = Path(path)
     state = json.loads((path / STATE_FILE).read_text())
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    differences = list_differences(unet.load_config(path / "unet"), config)
+    differences = list_differences(unet.load_config(path / "unet"), config_of(unet))
     differences += list_differences(state["arguments"], arguments)
     if differences:
         raise ValueError(
@@ -281,6 +284,11 @@ def load_checkpoint(path: str | Path, unet, ema, optimizer, arguments: dict) -> 
 def fill(tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor.detach().copy_(sharded_like(values[name].to(tensor.device), tensor))
+
+
+def config_of(unet) -> dict:
+    """The network's arguments, as JSON has them."""
+    return json.loads(json.dumps({key: value for key, value in unet.config.items() if not key.startswith("_")}))
 
 
 def list_differences(saved: dict, current: dict) -> list[str]:

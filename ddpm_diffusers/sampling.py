@@ -9,7 +9,7 @@ from accelerate.utils import gather
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .pipeline_pixel_diffusion import PixelDiffusionPipeline
+from .pipeline_pixel_diffusion import PixelDiffusionPipeline, check_positive
 
 
 class NotFiniteError(ValueError):
@@ -41,12 +41,10 @@ def sample_images(
         progress: Show a progress bar of the main process's batches.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is no positive integer.
         NotFiniteError: In every process, if an image holds NaN or infinity.
     """
-    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+    check_positive(num_images=num_images, batch_size=batch_size)
     state = PartialState()
     batch_size = min(batch_size, num_images)
     rounds = math.ceil(num_images / (batch_size * state.num_processes))

@@ -10,7 +10,7 @@ from pathlib import Path
 import ablate as script
 import pytest
 import yaml
-from arguments import parse_arguments
+from command_line import parse_arguments
 from PIL import Image
 
 from ddpm_diffusers import OptimizedUNet2DModel

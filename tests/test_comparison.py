@@ -15,7 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from arguments import parse_arguments
+from command_line import parse_arguments
 from conftest import reset_accelerate
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType, TorchDynamoPlugin
-from arguments import TrainingArguments, parse_arguments
+from arguments import TrainingArguments
+from command_line import parse_arguments
 from cuda_graph import GraphedStep, can_capture
 from safetensors.torch import load_file
 

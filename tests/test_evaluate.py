@@ -10,7 +10,7 @@ import evaluate as script
 import numpy as np
 import pytest
 import torch
-from arguments import parse_arguments
+from command_line import parse_arguments
 from conftest import randomize, reset_accelerate
 from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import train_feature_extractor
-from arguments import parse_arguments
+from command_line import parse_arguments
 from conftest import reset_accelerate
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from hub_server import HubServer, Repo
@@ -178,7 +178,7 @@ def test_a_hub_id_is_loaded_without_its_code_and_pickles_and_an_unknown_one_is_r
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
 def test_inception_says_what_to_install(tmp_path):
     for name in ("inception", f"inception:{tmp_path / 'weights.pth'}"):
-        with pytest.raises(ImportError, match="pip install torchmetrics torch-fidelity"):
+        with pytest.raises(ImportError, match="needs torch-fidelity: pip install torch-fidelity"):
             load_feature_extractor(name)
 
 

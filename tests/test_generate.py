@@ -6,7 +6,7 @@ import generate as script
 import numpy as np
 import pytest
 import torch
-from arguments import parse_arguments
+from command_line import parse_arguments
 from conftest import reset_accelerate
 from PIL import Image
 from samplers import swap_scheduler

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from arguments import TrainingArguments, parse_arguments
+from arguments import TrainingArguments
+from command_line import parse_arguments
 from conftest import UNET
 from launch import choose_precision
 from safetensors.torch import load_file

@@ -47,7 +47,7 @@ def test_what_is_not_finite_is_an_error(tiny_pipe, value):
 
 @pytest.mark.parametrize("name", ["num_images", "batch_size"])
 def test_numbers_below_one_are_refused(tiny_pipe, name):
-    with pytest.raises(ValueError, match=f"`{name}` is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match=f"`{name}` is 0; it must be a positive integer"):
         sample_images(tiny_pipe, **{"num_images": 2, "num_inference_steps": 2, "batch_size": 2, name: 0})
 
 

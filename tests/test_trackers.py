@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from arguments import TrainingArguments, run_script
+from arguments import TrainingArguments
+from command_line import run_script
 from conftest import UNET
 
 ROOT = Path(__file__).parents[1]

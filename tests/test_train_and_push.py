@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from arguments import TrainingArguments, parse_arguments
+from arguments import TrainingArguments
+from command_line import parse_arguments
 from conftest import UNET
 from datasets import Dataset, Features, Image
 from hub_server import HubServer

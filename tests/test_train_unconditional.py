@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import train_unconditional as script
-from arguments import DEFINES_THE_RUN, parse_arguments
+from arguments import DEFINES_THE_RUN
+from command_line import parse_arguments
 from conftest import UNET, reset_accelerate
 from datasets import Dataset
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -180,9 +181,16 @@ def test_training_goes_on_from_the_weights_of_a_saved_pipeline(train, tmp_path, 
     assert not (tmp_path / "refused").exists() and load_file(source / WEIGHTS).keys() == weights.keys()
 
 
-@pytest.mark.parametrize("network", [UNET, str(ROOT / "train_scripts" / "configs" / "stock.json")])
-def test_a_run_from_a_saved_pipeline_resumes_without_it_and_publishes_no_path(train, tmp_path, network):
-    source = train("--unet_config", network, "--output_dir", str(tmp_path / "source"))
+@pytest.mark.parametrize("made_by", ["this script", "diffusers"])
+def test_a_run_from_a_saved_pipeline_resumes_without_it_and_publishes_no_path(train, tmp_path, made_by, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = Path("runs", "source")  # as an id of the Hub would look
+    if made_by == "this script":
+        train("--output_dir", str(source))
+    else:
+        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 8), norm_num_groups=4, add_attention=False, **blocks)
+        DDPMPipeline(unet, DDPMScheduler(beta_schedule="scaled_linear")).save_pretrained(source)
     begin = ["--pretrained_model_name_or_path", str(source), "--checkpointing_steps", "2"]
     whole = load_file(train(*begin, "--output_dir", str(tmp_path / "whole")) / WEIGHTS)
     output_dir = train(*begin)
@@ -190,7 +198,9 @@ def test_a_run_from_a_saved_pipeline_resumes_without_it_and_publishes_no_path(tr
     shutil.rmtree(source)
     train(*begin, "--resume_from_checkpoint", "latest")
     assert all(torch.equal(weight, whole[name]) for name, weight in load_file(output_dir / WEIGHTS).items())
-    assert str(tmp_path) not in (output_dir / "unet" / "config.json").read_text()
+    assert str(source) not in (output_dir / "unet" / "config.json").read_text()
+    card = (output_dir / "README.md").read_text()
+    assert str(source) not in card and "from the weights of a model that is not on the Hub" in card
 
 
 def test_real_fashion_mnist(train, fashion_mnist):

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from arguments import TrainingArguments, arg, run_script
+from arguments import TrainingArguments
+from command_line import arg, check, run_script
 from diffusers import DDPMScheduler, ModelMixin
 from launch import choose_precision
 from PIL import Image
@@ -29,6 +30,7 @@ from tqdm.auto import tqdm
 from unets import make_unet
 
 from ddpm_diffusers import make_scheduler
+from ddpm_diffusers.checkpointing import config_of
 from ddpm_diffusers.evaluation import FASHION_MNIST, Reference, load_feature_extractor
 from ddpm_diffusers.evaluation.plots import FREQUENCIES, plot_rows, plot_spectra
 from ddpm_diffusers.evaluation.protocol import check_count, mean_and_sd
@@ -80,8 +82,7 @@ class AblateArguments:
             values = getattr(self, name)
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise ValueError(f"`--{name}` is {values}; it must hold different ones.")
-        if self.jobs < 1:
-            raise ValueError(f"`--jobs` is {self.jobs}; it must be at least 1.")
+        check(self, self.jobs >= 1, "jobs", "be at least 1")
         use_cpu = yaml.safe_load(Path(self.accelerate_config).read_text()).get("use_cpu", False)
         self.mixed_precision = choose_precision(self.mixed_precision, use_cpu)
         for seed in self.train_seeds:
@@ -99,7 +100,7 @@ def main(args: AblateArguments) -> None:
     extractor = load_feature_extractor(args.feature_extractor)
     check_count(args.num_images, extractor)
     count_evaluations(make_scheduler(args.scheduler, DDPMScheduler()), args.num_inference_steps)  # raises on bad ones
-    settings = {**settings_of(args), "feature_extractor": {"name": extractor.name, "digest": extractor.digest}}
+    settings = {**shared_settings(args), "feature_extractor": {"name": extractor.name, "digest": extractor.digest}}
     results_dir = Path(args.results_dir or args.output_dir)
     folder_lock = lock(results_dir)
     rows = {name: open_row(results_dir, name, unets[name], settings) for name in names}
@@ -179,7 +180,7 @@ def training_arguments(args: AblateArguments, seed: int) -> dict:
     }
 
 
-def settings_of(args: AblateArguments) -> dict:
+def shared_settings(args: AblateArguments) -> dict:
     """What all rows have in common."""
     training = training_arguments(args, seed=0)
     del training["seed"], training["mixed_precision"]  # each seed's record has its own
@@ -221,11 +222,6 @@ def other_rows(results_dir: Path, rows: dict, unets: dict[str, ModelMixin], sett
             else:
                 others[path.stem] = row
     return others
-
-
-def config_of(unet: ModelMixin) -> dict:
-    """The network's arguments, as JSON has them."""
-    return json.loads(json.dumps({key: value for key, value in unet.config.items() if not key.startswith("_")}))
 
 
 def show_some(values: dict, keys: list[str]) -> str:

@@ -1,18 +1,12 @@
-"""The training script's flags, most of them named as diffusers' own, and their rules; parsing for all scripts."""
+"""The training script's flags, most of them named as diffusers' own, and their rules."""
 
 import importlib.util
 import math
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, fields
 
-import yaml
+from command_line import arg, check
 from launch import PRECISIONS
 from trackers import TRACKERS
-from transformers import HfArgumentParser
 
 from ddpm_diffusers.hub import is_hub_id
 
@@ -22,10 +16,6 @@ DEFINES_THE_RUN = (
     "ddpm_beta_schedule", "snr_gamma", "seed", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay",
     "adam_epsilon", "max_grad_norm", "use_ema", "ema_max_decay",
 )  # fmt: skip
-
-
-def arg(default, help):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -84,7 +74,7 @@ class TrainingArguments:
         True, "on one GPU, launch each step as a whole; not with fp16, gradient accumulation or gradient checkpointing"
     )
     gradient_checkpointing: bool = arg(False, "save memory, at the cost of time")
-    # output
+    # output; from here on left out of model cards, by `settings_for_card`
     logging_steps: int = arg(20, "optimizer steps between lines of metrics.jsonl")
     logger: str = arg("tensorboard", "tracker besides metrics.jsonl: tensorboard, wandb, trackio or none")
     validation_steps: int | None = arg(None, "optimizer steps between sample grids; by default one grid at the end")
@@ -103,22 +93,18 @@ class TrainingArguments:
     hub_license: str | None = arg(None, "license of the model for its card, as the Hub abbreviates it, such as mit")
 
     def __post_init__(self):
-        def check(condition: bool, name: str, rule: str) -> None:
-            if not condition:
-                raise ValueError(f"`--{name}` is {getattr(self, name)!r}; it must {rule}.")
-
         least = {"seed": 0, "dataloader_num_workers": 0, "lr_warmup_steps": 0}
         for name in [option.name for option in fields(self) if option.type in (int, int | None)]:
             value, at_least = getattr(self, name), least.get(name, 1)
-            check(value is None or value >= at_least, name, f"be a whole number of at least {at_least}")
+            check(self, value is None or value >= at_least, name, f"be a whole number of at least {at_least}")
         for name in ("learning_rate", "max_grad_norm", "snr_gamma", "adam_epsilon"):
             value = getattr(self, name)
-            check(value is None or (math.isfinite(value) and value > 0), name, "be a positive number")
+            check(self, value is None or (math.isfinite(value) and value > 0), name, "be a positive number")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
-            check(0 <= getattr(self, name) < 1, name, "be in [0, 1)")
-        check(0 <= self.adam_weight_decay < math.inf, "adam_weight_decay", "be a number of at least 0")
-        check(self.seed < 2**32, "seed", "be in [0, 2^32)")
-        check(self.ddpm_num_inference_steps <= self.ddpm_num_steps, "ddpm_num_inference_steps",
+            check(self, 0 <= getattr(self, name) < 1, name, "be in [0, 1)")
+        check(self, 0 <= self.adam_weight_decay < math.inf, "adam_weight_decay", "be a number of at least 0")
+        check(self, self.seed < 2**32, "seed", "be in [0, 2^32)")
+        check(self, self.ddpm_num_inference_steps <= self.ddpm_num_steps, "ddpm_num_inference_steps",
               f"not exceed `--ddpm_num_steps`, {self.ddpm_num_steps}")  # fmt: skip
         for name, choices in {
             "prediction_type": ("epsilon", "v_prediction", "sample"),
@@ -127,13 +113,13 @@ class TrainingArguments:
             "mixed_precision": PRECISIONS,
             "logger": (*TRACKERS, "none"),
         }.items():
-            check(getattr(self, name) in choices, name, f"be one of {', '.join(filter(None, choices))}")
+            check(self, getattr(self, name) in choices, name, f"be one of {', '.join(filter(None, choices))}")
         if self.unet_config is not None and self.pretrained_model_name_or_path is not None:
             raise ValueError(
                 "Give `--unet_config` or `--pretrained_model_name_or_path`, which brings its own, not both."
             )
         if self.lr_scheduler == "constant":
-            check(not self.lr_warmup_steps, "lr_warmup_steps",
+            check(self, not self.lr_warmup_steps, "lr_warmup_steps",
                   "be 0 with `--lr_scheduler constant`, which does not warm up: use constant_with_warmup")  # fmt: skip
         if self.dataset_id is not None and (self.train_data_dir is not None or not is_hub_id(self.dataset_id)):
             raise ValueError(
@@ -165,58 +151,8 @@ def settings_for_card(run: dict) -> dict:
         "shuffle_buffer_size",
         "unet_config",
         "pretrained_model_name_or_path",
+        "base_model",
     }
     elsewhere |= {"data"} if run["streaming"] else set()  # it names the folder
     elsewhere |= {"overwrite_output_dir", "num_epochs", *names[names.index("logging_steps") :]}
     return {name: value for name, value in run.items() if name not in elsewhere and value is not False}
-
-
-def run_script(main: Callable, arguments_class: type, doc: str) -> None:
-    """Run `main` with the command line's flags; those that break a rule end the script with one line, no traceback."""
-    try:
-        args = parse_arguments(arguments_class, sys.argv[1:], doc)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}") from None  # YAML's has several
-    main(args)
-
-
-def check_types(arguments_class: type, values: dict, path: str) -> None:
-    """Raise a ValueError for a file's value of another type than the argument's; the parser converts strings."""
-    hints = get_type_hints(arguments_class)  # HfArgumentParser has changed the fields' own
-    for name, value in values.items():
-        kinds = get_args(hints[name]) if isinstance(hints[name], UnionType) else [hints[name]]
-        kinds = {get_origin(kind) or kind for kind in kinds}  # list for list[int]
-        kinds |= {int} if float in kinds else set()
-        kinds |= {str} if list not in kinds else set()
-        kinds |= {dict} if name == "unet_config" else set()
-        if type(value) not in kinds:
-            kind = getattr(hints[name], "__name__", hints[name])
-            raise ValueError(f"`{name}` in {path} is {value!r}; it must be of type {kind}.")
-
-
-def parse_arguments(arguments_class: type, argv: list[str], doc: str):
-    """Parse an optional YAML or JSON file of arguments, then flags, which override it, into an `arguments_class`."""
-    parser = HfArgumentParser(arguments_class, description=doc.splitlines()[0], allow_abbrev=False)
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        if not Path(argv[0]).is_file():
-            raise ValueError(f"There is no file {argv[0]}; what stands first may be a YAML or JSON file of arguments.")
-        values = yaml.safe_load(Path(argv[0]).read_text()) or {}  # JSON is YAML
-        if not isinstance(values, dict):
-            raise ValueError(f"{argv[0]} holds a {type(values).__name__}; it must hold arguments by name.")
-        if values.get("mixed_precision") is False:
-            values["mixed_precision"] = "no"  # YAML reads `no` as False
-        unknown = set(values) - {f.name for f in fields(arguments_class)}
-        if unknown:
-            raise ValueError(f"{argv[0]} holds {sorted(unknown)}, which are no arguments (see --help).")
-        check_types(arguments_class, values, argv[0])
-        parser.set_defaults(**values)
-        for action in parser._actions:
-            action.required = action.required and action.dest not in values
-        argv = argv[1:]
-    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:  # without their values, which may be tokens
-        flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
-        raise ValueError(f"{', '.join(flags) or 'What stands without a flag'} is no flag of this script (see --help).")
-    if getattr(args, "hub_token", None):  # wandb records the command line it finds here
-        sys.argv[:] = [text.replace(args.hub_token, "<token>") for text in sys.argv]
-    return args

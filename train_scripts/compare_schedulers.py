@@ -21,15 +21,15 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from arguments import arg, run_script
+from command_line import arg, check, run_script
 from evaluation_arguments import (
     EvaluationArguments,
     load_pipeline,
-    make_accelerator,
     open_extractor,
     open_reference,
     provenance,
 )
+from launch import make_accelerator
 from PIL import Image
 from run_folder import lock, write_file, write_text
 from tables import caption, figures_table, show
@@ -39,7 +39,7 @@ from ddpm_diffusers.checkpointing import list_differences
 from ddpm_diffusers.evaluation import comparison
 from ddpm_diffusers.evaluation.comparison import best_settings, distance, label_of, name_of
 from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows
-from ddpm_diffusers.evaluation.protocol import as_json, image_shape
+from ddpm_diffusers.evaluation.protocol import as_json, check_run, image_shape
 from ddpm_diffusers.sampling import to_pil
 
 logger = logging.getLogger(__name__)
@@ -69,17 +69,16 @@ class ComparisonArguments(EvaluationArguments):
     overwrite: bool = arg(False, "start over in a folder that is not empty")
 
     def __post_init__(self):
-        overwrite = self.overwrite
-        self.overwrite = overwrite or Path(self.output_dir, RESULT).is_file()
         super().__post_init__()
-        self.overwrite = overwrite
-        if self.ddpm_steps < 0:
-            raise ValueError(f"`--ddpm_steps` is {self.ddpm_steps}; it must be at least 1, or 0 for none.")
+        check(self, self.ddpm_steps >= 0, "ddpm_steps", "be at least 1, or 0 for none")
+
+    def continues(self) -> bool:
+        return Path(self.output_dir, RESULT).is_file()
 
 
 def main(args: ComparisonArguments) -> None:
     entries = [parse_scheduler(text) for text in args.schedulers]
-    accelerator, output_dir = make_accelerator(args), Path(args.output_dir)
+    accelerator, output_dir = make_accelerator(args.mixed_precision), Path(args.output_dir)
     logging.basicConfig(format="%(message)s", level=logging.WARNING if accelerator.is_main_process else logging.ERROR)
     diffusers.logging.set_verbosity_error()  # schedulers comment on their defaults each time they are made
     warnings.filterwarnings("ignore", module="torchsde")  # about rounding in its time interval
@@ -93,7 +92,7 @@ def main(args: ComparisonArguments) -> None:
     for record in (left_out := left_out + too_few):
         logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
     how = {"num_images": args.num_images, "seeds": args.seeds, "batch_size": args.batch_size}
-    comparison.check_run(pipe, None, **how)
+    check_run(pipe, None, **how)
     channels, side, _ = image_shape(pipe)
     extractor = open_extractor(args, accelerator, channels)
     folder_lock = lock(output_dir) if accelerator.is_main_process else None
@@ -207,9 +206,9 @@ def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yar
     if not results["records"]:
         raise ValueError(f"No scheduler could be measured: {results['left_out'][-1]['left_out']}")
     settings = results["settings"]
-    shown = ([yardstick] if yardstick else []) + sorted(
-        records, key=lambda record: ([label_of(r) for r in records].index(label_of(record)), record["evaluations"])
-    )
+    labels = [label_of(record) for record in records]
+    by_label = sorted(records, key=lambda record: (labels.index(label_of(record)), record["evaluations"]))
+    shown = ([yardstick] if yardstick else []) + by_label
     model = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     findings = describe_best(records, yardstick)
     report = [

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from arguments import arg, run_script
+from command_line import arg, check, run_script
 from evaluation_arguments import (
     EvaluationArguments,
     load_pipeline,
-    make_accelerator,
     open_extractor,
     open_reference,
     provenance,
 )
+from launch import make_accelerator
 from run_folder import lock, write_file, write_text
 from samplers import swap_scheduler
 from tables import caption, figures_table
@@ -36,6 +36,7 @@ from ddpm_diffusers.evaluation.protocol import (
     check_count,
     check_images,
     check_run,
+    evenly_spaced,
     image_shape,
     record_of,
 )
@@ -79,12 +80,10 @@ class EvaluateArguments(EvaluationArguments):
         for name in ("scheduler", "scheduler_config", "variant") if self.images is not None else ():
             if getattr(self, name) is not None:
                 raise ValueError(f"`--{name}` is for a `--model`; `--images` are judged as they are: leave it out.")
-        if self.num_inference_steps < 1:
-            raise ValueError(f"`--num_inference_steps` is {self.num_inference_steps}; it must be at least 1.")
+        check(self, self.num_inference_steps >= 1, "num_inference_steps", "be at least 1")
         if self.damage is not None and (self.images is None or self.damage not in DAMAGE):
             raise ValueError(f"`--damage` is {self.damage!r}; it must be one of {', '.join(DAMAGE)}, with `--images`.")
-        if not 0 <= self.damage_amount <= 1:
-            raise ValueError(f"`--damage_amount` is {self.damage_amount}; it must be in [0, 1].")
+        check(self, 0 <= self.damage_amount <= 1, "damage_amount", "be in [0, 1]")
         if self.write_card and not is_hub_id(self.dataset_id or self.dataset_name):
             raise ValueError(
                 f"`--write_card` needs the data set's id on the Hub, which {self.dataset_id or self.dataset_name} is"
@@ -95,7 +94,7 @@ class EvaluateArguments(EvaluationArguments):
 
 
 def main(args: EvaluateArguments) -> None:
-    accelerator, output_dir, pipe = make_accelerator(args), Path(args.output_dir), None
+    accelerator, output_dir, pipe = make_accelerator(args.mixed_precision), Path(args.output_dir), None
     if args.model is not None:
         pipe = load_pipeline(args.model, args.variant, accelerator)
         options = swap_scheduler(pipe, args.scheduler, args.scheduler_config)
@@ -189,11 +188,6 @@ def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
     return torch.from_numpy(pixels.reshape(*pixels.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
 
 
-def evenly_spaced(length: int, count: int) -> np.ndarray:
-    """`count` places in a list of this length, which may be sorted by class."""
-    return np.linspace(0, length - 1, count).round().astype(int)
-
-
 def leading_cells(record: dict) -> dict:
     cells = {"": record["name"], "images": record["num_images"]}
     if "scheduler" in record:
@@ -206,7 +200,7 @@ def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
     extractor = record["feature_extractor"]
     measured_with = {
         "samples": record["num_images"],
-        "seeds": len(record["seeds"]),
+        "seeds": record["seeds"],
         "scheduler": record["scheduler"],
         **record["scheduler_options"],
         "evaluations": record["evaluations"],

@@ -3,15 +3,14 @@
 import hashlib
 import importlib.metadata
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from arguments import arg
-from launch import PRECISIONS, check_processes, choose_precision, keep_freed_memory
+from command_line import arg, check
+from launch import PRECISIONS
+from run_folder import check_empty
 
 from ddpm_diffusers import PixelDiffusionPipeline
 from ddpm_diffusers.evaluation import FASHION_MNIST, FeatureExtractor, Reference, load_feature_extractor
@@ -45,23 +44,16 @@ class EvaluationArguments:
 
     def __post_init__(self):
         for name in ("num_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least 1.")
-        if self.mixed_precision not in PRECISIONS:
-            raise ValueError(f"`--mixed_precision` is {self.mixed_precision!r}; it must be auto, no, fp16 or bf16.")
-        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"`--seeds` is {self.seeds}; it must hold different whole numbers from 0.")
-        folder = Path(self.output_dir)
-        if folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir()) and not self.overwrite:
-            raise ValueError(f"`--output_dir` {folder} is not empty: choose another, or pass `--overwrite`.")
+            check(self, getattr(self, name) >= 1, name, "be at least 1")
+        check(self, self.mixed_precision in PRECISIONS, "mixed_precision", "be auto, no, fp16 or bf16")
+        different = len(set(self.seeds)) == len(self.seeds)
+        check(self, different and min(self.seeds) >= 0, "seeds", "hold different whole numbers from 0")
+        if not (self.overwrite or self.continues()):
+            check_empty(Path(self.output_dir))
 
-
-def make_accelerator(args: EvaluationArguments) -> Accelerator:
-    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while one decodes and extracts
-    keep_freed_memory()
-    accelerator = Accelerator(mixed_precision=choose_precision(args.mixed_precision), kwargs_handlers=[waiting])
-    check_processes(accelerator)
-    return accelerator
+    def continues(self) -> bool:
+        """Whether the output folder holds what this run goes on with."""
+        return False
 
 
 def open_extractor(args: EvaluationArguments, accelerator: Accelerator, channels: int = 1) -> FeatureExtractor:

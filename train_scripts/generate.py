@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from arguments import arg, run_script
-from launch import check_processes, keep_freed_memory
+from command_line import arg, check, run_script
+from launch import make_accelerator
+from run_folder import check_empty
 from samplers import swap_scheduler
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline
@@ -41,19 +41,14 @@ class GenerateArguments:
 
     def __post_init__(self):
         for name in ("num_images", "batch_size", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least 1.")
-        if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"`--dtype` is {self.dtype!r}; it must be float32, float16 or bfloat16.")
+            check(self, getattr(self, name) >= 1, name, "be at least 1")
+        check(self, self.dtype in ("float32", "float16", "bfloat16"), "dtype", "be float32, float16 or bfloat16")
+        if not self.overwrite:
+            check_empty(Path(self.output_dir))
 
 
 def main(args: GenerateArguments) -> None:
-    keep_freed_memory()
-    accelerator = Accelerator(cpu=args.device == "cpu")
-    check_processes(accelerator)
-    output_dir = Path(args.output_dir)
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite:
-        raise ValueError(f"`--output_dir` {output_dir} is not empty: choose another, or pass `--overwrite`.")
+    accelerator, output_dir = make_accelerator(cpu=args.device == "cpu"), Path(args.output_dir)
     pipe = PixelDiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), variant=args.variant)
     pipe.to(args.device or accelerator.device)
     pipe.set_progress_bar_config(disable=True)

@@ -4,13 +4,27 @@ import ctypes
 import os
 import platform
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, parse_flag_from_env
 
 PRECISIONS = (None, "auto", "no", "fp16", "bf16")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+
+
+def make_accelerator(mixed_precision: str | None = None, **accelerator_kwargs) -> Accelerator:
+    """The process's accelerator; ValueError if it does not connect all the launched processes."""
+    keep_freed_memory()
+    accelerator = Accelerator(
+        mixed_precision=choose_precision(mixed_precision),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # the others wait while one decodes
+        **accelerator_kwargs,
+    )
+    check_processes(accelerator)
+    return accelerator
 
 
 def choose_precision(mixed_precision: str | None, use_cpu: bool | None = None) -> str | None:
@@ -46,6 +60,16 @@ def check_processes(accelerator: Accelerator) -> None:
         )
 
 
+def check_agreement(resume_path: Path | None) -> None:
+    """Raises ValueError in all processes, which call it together, unless they resume from the same."""
+    found = gather_object([resume_path and resume_path.name])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"The processes would start from {', '.join(map(str, found))}: `--output_dir` must be one folder, which"
+            " all machines share and can read."
+        )
+
+
 def let_go(accelerator: Accelerator) -> None:
     """Free what was prepared. Call it once nothing holds the prepared network, before `accelerator.end_training()`.
 
@@ -54,7 +78,7 @@ def let_go(accelerator: Accelerator) -> None:
     """
     accelerator.free_memory()
     accelerator.wait_for_everyone()
-    time.sleep(0.2)
+    time.sleep(0.2)  # that thread drops them a moment after the barrier
 
 
 def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int, max_grad_norm: float) -> None:

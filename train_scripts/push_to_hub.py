@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arguments import arg, run_script
+from command_line import arg, run_script
 
 from ddpm_diffusers.hub import PushError, push_folder
 

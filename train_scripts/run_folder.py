@@ -17,10 +17,17 @@ from ddpm_diffusers.checkpointing import (
     remove_checkpoint,
     remove_leftovers,
     resolve_checkpoint,
+    step_of,
 )
 from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
 
 RUN_FILE = "run.json"
+
+
+def check_empty(folder: Path) -> None:
+    """Raise a ValueError if the folder holds anything but hidden files."""
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(f"`--output_dir` {folder} is not empty: choose another, or pass `--overwrite`.")
 
 
 def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> tuple[Path | None, bool]:
@@ -114,7 +121,7 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
         for path in list_checkpoints(output_dir):
             if not goes_on:
                 remove_checkpoint(path)
-            elif int(path.name[11:]) > step:  # damaged, so "latest" skipped it
+            elif step_of(path) > step:  # damaged, so "latest" skipped it
                 damaged = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(damaged, ignore_errors=True)
                 path.rename(damaged)

@@ -29,10 +29,14 @@ def caption(record: dict) -> str:
     floor, extractor = record["figures"]["floor"], record["feature_extractor"]
     a_seed = " a seed" if len(record.get("seeds", [])) > 1 else ""
     split = record.get("train_split", "train")
+    there = record.get("real_images", {}).get("test")  # in newer records
+    compared, of_floor = "As many test images" if there else "As many test images, or all there are,", "the floor"
+    if there and there < record["num_images"]:
+        compared, of_floor = f"All {there:,} test images", "the floor, by which that of as many samples is divided"
     lines = [
         f"{record['num_images']:,} images{a_seed} against the {split} split of {record['dataset']}, by the features of"
-        f" {extractor['name']} {extractor['digest']}. As many test images, or all there are, have a distance of"
-        f" {show(floor['frechet_distance'], '.4f')} (the floor), precision {show(floor['precision'], '.3f')} and"
+        f" {extractor['name']} {extractor['digest']}. {compared} have a distance of"
+        f" {show(floor['frechet_distance'], '.4f')} ({of_floor}), precision {show(floor['precision'], '.3f')} and"
         f" recall {show(floor['recall'], '.3f')}."
     ]
     if "scheduler" in record:

@@ -17,20 +17,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from arguments import arg, run_script
+from command_line import arg, check, run_script
 from datasets import ClassLabel
 from diffusers.optimization import get_scheduler
 from huggingface_hub import ModelCard, ModelCardData
-from launch import PRECISIONS, choose_precision, keep_freed_memory
+from launch import PRECISIONS, make_accelerator
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from ddpm_diffusers.checkpointing import checksum, flush, versions
 from ddpm_diffusers.data import ImageArrays, ShuffledBatches, load_images
 from ddpm_diffusers.evaluation.features import to_input
-from ddpm_diffusers.hub import is_hub_id
+from ddpm_diffusers.hub import is_hub_id, table
 
 CARD = """
 # {name}
@@ -49,8 +48,6 @@ features = extract_features(extractor, images)  # uint8 (N, {channels}, H, W) to
 
 Images of any resolution are resized to {image_size}x{image_size} (bilinear, antialiased) and scaled to [-1, 1].
 
-| | |
-|---|---|
 {table}
 
 Made by
@@ -86,54 +83,19 @@ class FeatureExtractorArguments:
     )
 
     def __post_init__(self):
-        def check(condition: bool, name: str, rule: str) -> None:
-            if not condition:
-                raise ValueError(f"`--{name}` is {getattr(self, name)!r}; it must {rule}.")
-
         for name in ("resolution", "lowest_resolution", "train_batch_size", "num_epochs"):
-            check(getattr(self, name) >= 1, name, "be at least 1")
-        check(self.lowest_resolution <= self.resolution, "lowest_resolution", f"not exceed {self.resolution}")
-        check(self.image_size >= 16, "image_size", "be at least 16")
-        check(self.channels in (1, 3), "channels", "be 1 or 3")
-        check(0 <= self.seed < 2**32, "seed", "be in [0, 2^32)")
-        check(0 < self.learning_rate < math.inf, "learning_rate", "be a positive number")
-        check(0 <= self.adam_weight_decay < math.inf, "adam_weight_decay", "be a number of at least 0")
-        check(self.mixed_precision in PRECISIONS, "mixed_precision", "be auto, no, fp16 or bf16")
-
-
-def load_split(
-    args: FeatureExtractorArguments, split: str, resolution: int
-) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """Images, uint8 (N, C, H, W), labels, int64 (N,), and the classes' names."""
-    dataset = load_images(
-        args.dataset_name,
-        resolution=resolution,
-        channels=args.channels,
-        center_crop=args.center_crop,
-        split=split,
-        image_column=args.image_column,
-    )
-    if not isinstance(dataset.features.get("label"), ClassLabel):
-        raise ValueError(
-            f"Split {split!r} has no column `label` of classes (datasets' ClassLabel): a classifier needs one."
-        )
-    labels = torch.tensor([-1 if label is None else label for label in dataset["label"]])
-    if labels.min() < 0:
-        raise ValueError(f"Image {int(labels.argmin())} of split {split!r} has no label: remove it.")
-    images = ImageArrays(dataset, (args.channels, resolution, resolution))
-    return images.__getitems__(range(len(images))), labels, dataset.features["label"].names
-
-
-@torch.no_grad()
-def accuracy(model, images: torch.Tensor, labels: torch.Tensor) -> float:
-    batches = [to_input(batch.to(model.device), model.config.image_size) for batch in images.split(500)]
-    predicted = torch.cat([model(batch).logits.argmax(1).cpu() for batch in batches])
-    return (predicted == labels).double().mean().item()
+            check(self, getattr(self, name) >= 1, name, "be at least 1")
+        check(self, self.lowest_resolution <= self.resolution, "lowest_resolution", f"not exceed {self.resolution}")
+        check(self, self.image_size >= 16, "image_size", "be at least 16")
+        check(self, self.channels in (1, 3), "channels", "be 1 or 3")
+        check(self, 0 <= self.seed < 2**32, "seed", "be in [0, 2^32)")
+        check(self, 0 < self.learning_rate < math.inf, "learning_rate", "be a positive number")
+        check(self, 0 <= self.adam_weight_decay < math.inf, "adam_weight_decay", "be a number of at least 0")
+        check(self, self.mixed_precision in PRECISIONS, "mixed_precision", "be auto, no, fp16 or bf16")
 
 
 def main(args: FeatureExtractorArguments) -> None:
-    keep_freed_memory()
-    accelerator = Accelerator(mixed_precision=choose_precision(args.mixed_precision))
+    accelerator = make_accelerator(args.mixed_precision)
     if accelerator.num_processes > 1:
         raise ValueError(f"{accelerator.num_processes} processes were launched; this script runs in one.")
     output_dir = Path(args.output_dir).resolve()
@@ -201,6 +163,36 @@ def main(args: FeatureExtractorArguments) -> None:
     print(f"Feature extractor: {args.output_dir}, digest {digest[:12]}")
 
 
+def load_split(
+    args: FeatureExtractorArguments, split: str, resolution: int
+) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """Images, uint8 (N, C, H, W), labels, int64 (N,), and the classes' names."""
+    dataset = load_images(
+        args.dataset_name,
+        resolution=resolution,
+        channels=args.channels,
+        center_crop=args.center_crop,
+        split=split,
+        image_column=args.image_column,
+    )
+    if not isinstance(dataset.features.get("label"), ClassLabel):
+        raise ValueError(
+            f"Split {split!r} has no column `label` of classes (datasets' ClassLabel): a classifier needs one."
+        )
+    labels = torch.tensor([-1 if label is None else label for label in dataset["label"]])
+    if labels.min() < 0:
+        raise ValueError(f"Image {int(labels.argmin())} of split {split!r} has no label: remove it.")
+    images = ImageArrays(dataset, (args.channels, resolution, resolution))
+    return images.__getitems__(range(len(images))), labels, dataset.features["label"].names
+
+
+@torch.no_grad()
+def accuracy(model, images: torch.Tensor, labels: torch.Tensor) -> float:
+    batches = [to_input(batch.to(model.device), model.config.image_size) for batch in images.split(500)]
+    predicted = torch.cat([model(batch).logits.argmax(1).cpu() for batch in batches])
+    return (predicted == labels).double().mean().item()
+
+
 def model_card(
     args: FeatureExtractorArguments, config: ResNetConfig, digest: str, accuracies: dict[int, float]
 ) -> ModelCard:
@@ -229,7 +221,7 @@ def model_card(
         num_features=config.hidden_sizes[-1],
         image_size=args.image_size,
         channels=args.channels,
-        table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        table=table(("", ""), rows.items()),
         command=shlex.join(command),
         lowest_resolution=args.lowest_resolution,
         resolution=args.resolution,

@@ -12,34 +12,33 @@ import json
 import logging
 import math
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
-from arguments import DEFINES_THE_RUN, TrainingArguments, run_script, settings_for_card, settings_of
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from arguments import DEFINES_THE_RUN, TrainingArguments, settings_for_card, settings_of
+from command_line import run_script
 from cuda_graph import GraphedStep, can_capture
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from interruption import StopRequest
-from launch import check_engine, check_processes, choose_precision, keep_freed_memory, let_go
+from launch import check_agreement, check_engine, let_go, make_accelerator
 from push_to_hub import push
 from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_file, write_text
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
 from training_state import gather_state, restore
-from unets import load_unet, make_unet
+from unets import load_unet, make_unet, unet_of_checkpoint
 
 from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
-from ddpm_diffusers.checkpointing import load_checkpoint, plain_copy, save_checkpoint
+from ddpm_diffusers.checkpointing import config_of, load_checkpoint, plain_copy, save_checkpoint
 from ddpm_diffusers.data import ImageArrays, ShuffledBatches, as_batch, load_images
 from ddpm_diffusers.grid import image_grid
-from ddpm_diffusers.hub import model_card, prepare_repo
+from ddpm_diffusers.hub import is_hub_id, model_card, prepare_repo
 from ddpm_diffusers.objectives import draw_noise_and_timesteps, loss_weights, training_target
 from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
 from ddpm_diffusers.sampling import sample_images, to_pil
@@ -58,12 +57,10 @@ def samples_path(output_dir: Path, step: int) -> Path:
 
 
 def main(args: TrainingArguments) -> None:
-    keep_freed_memory()
-    accelerator = Accelerator(
-        mixed_precision=choose_precision(args.mixed_precision),
+    accelerator = make_accelerator(
+        args.mixed_precision,
         dynamo_backend="inductor" if args.compile else None,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # the others wait while one decodes
         log_with=None if args.logger == "none" else args.logger,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "logs")
@@ -71,10 +68,10 @@ def main(args: TrainingArguments) -> None:
     )
     level = logging.WARNING if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level)
-    check_processes(accelerator)
     output_dir, device = Path(args.output_dir), accelerator.device
     claimed = claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     resume_path, goes_on = claimed
+    check_agreement(resume_path)
 
     repo_id = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
@@ -89,9 +86,10 @@ def main(args: TrainingArguments) -> None:
         timestep_spacing="trailing",
     )
     pretrained = args.pretrained_model_name_or_path
-    if pretrained is None or resume_path is not None:  # a checkpoint has the weights, and the source may be gone
-        config = args.unet_config if pretrained is None else str(resume_path / "unet" / "config.json")
-        model = make_unet(config, args.resolution, args.ddpm_num_steps, args.gradient_checkpointing)
+    if pretrained is None:
+        model = make_unet(args.unet_config, args.resolution, args.ddpm_num_steps, args.gradient_checkpointing)
+    elif resume_path is not None:  # a checkpoint has the weights, and the source may be gone
+        model = unet_of_checkpoint(resume_path, args.resolution, args.gradient_checkpointing)
     elif Path(pretrained).resolve() == output_dir.resolve():
         raise ValueError(f"`--output_dir` is {pretrained}, which the run would start from: choose another.")
     else:
@@ -162,6 +160,7 @@ def main(args: TrainingArguments) -> None:
         "num_processes": accelerator.num_processes,
         "global_batch_size": global_batch_size,
         "data": data,
+        "base_model": pretrained and (pretrained if is_hub_id(pretrained) else "local"),
     }
     stream_state = None
     if resume_path is not None:
@@ -172,6 +171,7 @@ def main(args: TrainingArguments) -> None:
                 " `--num_epochs` or `--max_train_steps`."
             )
         step = state["step"]
+        run["base_model"] = state["arguments"].get("base_model")  # a local source may be gone and look like an id
         stream_state = restore(state, accelerator, optimizer, lr_scheduler, args.learning_rate, window)
         logger.info(f"Resumed from {resume_path} at step {step}.")
 
@@ -203,14 +203,15 @@ def main(args: TrainingArguments) -> None:
     # the run may have stopped before sampling the grid of this step
     sample_first = args.validation_steps and step % args.validation_steps == 0 and 0 < step < max_train_steps
     sample_first = sample_first and not (goes_on and samples_path(output_dir, step).exists())
+    [sample_first] = broadcast_object_list([sample_first])  # all sample or none
 
     accelerator.wait_for_everyone()  # no process writes before all have checked the folder
     if accelerator.is_main_process:
         folder_lock = lock(output_dir)  # noqa: F841 (held until the run ends, however it does)
         if claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir) != claimed:
             raise ValueError(f"`--output_dir` {output_dir} has changed while this run started: start it again.")
-        config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-        record = open_run(output_dir, goes_on, step, {"arguments": run, "unet": config}, DEFINES_THE_RUN)
+        configs = {"arguments": run, "unet": config_of(model)}
+        record = open_run(output_dir, goes_on, step, configs, DEFINES_THE_RUN)
         metrics_file = LogLines(output_dir / "metrics.jsonl", last_step=step)  # bit-identical however often it resumes
         speed_file = LogLines(output_dir / "speed.jsonl", last_step=math.inf)
         if args.logger != "none":
@@ -377,7 +378,7 @@ def main(args: TrainingArguments) -> None:
     # keep the card of a run that had finished before: it may have gained figures
     if accelerator.is_main_process and not (first_step == max_train_steps and (output_dir / README).exists()):
         dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
-        about = {"dataset_name": dataset_name, "base_model": pretrained, "license": args.hub_license}
+        about = {"dataset_name": dataset_name, "base_model": run["base_model"], "license": args.hub_license}
         card = model_card(pipe, repo_id, settings=settings_for_card(run), has_samples=True, **about)
         write_text(output_dir / README, str(card))
     unet = None  # as above

@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
@@ -51,6 +52,13 @@ def make_unet(
     if unknown:
         raise ValueError(f"`--unet_config` holds {sorted(unknown)}, which are no arguments of {class_name}.")
     return ready(UNETS[class_name].from_config({**saved, **config}), "unet_config", resolution, gradient_checkpointing)
+
+
+def unet_of_checkpoint(checkpoint: Path, resolution: int, gradient_checkpointing: bool = False) -> ModelMixin:
+    """A new network of a checkpoint's own config, which may be of another script's making."""
+    config = json.loads((checkpoint / "unet" / "config.json").read_text())
+    unet = getattr(diffusers, config["_class_name"]).from_config(config)
+    return ready(unet, "resume_from_checkpoint", resolution, gradient_checkpointing)
 
 
 def load_unet(

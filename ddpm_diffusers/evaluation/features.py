@@ -21,13 +21,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
+from torchmetrics.image.fid import NoTrainInceptionV3
 from transformers import AutoModel
 from transformers.utils import logging
 
 from ..checkpointing import checksum
+from ..pipeline_pixel_diffusion import check_positive
 
 FASHION_MNIST = "fashion-mnist-classifier"
-SHIPPED = {FASHION_MNIST: Path(__file__).parent / "fashion_mnist_classifier"}
+SHIPPED = Path(__file__).parent / "fashion_mnist_classifier"
 INCEPTION = "inception"
 CHOICES = (
     f"{FASHION_MNIST!r}, which comes with the package; a local folder or a Hub id 'owner/name' of an image model of"
@@ -72,6 +74,12 @@ class FeatureExtractor(torch.nn.Module):
             TypeError: If the images are not a uint8 tensor.
             ValueError: If they are not (B, C, H, W), or are RGB and the network is for grey images.
         """
+        self.check_images(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network(images.expand(-1, self.num_channels, -1, -1)).float()
+
+    def check_images(self, images: torch.Tensor) -> None:
+        """Raise what `forward` does for images that it cannot take."""
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
             kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
             raise TypeError(f"The images are {kind}; they must be a torch.uint8 tensor of values from 0 to 255.")
@@ -80,8 +88,6 @@ class FeatureExtractor(torch.nn.Module):
                 f"The images are of shape {tuple(images.shape)}; it must be (B, C, H, W), C being 1 or 3."
             )
         self.check_channels(images.shape[1])
-        with torch.autocast(images.device.type, enabled=False):
-            return self.network(images.expand(-1, self.num_channels, -1, -1)).float()
 
 
 class PooledFeatures(torch.nn.Module):
@@ -123,12 +129,12 @@ def load_feature_extractor(name_or_path: str = FASHION_MNIST) -> FeatureExtracto
 
     Raises:
         ValueError: If the name is unknown or the model cannot be used; the message says what can be given.
-        ImportError: For Inception, if torchmetrics or torch-fidelity is not installed.
+        ImportError: For Inception, if torch-fidelity is not installed.
         ConnectionError: If a necessary download fails.
     """
     if name_or_path.partition(":")[0] == INCEPTION:
         return load_inception(name_or_path.partition(":")[2])
-    folder = SHIPPED.get(name_or_path) or find_folder(name_or_path)
+    folder = SHIPPED if name_or_path == FASHION_MNIST else find_folder(name_or_path)
     weights_file = folder / "model.safetensors"
     for file in (folder / "config.json", weights_file):
         if not file.is_file():
@@ -159,7 +165,7 @@ def load_feature_extractor(name_or_path: str = FASHION_MNIST) -> FeatureExtracto
         settings.get("image_mean", 0.5),
         settings.get("image_std", 0.5),
     )
-    name = name_or_path if name_or_path in SHIPPED else Path(name_or_path).resolve().name
+    name = FASHION_MNIST if folder == SHIPPED else Path(name_or_path).resolve().name
     try:
         return FeatureExtractor(network, name, weights_file, getattr(model.config, "num_channels", 3))
     except (AttributeError, TypeError, ValueError) as error:
@@ -205,11 +211,8 @@ def load_inception(path: str) -> FeatureExtractor:
     """Inception v3 as Frechet distances mostly use it: 2048 features, with its own resizing to 299x299."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-        from torchmetrics.image.fid import NoTrainInceptionV3
     except ImportError as error:
-        raise ImportError(
-            f"{INCEPTION!r} needs torchmetrics and torch-fidelity: pip install torchmetrics torch-fidelity."
-        ) from error
+        raise ImportError(f"{INCEPTION!r} needs torch-fidelity: pip install torch-fidelity.") from error
     file = Path(path or Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2]))
     if not path and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -233,28 +236,21 @@ def load_inception(path: str) -> FeatureExtractor:
     return FeatureExtractor(network, INCEPTION, file, num_channels=3)
 
 
-def extract_features(
-    extractor: FeatureExtractor, images: torch.Tensor, batch_size: int = 500, device: str | torch.device | None = None
-) -> torch.Tensor:
+def extract_features(extractor: FeatureExtractor, images: torch.Tensor, batch_size: int = 100) -> torch.Tensor:
     """The features of many images, in float32 even under autocast.
 
     Args:
-        extractor: As returned by `load_feature_extractor`; it is moved to `device`.
+        extractor: As returned by `load_feature_extractor`; the features are computed on its device.
         images: uint8 (N, C, H, W), N at least 1, of any H and W.
-        batch_size: Images at a time; the features depend on it only by rounding.
-        device: Device to compute on; by default, that of the extractor.
+        batch_size: Images at a time; the features depend on it only by rounding. 100 take Inception 1.4 GB.
 
     Returns:
         float32 (N, num_features), on the CPU.
 
     Raises:
-        TypeError, ValueError: If the extractor refuses the images, or the batch size is below 1.
+        TypeError, ValueError: If the extractor refuses the images, or the batch size is no positive integer.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
-    if device is not None:
-        extractor.to(device)
+    check_positive(batch_size=batch_size)
+    extractor.check_images(images)
     device = next(extractor.parameters()).device
-    if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) == 0:
-        extractor(images)  # raises
     return torch.cat([extractor(batch.to(device)).cpu() for batch in images.split(batch_size)])

@@ -31,6 +31,7 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
         ValueError: If there are not more images than features, D differs, or a value is not finite.
     """
     check_features(real, generated)
+    check_counts(real, generated)
     # these are all the features: other processes have none to add
     metric = FrechetInceptionDistance(feature=Features(real.shape[1]), sync_on_compute=False)
     metric.update(real.double(), real=True)
@@ -51,6 +52,7 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
         ValueError: As in `frechet_distance`.
     """
     check_features(real, generated)
+    check_counts(real, generated)
     size = min(KID_SUBSET_SIZE, len(real), len(generated))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about keeping the features: they are in memory already
@@ -85,7 +87,7 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
             f"`k` is {k} with {len(real)} real and {len(generated)} generated images; it must be at least 1, and less"
             " than the images of each: sample more."
         )
-    check_features(real, generated, least=k + 1)
+    check_features(real, generated)
     real, generated = real.double(), generated.double()
     real_radii, generated_radii = neighbourhood_radii(real, k), neighbourhood_radii(generated, k)
     precise = torch.zeros(len(generated), dtype=torch.bool, device=real.device)
@@ -107,18 +109,22 @@ def neighbourhood_radii(features: torch.Tensor, k: int) -> torch.Tensor:
     return torch.cat(radii)
 
 
-def check_features(real: torch.Tensor, generated: torch.Tensor, least: int | None = None) -> None:
+def check_features(real: torch.Tensor, generated: torch.Tensor) -> None:
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
         raise ValueError(
             f"The features have shapes {tuple(real.shape)} and {tuple(generated.shape)}; both must be (images,"
             " features), of one extractor."
         )
-    least = least or real.shape[1] + 1
     for name, features in (("real", real), ("generated", generated)):
-        if len(features) < least:
-            raise ValueError(
-                f"There are {len(features)} {name} images for {features.shape[1]} features; there must be at least"
-                f" {least}, more images than features: use more of them."
-            )
         if not features.isfinite().all():
             raise ValueError(f"The features of the {name} images hold NaN or infinity; they must be finite.")
+
+
+def check_counts(real: torch.Tensor, generated: torch.Tensor) -> None:
+    for name, features in (("real", real), ("generated", generated)):
+        images, least = len(features), features.shape[1] + 1
+        if images < least:
+            raise ValueError(
+                f"There are {images} {name} images for {least - 1} features; there must be at least {least}, more"
+                " images than features: use more of them."
+            )

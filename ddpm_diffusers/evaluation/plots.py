@@ -10,10 +10,11 @@ from PIL import Image
 
 from .comparison import distance, label_of, name_of
 
-COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")
 LINES, MARKERS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "P", "X")
 FREQUENCIES = {"radial": "radius (cycles an image)", "rings": "larger of |u| and |v| (cycles an image)"}
 DPI = 130
+MIN_HEIGHT = 56  # of a strip, in pixels
+MIN_FACTOR = 1.12  # between ticks
 
 
 def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | None = None) -> None:
@@ -25,23 +26,22 @@ def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | 
         yardstick: Such a record, drawn as a horizontal line.
     """
     lines = {}
-    for record in sorted(records, key=lambda record: record["evaluations"]):
+    for record in records:
         lines.setdefault(label_of(record), []).append(record)
-    names = list(dict.fromkeys(label_of(record) for record in records))
-    figure = Figure(figsize=(9, 5 + 0.1 * len(names)), layout="constrained")
+    figure = Figure(figsize=(9, 5 + 0.1 * len(lines)), layout="constrained")
     axes = figure.subplots()
     if yardstick is not None:
         axes.axhline(distance(yardstick), color="0.4", linewidth=1.2, zorder=1, label=name_of(yardstick))
-    for i, name in enumerate(names):
-        line = lines[name]
+    for i, (name, line) in enumerate(lines.items()):
+        line.sort(key=lambda record: record["evaluations"])
         sd = [record["figures"]["train"]["frechet_distance"].get("sd", 0) for record in line]
         axes.errorbar(
             [record["evaluations"] for record in line],
             [distance(record) for record in line],
             yerr=sd if any(sd) else None,
             label=name,
-            color=COLOURS[i % len(COLOURS)],
-            linestyle=LINES[i // len(COLOURS) % len(LINES)],
+            color=f"C{i}",  # matplotlib has ten, and begins anew
+            linestyle=LINES[i // 10 % len(LINES)],
             marker=MARKERS[i % len(MARKERS)],
             markersize=5,
             linewidth=1.4,
@@ -74,7 +74,7 @@ def plot_spectra(curves: Mapping[str, Sequence[float]], real: Sequence[float], p
     for i, (name, values) in enumerate(curves.items()):
         with np.errstate(divide="ignore"):  # points without any energy are not drawn
             decibels = 10 * np.log10(np.asarray(values)[1:] / np.asarray(real)[1:])
-        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
+        style = {"color": f"C{i}", "linestyle": LINES[i // 10 % len(LINES)]}
         axes.plot(range(1, len(values)), decibels, marker=".", label=name, **style)
     axes.set(xlabel=FREQUENCIES[kind], ylabel="mean power relative to real images (dB)")
     axes.grid(alpha=0.3, linewidth=0.6)
@@ -82,10 +82,10 @@ def plot_spectra(curves: Mapping[str, Sequence[float]], real: Sequence[float], p
     figure.savefig(path, dpi=DPI)
 
 
-def plot_rows(rows: Mapping[str, Image.Image], path: str | Path, min_height: int = 56) -> None:
+def plot_rows(rows: Mapping[str, Image.Image], path: str | Path) -> None:
     """Plot strips of images, all of one size, one below the other, each with its name to the left, pixel for pixel."""
     width, height = next(iter(rows.values())).size
-    factor = max(1, -(-min_height // height))
+    factor = max(1, -(-MIN_HEIGHT // height))
     width, height, gap = width * factor, height * factor, 4
     margin = 30 + 8 * max(len(name) for name in rows)  # for the names, in pixels
     total = (height + gap) * len(rows)
@@ -99,10 +99,10 @@ def plot_rows(rows: Mapping[str, Image.Image], path: str | Path, min_height: int
     figure.savefig(path, dpi=100)
 
 
-def spaced(values: Sequence[int], least: float = 1.12) -> list[int]:
-    """The values at least a factor `least` below the next larger one kept: places for ticks on a logarithmic axis."""
+def spaced(values: Sequence[int]) -> list[int]:
+    """The values far enough below the next larger one kept: places for ticks on a logarithmic axis."""
     kept = []
     for value in sorted(set(values), reverse=True):
-        if not kept or kept[-1] / value >= least:
+        if not kept or kept[-1] / value >= MIN_FACTOR:
             kept.append(value)
     return kept[::-1]

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..data import ImageArrays, load_images
+from ..pipeline_pixel_diffusion import check_positive
 from ..sampling import sample_images
 from ..schedulers import count_evaluations
 from .features import FeatureExtractor, extract_features
@@ -48,7 +49,7 @@ class Statistics:
         for part in parts(images):
             powers.append(power_spectrum(part) * len(part))
             features.append(extract_features(extractor, part))
-        return cls(torch.cat(features).cpu(), (sum(powers) / len(images)).cpu())
+        return cls(torch.cat(features), (sum(powers) / len(images)).cpu())
 
     @classmethod
     def cached(cls, images: ImageArrays, extractor: FeatureExtractor, cache_dir: str | None = None) -> "Statistics":
@@ -71,7 +72,12 @@ class Statistics:
 
     def spread(self, count: int) -> torch.Tensor:
         """The features of `count` evenly spaced images, since a data set may be sorted."""
-        return self.features[np.linspace(0, len(self.features) - 1, count).round().astype(int)]
+        return self.features[evenly_spaced(len(self.features), count)]
+
+
+def evenly_spaced(length: int, count: int) -> np.ndarray:
+    """`count` places in a list of this length, which may be sorted by class."""
+    return np.linspace(0, length - 1, count).round().astype(int)
 
 
 class Reference:
@@ -254,9 +260,7 @@ def check_run(pipe, reference: Reference | None, num_images: int, seeds: Sequenc
     """Raise a ValueError for what `evaluate_pipeline` cannot measure with any scheduler."""
     if len(set(seeds)) != len(seeds) or not len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise ValueError(f"`seeds` is {list(seeds)}; it must hold different whole numbers from 0.")
-    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
+    check_positive(num_images=num_images, batch_size=batch_size)
     shape = image_shape(pipe)
     if reference is not None:
         check_images(torch.empty(num_images, *shape, dtype=torch.uint8, device="meta"), reference)
@@ -284,6 +288,7 @@ def record_of(collected: Sequence[Statistics], reference: Reference) -> dict:
         "figures": mean_and_sd(per_seed),
         "per_seed": per_seed,
         "num_images": len(collected[0].features),
+        "real_images": {name: len(getattr(reference, name).features) for name in ("train", "test")},
         "feature_extractor": {"name": reference.extractor.name, "digest": reference.extractor.digest},
         "spectrum": {
             name: {"radial": radial_spectrum(power).tolist(), "rings": ring_spectrum(power).tolist()}

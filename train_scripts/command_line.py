@@ -1,0 +1,72 @@
+"""Flags of the scripts, from a dataclass, the command line and an optional YAML or JSON file."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import field, fields
+from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def arg(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+def check(args, condition: bool, name: str, rule: str) -> None:
+    """Raise a ValueError about the flag `name` of `args` unless the condition holds."""
+    if not condition:
+        raise ValueError(f"`--{name}` is {getattr(args, name)!r}; it must {rule}.")
+
+
+def run_script(main: Callable, arguments_class: type, doc: str) -> None:
+    """Run `main` with the command line's flags; those that break a rule end the script with one line, no traceback."""
+    try:
+        args = parse_arguments(arguments_class, sys.argv[1:], doc)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}") from None  # YAML's has several
+    main(args)
+
+
+def parse_arguments(arguments_class: type, argv: list[str], doc: str):
+    """Parse an optional YAML or JSON file of arguments, then flags, which override it, into an `arguments_class`."""
+    parser = HfArgumentParser(arguments_class, description=doc.splitlines()[0], allow_abbrev=False)
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        if not Path(argv[0]).is_file():
+            raise ValueError(f"There is no file {argv[0]}; what stands first may be a YAML or JSON file of arguments.")
+        values = yaml.safe_load(Path(argv[0]).read_text()) or {}  # JSON is YAML
+        if not isinstance(values, dict):
+            raise ValueError(f"{argv[0]} holds a {type(values).__name__}; it must hold arguments by name.")
+        if values.get("mixed_precision") is False:
+            values["mixed_precision"] = "no"  # YAML reads `no` as False
+        unknown = set(values) - {f.name for f in fields(arguments_class)}
+        if unknown:
+            raise ValueError(f"{argv[0]} holds {sorted(unknown)}, which are no arguments (see --help).")
+        check_types(arguments_class, values, argv[0])
+        parser.set_defaults(**values)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in values
+        argv = argv[1:]
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:  # without their values, which may be tokens
+        flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+        raise ValueError(f"{', '.join(flags) or 'What stands without a flag'} is no flag of this script (see --help).")
+    if getattr(args, "hub_token", None):  # wandb records the command line it finds here
+        sys.argv[:] = [text.replace(args.hub_token, "<token>") for text in sys.argv]
+    return args
+
+
+def check_types(arguments_class: type, values: dict, path: str) -> None:
+    """Raise a ValueError for a file's value of another type than the argument's; the parser converts strings."""
+    hints = get_type_hints(arguments_class)  # HfArgumentParser has changed the fields' own
+    for name, value in values.items():
+        kinds = get_args(hints[name]) if isinstance(hints[name], UnionType) else [hints[name]]
+        kinds = {get_origin(kind) or kind for kind in kinds}  # list for list[int]
+        kinds |= {int} if float in kinds else set()
+        kinds |= {str} if list not in kinds else set()
+        kinds |= {dict} if name == "unet_config" else set()
+        if type(value) not in kinds:
+            kind = getattr(hints[name], "__name__", hints[name])
+            raise ValueError(f"`{name}` in {path} is {value!r}; it must be of type {kind}.")
