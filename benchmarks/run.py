@@ -71,6 +71,7 @@ class BenchmarkArguments:
     work_dir: str = arg("runs/time-to-quality", "time_to_quality: folder for the training runs")
     device: str | None = arg(None, "cpu or cuda; by default the GPU if there is one")
     output_dir: str = arg("runs/benchmarks", "folder for the results")
+    overwrite: bool = arg(False, "replace results of these sections there")
 
     def __post_init__(self):
         if self.device not in (None, "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
@@ -99,6 +100,12 @@ class BenchmarkArguments:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least {least}.")
         if not 0 <= self.window_seconds < math.inf:
             raise ValueError(f"`--window_seconds` is {self.window_seconds}; it must be a number of at least 0.")
+        kept = [name for name in self.sections if Path(self.output_dir, f"{name}.json").is_file()]
+        if kept and not self.overwrite:
+            raise ValueError(
+                f"`--output_dir` {self.output_dir} has results of {', '.join(kept)}: choose another, or pass"
+                " `--overwrite`."
+            )
 
 
 def main(args: BenchmarkArguments) -> None:
@@ -108,7 +115,7 @@ def main(args: BenchmarkArguments) -> None:
         print(f"Left out: {PEER}, which is not installed (see benchmarks/requirements.txt).")
     set_up()
     arguments = {key: value for key, value in dataclasses.asdict(args).items()
-                 if key not in ("output_dir", "work_dir", "dataset_name")}  # fmt: skip
+                 if key not in ("output_dir", "overwrite", "work_dir", "dataset_name")}  # fmt: skip
     failures = []
     for name in args.sections:
         section, start = importlib.import_module(name), time.perf_counter()

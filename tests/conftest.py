@@ -9,6 +9,8 @@ for name in list(os.environ):  # a token, a mirror, a cache
         del os.environ[name]
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -28,6 +30,32 @@ FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", Path(__file__).parents[2] /
 TINY = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "block_norm_num_groups": 4,
         "down_layers_per_block": 1, "up_layers_per_block": 2, "mid_block_layers": 2}  # fmt: skip
 UNET = json.dumps({name: value for name, value in TINY.items() if name != "sample_size"})  # for `--unet_config`
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_scripts" / "train_unconditional.py"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SMALL_RUN = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64", "--resolution", "8",
+             "--train_batch_size", "16", "--unet_config", UNET, "--eval_batch_size", "2",
+             "--ddpm_num_inference_steps", "2", "--logger", "none"]  # fmt: skip
+ONE_ON_CPU = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+
+
+def torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
+def run_training(
+    output_dir: Path, *flags: str, launcher: list[str] = ONE_ON_CPU, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess:
+    """The training script in processes of its own; flags come after those of `SMALL_RUN`, and so override them."""
+    command = [*launcher, SCRIPT, *SMALL_RUN, "--output_dir", output_dir, *flags]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300, cwd=cwd)
+
+
+def assert_says(error: pytest.ExceptionInfo, words: list[str]) -> None:
+    for word in words:
+        assert word in str(error.value), f"{word!r} is not in: {error.value}"
 
 
 @pytest.fixture(autouse=True, scope="session")

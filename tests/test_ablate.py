@@ -18,7 +18,6 @@ from ddpm_diffusers import OptimizedUNet2DModel
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "ablate.py"
 CONFIGS = ROOT / "train_scripts" / "configs"
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 def config_of(arguments: dict) -> dict:

@@ -84,6 +84,15 @@ def test_bad_arguments(arguments, message):
         BenchmarkArguments(**arguments)
 
 
+def test_results_are_not_replaced_unasked(tmp_path):
+    (tmp_path / "memory.json").write_text("{}")
+    for refused in (["memory"], ["startup", "memory"]):
+        with pytest.raises(ValueError, match="has results of memory: choose another, or pass `--overwrite`"):
+            BenchmarkArguments(sections=refused, output_dir=str(tmp_path))
+    BenchmarkArguments(sections=["startup"], output_dir=str(tmp_path))
+    BenchmarkArguments(sections=["memory"], output_dir=str(tmp_path), overwrite=True)
+
+
 def test_the_summary_is_of_the_records_that_are_kept():
     results = ROOT / "benchmarks" / "results"
     assert summary.summary(results) + "\n" == (results / "summary.md").read_text("utf-8")

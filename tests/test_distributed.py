@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,28 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import UNET
+from conftest import ROOT, WEIGHTS, run_training, torchrun
 from safetensors.torch import load_file
 
 from ddpm_diffusers import OptimizedUNet2DModel
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "train_scripts" / "train_unconditional.py"
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-FLAGS = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "330", "--resolution", "8",
-         "--unet_config", UNET, "--learning_rate", "3e-3", "--logging_steps", "7", "--eval_batch_size", "4",
-         "--ddpm_num_inference_steps", "2", "--logger", "none"]  # fmt: skip
+FLAGS = ["--max_train_samples", "330", "--train_batch_size", "64", "--learning_rate", "3e-3", "--logging_steps", "7"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
 
 
-def torchrun(processes: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-
-
 def train(output_dir: Path, launcher: list[str], *flags: str, **env: str) -> subprocess.CompletedProcess:
-    command = [*launcher, str(SCRIPT), *FLAGS, "--output_dir", str(output_dir), *flags]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    return run_training(output_dir, *FLAGS, *flags, launcher=launcher, **env)
 
 
 def trained(*args: str, **env: str) -> Path:

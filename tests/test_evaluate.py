@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import evaluate as script
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import parse_arguments
-from conftest import randomize, reset_accelerate
+from conftest import ROOT, randomize, reset_accelerate, torchrun
 from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -22,7 +21,6 @@ from ddpm_diffusers.hub import model_card
 from ddpm_diffusers.sampling import to_pil
 from ddpm_diffusers.synthetic_fashion import draw_garments
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "evaluate.py"
 NUM_IMAGES = 150  # more than features
 
@@ -198,13 +196,12 @@ def test_nothing_is_overwritten_and_nan_is_not_judged(evaluate, model, tmp_path)
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(model, garments, tmp_path):
     records = []
-    for processes in ("1", "2"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes,
-                   str(SCRIPT), "--model", str(model), "--dataset_name", garments, "--num_images", str(NUM_IMAGES),
-                   "--num_inference_steps", "2", "--batch_size", "40",
-                   "--output_dir", str(tmp_path / processes)]  # fmt: skip
+    for processes in (1, 2):
+        command = [*torchrun(processes), str(SCRIPT), "--model", str(model), "--dataset_name", garments,
+                   "--num_images", str(NUM_IMAGES), "--num_inference_steps", "2", "--batch_size", "40",
+                   "--output_dir", str(tmp_path / str(processes))]  # fmt: skip
         env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
         result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
-        records.append(json.loads((tmp_path / processes / "evaluation.json").read_text()))
+        records.append(json.loads((tmp_path / str(processes) / "evaluation.json").read_text()))
     assert records[0]["per_seed"] == records[1]["per_seed"] and records[1]["num_processes"] == 2

@@ -1,7 +1,6 @@
 """Precision by `auto`, memory that is kept, and a compiled network: each against the plain way."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -12,24 +11,16 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from arguments import TrainingArguments
 from command_line import parse_arguments
-from conftest import UNET
+from conftest import ROOT, WEIGHTS, run_training, torchrun
 from launch import choose_precision
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "train_scripts"
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 def train(output_dir: Path, *flags: str, **environment: str) -> dict:
     """The training script in a process of its own; what it says it did."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
-               SCRIPTS / "train_unconditional.py", "--dataset_name", "synthetic-fashion", "--max_train_samples", "64",
-               "--resolution", "8", "--train_batch_size", "16", "--unet_config", UNET, "--max_train_steps", "4",
-               "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2", "--logger", "none",
-               "--output_dir", output_dir, *flags]  # fmt: skip
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300,
-                            env={**os.environ, **environment})  # fmt: skip
+    result = run_training(output_dir, "--max_train_steps", "4", *flags, **environment)
     assert result.returncode == 0, result.stderr
     arguments = json.loads((output_dir / "run.json").read_text())["arguments"]
     assert f"precision {arguments['mixed_precision']};" in result.stderr
@@ -102,3 +93,20 @@ def test_a_compiled_run_is_the_plain_one_and_goes_on(tmp_path):
     assert plain.keys() == compiled.keys()
     for name, weights in plain.items():
         torch.testing.assert_close(compiled[name], weights, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_that_would_start_from_different_checkpoints_end_with_an_error(tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from launch import check_agreement, make_accelerator\n"
+        "make_accelerator(cpu=True)\n"
+        "check_agreement(Path('checkpoint-7'))\n"
+        "check_agreement(Path('checkpoint-' + os.environ['RANK']))\n"
+    )
+    command = [*torchrun(2), str(script), str(SCRIPTS)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode and result.stderr.count("ValueError: The processes would start from checkpoint-0,") == 2

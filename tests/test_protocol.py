@@ -22,8 +22,6 @@ from ddpm_diffusers.evaluation.spectrum import radial_spectrum, ring_spectrum
 from ddpm_diffusers.sampling import sample_images
 from ddpm_diffusers.schedulers import make_scheduler
 
-ROOT = Path(__file__).parents[1]
-
 
 class FourNumbers(torch.nn.Module):
     """Four projections of images resized to 8x8; counts the images that it is given."""

@@ -2,17 +2,14 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, torchrun
 from PIL import Image
 
 from ddpm_diffusers.sampling import NotFiniteError, sample_images, to_pil
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_an_image_is_what_the_pipeline_gives_for_its_seed(tiny_pipe):
@@ -55,11 +52,10 @@ def test_numbers_below_one_are_refused(tiny_pipe, name):
 def test_processes_share_the_batches_and_give_the_same_bits(tiny_pipe, tmp_path):
     tiny_pipe.save_pretrained(tmp_path / "pipe")
     expected = [np.asarray(image) for image in to_pil(sample_images(tiny_pipe, 21, 5, batch_size=4))]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
     flags = {"model": tmp_path / "pipe", "num_images": 21, "batch_size": 4, "num_inference_steps": 5,
              "output_dir": tmp_path / "images"}  # fmt: skip
     result = subprocess.run(
-        [*launcher, ROOT / "train_scripts" / "generate.py", *(f"--{key}={value}" for key, value in flags.items())],
+        [*torchrun(3), ROOT / "train_scripts" / "generate.py", *(f"--{key}={value}" for key, value in flags.items())],
         env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip

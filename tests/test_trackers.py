@@ -2,17 +2,14 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from arguments import TrainingArguments
 from command_line import run_script
-from conftest import UNET
+from conftest import run_training
 
-ROOT = Path(__file__).parents[1]
 TOKEN = "hf_thisIsNotForAnyFile"
 LOGGED = ["loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr", "ema_decay"]
 
@@ -23,17 +20,12 @@ def needs(package: str):
 
 
 def train(folder: Path, logger: str, max_train_steps: int) -> None:
-    script = ROOT / "train_scripts" / "train_unconditional.py"
-    command = [sys.executable, script, "--dataset_name", "synthetic-fashion",
-               "--max_train_samples", "64", "--resolution", "8", "--unet_config", UNET, "--train_batch_size", "16",
-               "--max_train_steps", str(max_train_steps), "--logging_steps", "2", "--validation_steps", "3",
-               "--checkpointing_steps", "3", "--eval_batch_size", "2", "--ddpm_num_inference_steps", "2",
-               "--logger", logger, "--hub_token", TOKEN, "--resume_from_checkpoint", "latest",
-               "--output_dir", folder / "run"]  # fmt: skip
+    flags = ["--max_train_steps", str(max_train_steps), "--logging_steps", "2", "--validation_steps", "3",
+             "--checkpointing_steps", "3", "--logger", logger, "--hub_token", TOKEN,
+             "--resume_from_checkpoint", "latest"]  # fmt: skip
     # wandb and trackio stay on this machine, in this folder
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_DIR": str(folder),
-           "TRACKIO_DIR": str(folder / "trackio")}  # fmt: skip
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, cwd=folder)
+    here = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
+    result = run_training(folder / "run", *flags, launcher=[sys.executable], cwd=folder, **here)
     assert result.returncode == 0, result.stderr
     assert TOKEN not in result.stdout + result.stderr
 
