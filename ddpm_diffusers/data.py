@@ -45,6 +45,7 @@ logger = logging.get_logger(__name__)
 
 SYNTHETIC = "synthetic-fashion"
 SYNTHETIC_SIZE = 20_000
+ROWS = 64  # decoded at a time
 FETCHES = 16  # at a time, of images that are not in the data set's own files
 CHUNK_BYTES = 2**26  # per record batch: large, so that a batch gathers from few; bounded, to bound memory
 
@@ -152,8 +153,8 @@ def load_images(
     """Load a data set, decoded to one resolution. Transparency becomes black; 16-bit grey is scaled to 8 bits.
 
     Args:
-        dataset_name: A data set on the Hub, a local folder (parquet, images, or Arrow from `save_to_disk`), or
-            `"synthetic-fashion"`, the built-in set of drawn garments.
+        dataset_name: A data set on the Hub, a local folder (parquet, images or zip archives of them, or Arrow from
+            `save_to_disk`), or `"synthetic-fashion"`, the built-in set of drawn garments.
         resolution: Height and width to resize to (bilinear, antialiased).
         channels: 1 for grey, 3 for RGB.
         dataset_config_name: Configuration to use, if the data set has several.
@@ -270,15 +271,15 @@ def files_by_split(folder: str) -> dict[str, list[str]]:
     Left to itself, `datasets` would look for such names at any depth, and a class may have one.
     """
     root = Path(folder).expanduser().resolve()
-    paths = [path for path in root.iterdir() if is_seen(path)]
-    folders = [path for path in paths if path.is_dir() and any(map(is_image, path.rglob("*")))]
+    paths = sorted(path for path in root.iterdir() if is_seen(path))
+    parts = [path for path in paths if is_archive(path) or any(is_image(p) or is_archive(p) for p in path.rglob("*"))]
     patterns, named = {}, []
-    for path in folders:
-        for split, words in SPLIT_KEYWORDS.items():
-            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", path.name):
-                patterns.setdefault(str(split), []).append(f"{glob.escape(str(path))}/**")
+    for split, words in SPLIT_KEYWORDS.items():
+        for path in parts:
+            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", path.stem if is_archive(path) else path.name):
+                patterns.setdefault(str(split), []).append(glob.escape(str(path)) + "/**" * path.is_dir())
                 named.append(path.name)
-    mixed = len(named) < len(folders) or any(map(is_image, paths))
+    mixed = len(named) < len(parts) or any(map(is_image, paths))
     if mixed and len(named) > 1:
         logger.warning(f"{folder} has other images than in {', '.join(sorted(named))}: all are taken for one split.")
     return patterns if patterns and not mixed else {"train": [f"{glob.escape(str(root))}/**"]}
@@ -293,8 +294,14 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in ImageFolder.EXTENSIONS and is_seen(path)
 
 
+def is_archive(path: Path) -> bool:
+    return path.suffix.lower() == ".zip" and is_seen(path)
+
+
 def warn_if_images_are_not_taken_once(loaded: Dataset, folder: str) -> None:
     """Warn if `datasets`, by names of splits in a folder's paths, leaves images out or takes some twice."""
+    if any(map(is_archive, Path(folder).rglob("*"))):
+        return  # how many images these hold would take reading them
     paths = (path.relative_to(folder) for path in Path(folder).rglob("*") if is_image(path))
     there = sum(all(map(is_seen, list(path.parents)[:-1])) for path in paths)
     found = sum(split.num_examples for split in loaded.info.splits.values())
@@ -308,7 +315,8 @@ def warn_if_images_are_not_taken_once(loaded: Dataset, folder: str) -> None:
 def decode_images(table: pa.Table, indices: list[int], image_column, resolution, channels, size) -> pa.Table:
     """Decode a table's images to uint8 rows, (C, H, W) each; all must be of `size`, or if None are center-cropped."""
     pixels = np.empty((len(table), channels, resolution, resolution), np.uint8)
-    images = with_content(table.select([image_column])).column(0)
+    parts = [table.select([image_column]).slice(first, ROWS) for first in range(0, len(table), ROWS)]
+    images = (encoded for part in parts for encoded in with_content(part).column(0))
     for row, (index, encoded) in enumerate(zip(indices, images, strict=True)):
         image = decode_image(encoded.as_py(), index)
         side = min(image.size)

@@ -20,6 +20,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, get_worker_info
 
 from .data import (
+    ROWS,
     SYNTHETIC,
     DamagedImage,
     as_batch,
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 logger.setLevel(logging.WARNING)  # also where the script hushes processes but the main one: each reads other images
 
 LISTED_SHARDS = 1024  # of a data set that is not opened as a stream; each pass shuffles them
-ROWS = 64  # decoded at a time
 # start of a part; `stream` is where the block starts, `row` how many rows of the pass come before it
 START = {"pass": 0, "block": 0, "stream": None, "row": 0, "used": 0}
 

@@ -131,16 +131,30 @@ def test_a_class_named_as_a_split_stays_within_its_split(tmp_path, cache, caplog
     assert "toys holds 10 images, and `datasets` takes" in caplog.text
 
 
+@pytest.mark.parametrize("where", ["{split}.zip", "{split}/images.zip", "{split}-1.zip"])
 @pytest.mark.parametrize("argument", ["dataset_name", "train_data_dir"])
-def test_images_in_an_archive(argument, tmp_path, cache):
-    images = random_images(4, "L", (8, 8))
-    (tmp_path / "source").mkdir()
-    with zipfile.ZipFile(tmp_path / "source" / "train.zip", "w") as archive:
-        for i, image in enumerate(images):
-            archive.writestr(f"{i}.png", encode(image)["bytes"])
-    decoded = load_images(**{argument: str(tmp_path / "source")}, resolution=8, cache_dir=cache)
-    found = sorted(image.tobytes() for image in read(decoded, 8))
-    assert found == sorted(np.asarray(image).tobytes() for image in images)
+def test_images_in_archives(argument, where, tmp_path, cache, caplog):
+    splits = {"train": random_images(70), "test": random_images(2, seed=1)}
+    for split, images in splits.items():
+        path = tmp_path / "source" / where.format(split=split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "w") as archive:
+            for i, image in enumerate(images):
+                archive.writestr(f"{i}.png", encode(image)["bytes"])
+    for split, images in splits.items():
+        decoded = load_images(**{argument: str(tmp_path / "source")}, split=split, resolution=8, cache_dir=cache)
+        found = sorted(image.tobytes() for image in read(decoded, 8))
+        assert found == sorted(np.asarray(image).tobytes() for image in images)
+    assert not caplog.messages
+
+
+def test_folders_of_one_split_come_in_the_order_of_their_names(tmp_path, cache):
+    images = random_images(6)
+    for image, name in zip(images, ("train-1", "train-2", "train-3", "train-4", "test", "val"), strict=True):
+        (tmp_path / "source" / name).mkdir(parents=True)
+        image.save(tmp_path / "source" / name / "0.png")
+    decoded = load_images(train_data_dir=str(tmp_path / "source"), resolution=8, cache_dir=cache)
+    np.testing.assert_array_equal(read(decoded, 8), reference(images[:4], 8))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "images", "train_data_dir", "disk", "disk with splits"])

@@ -14,6 +14,7 @@ import run
 import train_feature_extractor
 import train_unconditional
 import yaml
+from tables import caption
 from transformers import HfArgumentParser
 
 ARGUMENTS = {
@@ -88,3 +89,16 @@ def test_the_python_of_the_front_page_runs(monkeypatch):
     for block in blocks:
         exec(re.sub(r"^pipe\.push_to_hub.*$", "", block, flags=re.M), namespace)
     assert len(namespace["images"]) == 16 and namespace["images"][0].size == (28, 28)
+
+
+@pytest.mark.parametrize("real, says", [
+    (None, "As many test images, or all there are, have a distance of 0.1000 (the floor),"),
+    ({"train": 60_000, "test": 10_000}, "As many test images have a distance of 0.1000 (the floor),"),
+    ({"train": 9_000, "test": 999},
+     "All 999 test images have a distance of 0.1000 (the floor, by which that of as many samples is divided),"),
+])  # fmt: skip
+def test_a_caption_says_how_many_test_images_the_floor_is_of(real, says):
+    floor = {name: {"mean": 0.1} for name in ("frechet_distance", "precision", "recall")}
+    record = {"num_images": 5000, "dataset": "a/b", "feature_extractor": {"name": "c", "digest": "d"},
+              "figures": {"floor": floor}} | ({"num_real_images": real} if real else {})  # fmt: skip
+    assert says in caption(record)

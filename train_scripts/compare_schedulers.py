@@ -213,7 +213,7 @@ def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yar
     findings = describe_best(records, yardstick)
     report = [
         f"# Schedulers for {model}",
-        caption({**settings, "train_split": args.train_split, "figures": shown[0]["figures"]}),
+        caption({**shown[0], **settings, "train_split": args.train_split}, with_sampler=False),
         "\n".join(f"- {line}" for line in findings),
         figures_table([(leading_cells(record, yardstick), record["figures"]) for record in shown]),
     ]

@@ -60,13 +60,14 @@ def check_processes(accelerator: Accelerator) -> None:
         )
 
 
-def check_agreement(resume_path: Path | None) -> None:
-    """Raises ValueError in all processes, which call it together, unless they resume from the same."""
-    found = gather_object([resume_path and resume_path.name])
-    if len(set(found)) > 1:
+def check_agreement(resume_path: Path | None, goes_on: bool) -> None:
+    """Raises ValueError in the processes, which call it together, unless all would start from the same place."""
+    starts = gather_object([(resume_path.name if resume_path else "the beginning", goes_on)])
+    if len(set(starts)) > 1:
+        places = " and ".join(sorted({name for name, _ in starts}))
         raise ValueError(
-            f"The processes would start from {', '.join(map(str, found))}: `--output_dir` must be one folder, which"
-            " all machines share and can read."
+            f"The processes would start from {places}, as each sees `--output_dir`: it must be one folder, which all"
+            " machines share and can read."
         )
 
 

@@ -24,12 +24,12 @@ def figures_table(rows: list[tuple[dict, dict]]) -> str:
     return table((*rows[0][0], *(column[0] for column in COLUMNS)), lines)
 
 
-def caption(record: dict) -> str:
+def caption(record: dict, with_sampler: bool = True) -> str:
     """How a record's figures were measured."""
     floor, extractor = record["figures"]["floor"], record["feature_extractor"]
     a_seed = " a seed" if len(record.get("seeds", [])) > 1 else ""
     split = record.get("train_split", "train")
-    there = record.get("real_images", {}).get("test")  # in newer records
+    there = record.get("num_real_images", {}).get("test")  # in newer records
     compared, of_floor = "As many test images" if there else "As many test images, or all there are,", "the floor"
     if there and there < record["num_images"]:
         compared, of_floor = f"All {there:,} test images", "the floor, by which that of as many samples is divided"
@@ -39,7 +39,7 @@ def caption(record: dict) -> str:
         f" {show(floor['frechet_distance'], '.4f')} ({of_floor}), precision {show(floor['precision'], '.3f')} and"
         f" recall {show(floor['recall'], '.3f')}."
     ]
-    if "scheduler" in record:
+    if "scheduler" in record and with_sampler:
         options = ", ".join(f"{name} {value}" for name, value in record.get("scheduler_options", {}).items())
         options = options and f" ({options})"
         precision = f", mixed precision {record['mixed_precision']}" if "mixed_precision" in record else ""

@@ -71,7 +71,7 @@ def main(args: TrainingArguments) -> None:
     output_dir, device = Path(args.output_dir), accelerator.device
     claimed = claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     resume_path, goes_on = claimed
-    check_agreement(resume_path)
+    check_agreement(resume_path, goes_on)
 
     repo_id = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
@@ -171,7 +171,8 @@ def main(args: TrainingArguments) -> None:
                 " `--num_epochs` or `--max_train_steps`."
             )
         step = state["step"]
-        run["base_model"] = state["arguments"].get("base_model")  # a local source may be gone and look like an id
+        # as it was then: a local source may be gone by now, and its path look like an id of the Hub
+        run["base_model"] = state["arguments"].get("base_model", run["base_model"])
         stream_state = restore(state, accelerator, optimizer, lr_scheduler, args.learning_rate, window)
         logger.info(f"Resumed from {resume_path} at step {step}.")
 

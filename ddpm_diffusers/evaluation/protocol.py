@@ -288,7 +288,7 @@ def record_of(collected: Sequence[Statistics], reference: Reference) -> dict:
         "figures": mean_and_sd(per_seed),
         "per_seed": per_seed,
         "num_images": len(collected[0].features),
-        "real_images": {name: len(getattr(reference, name).features) for name in ("train", "test")},
+        "num_real_images": {name: len(getattr(reference, name).features) for name in ("train", "test")},
         "feature_extractor": {"name": reference.extractor.name, "digest": reference.extractor.digest},
         "spectrum": {
             name: {"radial": radial_spectrum(power).tolist(), "rings": ring_spectrum(power).tolist()}

@@ -192,14 +192,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
         timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
         self._num_timesteps = len(timesteps)
-
-        # sampled in float32 whatever the weights' dtype: the steps are small differences of large numbers
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma  # (B, C, H, W)
-        step_kwargs = self.prepare_step_kwargs(generator, eta)  # may draw from the generators, too
-
         try:
+            # sampled in float32 whatever the weights' dtype: the steps are small differences of large numbers
+            if latents is None:
+                latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma  # (B, C, H, W)
+            step_kwargs = self.prepare_step_kwargs(generator, eta)  # may draw from the generators, too
+
             with self.progress_bar(total=len(timesteps)) as progress_bar:
                 for i, t in enumerate(timesteps):
                     if self.interrupt:
@@ -323,9 +322,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """diffusers' method; also copies the model card of the source that the network was loaded from, if available.
 
         It is not copied if the weights are no longer the source's, since its figures are of these. A card that is in
-        the folder already is left as it is. With `push_to_hub`, the index, the code, the components' configs and
-        weights, and a card as in `push_to_hub()` are then uploaded to `repo_id`, by default the folder's name; other
-        files in the folder are not.
+        the folder already is left as it is. With `push_to_hub`, the index, the code, the components' files, and a card
+        as in `push_to_hub()` are then uploaded to `repo_id`, by default the folder's name; other files in the folder
+        are not.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
@@ -536,11 +535,15 @@ def has_weights_of(unet: ModelMixin, folder: Path) -> bool:
 
 
 def component_files(folder: Path, patterns: tuple[str, ...] = COMPONENT_FILES) -> list[str]:
-    """A component's files to upload, by paths in its folder: the known kinds of network and scheduler, else all."""
+    """A component's files to upload, by paths in its folder: of a network or scheduler only the kinds in `patterns`.
+
+    Of others all but hidden ones, and pickles if these are not among the patterns.
+    """
     if folder.name in ("unet", "scheduler"):
         return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return sorted(str(path) for path in files if "__pycache__" not in path.parts)
+    files = [path for path in files if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
+    return sorted(path.as_posix() for path in files if path.suffix != ".bin" or "*.bin" in patterns)
 
 
 def create_repo(repo_id: str, private: bool | None, token: str | None) -> RepoUrl:
