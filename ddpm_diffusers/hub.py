@@ -179,8 +179,8 @@ def push_folder(
 ) -> str:
     """Upload a saved pipeline, and no other files of its folder, in one commit (none if nothing has changed).
 
-    Its files are the card, the grid of samples, `model_index.json`, the pipeline's code, those of network, scheduler
-    (configs, code and weights in safetensors), and all in the folders of further components but hidden files and
+    Its files are the card, the grid of samples, `model_index.json`, the pipeline's code, U-Net and scheduler (configs,
+    code and weights in safetensors), and all in the folders of further components but hidden files and
     pickles. The uploaded card's snippets load `repo_id`.
 
     Args:
