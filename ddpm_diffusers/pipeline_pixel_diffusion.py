@@ -324,7 +324,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         It is not copied if the weights are no longer the source's, since its figures are of these. A card that is in
         the folder already is left as it is. With `push_to_hub`, the index, the code, the components' files, and a card
         as in `push_to_hub()` are then uploaded to `repo_id`, by default the folder's name; other files in the folder
-        are not.
+        are not. If the repository has no card, the snippets of that in the folder are made to load it.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
