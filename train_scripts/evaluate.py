@@ -200,7 +200,7 @@ def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
     extractor = record["feature_extractor"]
     measured_with = {
         "samples": record["num_images"],
-        "seeds": record["seeds"],
+        "seeds": " ".join(map(str, record["seeds"])),
         "scheduler": record["scheduler"],
         **record["scheduler_options"],
         "evaluations": record["evaluations"],
