@@ -242,7 +242,7 @@ def extract_features(extractor: FeatureExtractor, images: torch.Tensor, batch_si
     Args:
         extractor: As returned by `load_feature_extractor`; the features are computed on its device.
         images: uint8 (N, C, H, W), N at least 1, of any H and W.
-        batch_size: Images at a time; the features depend on it only by rounding. 100 take Inception 1.4 GB.
+        batch_size: Images at a time; the features depend on it only by rounding.
 
     Returns:
         float32 (N, num_features), on the CPU.
