@@ -17,7 +17,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from . import pipeline_pixel_diffusion
-from .data import SYNTHETIC
 from .pipeline_pixel_diffusion import (
     README,
     SAMPLES,
@@ -27,6 +26,7 @@ from .pipeline_pixel_diffusion import (
     create_repo,
     with_repo_id,
 )
+from .synthetic_fashion import SYNTHETIC
 
 logger = logging.get_logger(__name__)
 

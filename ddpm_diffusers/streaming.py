@@ -19,19 +19,11 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, get_worker_info
 
-from .data import (
-    ROWS,
-    SYNTHETIC,
-    DamagedImage,
-    as_batch,
-    check_image_column,
-    decode_image,
-    decode_images,
-    open_dataset,
-    warn_if_colour_is_lost,
-    with_content,
-)
+from .data import as_batch
+from .data_sources import check_image_column, open_dataset
+from .image_decoding import ROWS, DamagedImage, decode_image, decode_images, warn_if_colour_is_lost, with_content
 from .pipeline_pixel_diffusion import check_positive
+from .synthetic_fashion import SYNTHETIC
 from .worker_signals import LeaveSignalsToMain
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ Garments are signed distances, negative inside, over the square [-1, 1] x [-1, 1
 
 import numpy as np
 
+SYNTHETIC = "synthetic-fashion"  # what `dataset_name` calls it
 CLASS_NAMES = (
     "T - shirt / top",
     "Trouser",

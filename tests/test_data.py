@@ -18,8 +18,9 @@ from hub_server import HubServer, Repo
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
-from ddpm_diffusers import data
-from ddpm_diffusers.data import ImageArrays, ShuffledBatches, as_batch, decode_image, load_images
+from ddpm_diffusers import data, image_decoding
+from ddpm_diffusers.data import ImageArrays, ShuffledBatches, as_batch, load_images
+from ddpm_diffusers.image_decoding import decode_image
 from ddpm_diffusers.streaming import StreamedBatches, open_stream
 
 SEVERAL_CHUNKS = 7 * 64  # bytes: 7 images of 8x8 in grey
@@ -384,8 +385,8 @@ def test_no_setting_reads_the_cache_of_another(tmp_path, cache, monkeypatch):
     store(other, tmp_path / "source")
     np.testing.assert_array_equal(read(load_images(**source, resolution=8, cache_dir=cache), 8), reference(other, 8))
     files = cache_files(cache)
-    (tmp_path / "changed.py").write_bytes(Path(data.__file__).read_bytes() + b"\n")
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "changed.py"))
+    (tmp_path / "changed.py").write_bytes(Path(image_decoding.__file__).read_bytes() + b"\n")
+    monkeypatch.setattr(image_decoding, "__file__", str(tmp_path / "changed.py"))
     load_images(**source, resolution=8, cache_dir=cache)
     assert len(cache_files(cache)) == len(files) + 1
 
@@ -532,7 +533,7 @@ def test_a_damaged_image(damaged, tmp_path, cache):
 )
 @pytest.mark.parametrize("streamed", [False, True])
 def test_colour_that_is_made_grey_is_told(mode, channels, warned, streamed, tmp_path, cache, caplog, monkeypatch):
-    monkeypatch.setattr(data.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(image_decoding.logger, "handlers", [caplog.handler])
     images = random_images(2, "L" if mode in ("L", "grey as RGB") else "RGB")
     source = store([image.convert(mode.removeprefix("grey as ")) for image in images], tmp_path / "source")
     if streamed:

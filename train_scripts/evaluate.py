@@ -26,7 +26,7 @@ from samplers import swap_scheduler
 from tables import caption, figures_table
 
 from ddpm_diffusers import SCHEDULERS
-from ddpm_diffusers.data import ImageArrays, decode_image, load_images
+from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.evaluation import evaluate_pipeline
 from ddpm_diffusers.evaluation.damage import DAMAGE
 from ddpm_diffusers.evaluation.plots import plot_spectra
@@ -42,6 +42,7 @@ from ddpm_diffusers.evaluation.protocol import (
 )
 from ddpm_diffusers.grid import image_grid
 from ddpm_diffusers.hub import add_figures, is_hub_id
+from ddpm_diffusers.image_decoding import decode_image
 from ddpm_diffusers.pipeline_pixel_diffusion import README
 from ddpm_diffusers.sampling import to_pil
 from ddpm_diffusers.schedulers import count_evaluations

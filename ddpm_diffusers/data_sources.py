@@ -1,0 +1,107 @@
+"""Where images come from: data sets of the Hub, local ones, and folders of images, opened by `datasets`."""
+
+import glob
+import re
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, load_dataset, load_from_disk
+from datasets.data_files import SPLIT_KEYWORDS
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from diffusers.utils import logging
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from .synthetic_fashion import SYNTHETIC
+
+logger = logging.get_logger(__name__)
+
+
+def check_image_column(features: Features, image_column: str) -> None:
+    if image_column not in features:
+        raise ValueError(
+            f"The data set has no column {image_column!r}; it has {', '.join(features)}: pass one of them as"
+            " `image_column`."
+        )
+    if not isinstance(features[image_column], Image):
+        raise ValueError(
+            f"Column {image_column!r} holds {features[image_column]}, not images: pass the column of images as"
+            " `image_column`."
+        )
+
+
+def open_dataset(
+    dataset_name, dataset_config_name, train_data_dir, split, cache_dir, streaming=False
+) -> Dataset | IterableDataset:
+    """`load_dataset` with errors that say what to do; `train_data_dir` and saved data sets are never streamed."""
+    advice = "pass a data set of the Hub or a local folder as `dataset_name`, or a folder of images as"
+    advice += f" `train_data_dir`, and one of its splits as `split`; or use `dataset_name` {SYNTHETIC}, built in"
+    name = train_data_dir or dataset_name
+    try:
+        if train_data_dir is not None:
+            files = files_by_split(train_data_dir)
+            return load_dataset("imagefolder", data_files=files, split=split, cache_dir=cache_dir)
+        if (Path(dataset_name) / "state.json").is_file() or (Path(dataset_name) / "dataset_dict.json").is_file():
+            loaded = load_from_disk(dataset_name)
+            splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
+            if split not in splits:
+                raise ValueError(f"it has no split {split!r}, but {', '.join(splits)} alone")
+            return splits[split]
+        loaded = load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir, streaming=streaming)
+        if not streaming and loaded.builder_name == "imagefolder" and Path(dataset_name).is_dir():
+            warn_if_images_are_not_taken_once(loaded, dataset_name)
+        return loaded
+    except DatasetNotFoundError as error:
+        raise ValueError(f"There is no data set {name!r} that can be read ({error}): {advice}.") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise ConnectionError(f"The Hub cannot be reached for data set {name!r} ({error}): {advice}.") from error
+    except IndexError as error:  # what `datasets` raises for no rows on disk, and for an empty name
+        raise ValueError(f"Data set {name!r} is empty: {advice}.") from error
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"Data set {name!r} cannot be read ({error}): {advice}.") from error
+
+
+def files_by_split(folder: str) -> dict[str, list[str]]:
+    """Patterns of a folder's images: all are "train", unless all are in folders named after splits.
+
+    Left to itself, `datasets` would look for such names at any depth, and a class may have one.
+    """
+    root = Path(folder).expanduser().resolve()
+    paths = sorted(path for path in root.iterdir() if is_seen(path))
+    parts = [path for path in paths if is_archive(path) or any(is_image(p) or is_archive(p) for p in path.rglob("*"))]
+    patterns, named = {}, []
+    for split, words in SPLIT_KEYWORDS.items():
+        for path in parts:
+            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", path.stem if is_archive(path) else path.name):
+                patterns.setdefault(str(split), []).append(glob.escape(str(path)) + "/**" * path.is_dir())
+                named.append(path.name)
+    mixed = len(named) < len(parts) or any(map(is_image, paths))
+    if mixed and len(named) > 1:
+        logger.warning(f"{folder} has other images than in {', '.join(sorted(named))}: all are taken for one split.")
+    return patterns if patterns and not mixed else {"train": [f"{glob.escape(str(root))}/**"]}
+
+
+def is_seen(path: Path) -> bool:
+    """Whether `datasets` looks at a path of this name."""
+    return not path.name.startswith((".", "__"))
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in ImageFolder.EXTENSIONS and is_seen(path)
+
+
+def is_archive(path: Path) -> bool:
+    return path.suffix.lower() == ".zip" and is_seen(path)
+
+
+def warn_if_images_are_not_taken_once(loaded: Dataset, folder: str) -> None:
+    """Warn if `datasets`, by names of splits in a folder's paths, leaves images out or takes some twice."""
+    if any(map(is_archive, Path(folder).rglob("*"))):
+        return  # how many images these hold would take reading them
+    paths = (path.relative_to(folder) for path in Path(folder).rglob("*") if is_image(path))
+    there = sum(all(map(is_seen, list(path.parents)[:-1])) for path in paths)
+    found = sum(split.num_examples for split in loaded.info.splits.values())
+    if found != there:
+        logger.warning(
+            f"{folder} holds {there} images, and `datasets` takes {found}, by names of splits in their paths (or by a"
+            " list of theirs): rename these to have each image once."
+        )

@@ -1,0 +1,102 @@
+"""Decode encoded images to uint8 rows, each once, with errors that name the image."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Image
+from diffusers.utils import logging
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+from .synthetic_fashion import SYNTHETIC
+
+logger = logging.get_logger(__name__)
+
+ROWS = 64  # decoded at a time
+FETCHES = 16  # at a time, of images that are not in the data set's own files
+
+
+def decode_images(table: pa.Table, indices: list[int], image_column, resolution, channels, size) -> pa.Table:
+    """Decode a table's images to uint8 rows, (C, H, W) each; all must be of `size`, or if None are center-cropped."""
+    pixels = np.empty((len(table), channels, resolution, resolution), np.uint8)
+    parts = [table.select([image_column]).slice(first, ROWS) for first in range(0, len(table), ROWS)]
+    images = (encoded for part in parts for encoded in with_content(part).column(0))
+    for row, (index, encoded) in enumerate(zip(indices, images, strict=True)):
+        image = decode_image(encoded.as_py(), index)
+        side = min(image.size)
+        if size is None:
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+        elif image.size != (size[0], size[0]):
+            raise ValueError(
+                f"Image {index} is {image.width}x{image.height}; images must be square and of one size (the first is"
+                f" {size[0]}x{size[1]}): pass `center_crop` to use the central square of each."
+            )
+        try:
+            image = image.convert("L" if channels == 1 else "RGB")
+        except ValueError as error:
+            raise ValueError(f"Image {index} of the data set cannot be used ({error}): convert it.") from error
+        if side != resolution:
+            image = image.resize((resolution, resolution), PILImage.Resampling.BILINEAR)
+        pixels[row] = np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1)
+    return pixel_table(pixels, table.drop_columns([image_column]))
+
+
+def with_content(table: pa.Table) -> pa.Table:
+    """The one-column table of images, with those in archives, or on the Hub or another server, fetched as bytes."""
+    if not any("://" in (path or "") for path in pc.struct_field(table.column(0), "path").to_pylist()):
+        return table
+    images = table.column(0).combine_chunks()
+    fetch = partial(Image().embed_storage, local_files=False)
+    with ThreadPoolExecutor(FETCHES) as pool:
+        rows = list(pool.map(fetch, (images.slice(i, 1) for i in range(len(images)))))
+    return pa.table({table.column_names[0]: pa.chunked_array(rows)})
+
+
+class DamagedImage(ValueError):
+    """An image is missing or its data cannot be decoded, now or ever."""
+
+
+def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
+    """Decode an Arrow row (bytes, or a file's path) to a PIL image: upright, opaque, 8 bits per channel."""
+    if encoded is None:
+        raise DamagedImage(
+            f"Image {index} of the data set is missing (null): remove the row, or choose another column."
+        )
+    try:
+        image = PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
+        ImageOps.exif_transpose(image, in_place=True)  # also decodes it
+    except Exception as error:  # PIL raises many types for damaged files
+        of_the_machine = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+        raise (ValueError if of_the_machine else DamagedImage)(
+            f"Image {index} of the data set cannot be decoded ({error}): repair or remove it, or use the built-in set,"
+            f" `dataset_name` {SYNTHETIC}."
+        ) from error
+    if image.mode in ("I", "F"):  # PIL would clip them
+        raise ValueError(
+            f"Image {index} has 32-bit pixels (mode {image.mode!r}), whose range is unknown; images must have 8 bits a"
+            " channel, or 16 bits of grey: convert them."
+        )
+    if image.mode.startswith("I;16"):
+        return PILImage.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))  # 65535 to 255
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "black"), image)
+    return image
+
+
+def warn_if_colour_is_lost(first: PILImage.Image, channels: int) -> None:
+    """Warn if the first image of a data set, in whatever mode, is in colour and its `channels` are to be 1 (grey)."""
+    pixels = np.asarray(first.convert("RGB"))
+    if channels == 1 and (pixels != pixels[..., :1]).any():
+        logger.warning("The images are in colour and are made grey; for colour, use a network with 3 `in_channels`.")
+
+
+def pixel_table(pixels: np.ndarray, others: pa.Table) -> pa.Table:
+    """Append uint8 pixels to a table as an Arrow column `image`, one row per image, without copying them."""
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), pixels[0].size)
+    return others.append_column("image", rows)
