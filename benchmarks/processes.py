@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -48,4 +49,5 @@ def speed_of_training(
     }
     run([*launcher, ROOT / "train_scripts" / "train_unconditional.py", *flags(values)], device, **environment)
     lines = [json.loads(line) for line in (output_dir / "speed.jsonl").read_text().splitlines()]
-    return statistics.harmonic_mean(line["images_per_second"] for line in lines[1:])
+    steps = [after["step"] - before["step"] for before, after in pairwise(lines)]
+    return statistics.harmonic_mean([line["images_per_second"] for line in lines[1:]], steps)

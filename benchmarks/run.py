@@ -121,7 +121,7 @@ def main(args: BenchmarkArguments) -> None:
         section, start = importlib.import_module(name), time.perf_counter()
         try:
             result = section.measure(args, device)
-        except (RuntimeError, ValueError) as error:  # the other sections go on
+        except (RuntimeError, ValueError, OSError, ImportError) as error:  # the other sections go on
             failures.append(f"{name}: {error}")
             continue
         record = {

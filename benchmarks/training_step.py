@@ -16,41 +16,57 @@ REFERENCE = "stock"
 
 def measure(args, device: torch.device) -> dict:
     peaks = matrix_peak(device, args.precisions, args.windows, args.window_seconds)
-    rows = []
+    rows, left_out = [], []
     for resolution, batch_size, precision in product(args.resolutions, args.batch_sizes, args.precisions):
         settings = {"resolution": resolution, "batch_size": batch_size, "precision": precision}
-        networks = {name: make_network(name, resolution) for name in installed(args.networks)}
-        arms = {name: training_step(network, device=device, **settings) for name, network in networks.items()}
-        on_gpu = device.type == "cuda"
-        if on_gpu:
-            for name in networks:
-                graphed = training_step(make_network(name, resolution), device=device, cuda_graph=True, **settings)
-                arms[f"{name}, CUDA graph"] = graphed
-        if args.compile:
-            torch._dynamo.reset()  # else it would compile for dynamic shapes after the first
-            for name in networks:
-                compiled = torch.compile(make_network(name, resolution))
-                step = training_step(compiled, device=device, cuda_graph=on_gpu, **settings)
-                arms[f"{name}, compiled{', CUDA graph' if on_gpu else ''}"] = step
-        captured_after = GraphedStep.CALLS_BEFORE_CAPTURE if on_gpu else 0
-        times = time_arms(arms, args.windows, args.window_seconds, captured_after)
-        for name, time in times.items():
-            network = networks[name.partition(",")[0]]
-            counts = count(training_step(network, device=device, **settings | {"batch_size": 1}))
-            operations = counts["operations"] * batch_size
-            rows.append({
-                "network": name,
-                **settings,
-                "parameters": sum(parameter.numel() for parameter in network.parameters()),
-                "operations_per_image": counts["operations"],
-                "aten_calls_per_step": counts["kernels"] if name in networks else None,
-                "seconds_per_step": time,
-                "images_seen": batch_size * time["calls"] * args.windows,
-                "images_per_second": batch_size / time["median"],
-                "of_peak": operations / time["median"] / peaks[precision]["per_second"],
-                "times_reference": ratio(times[REFERENCE]["windows"], time["windows"]) if REFERENCE in times else None,
-            })  # fmt: skip
-    return {"peaks": peaks, "rows": rows}
+        try:
+            rows += measure_setting(args, device, settings, peaks[precision]["per_second"])
+        except torch.OutOfMemoryError:  # the arms take turns, so all are in memory at once
+            left_out.append(settings)
+    if not rows:
+        raise RuntimeError("The GPU's memory is too small for each setting: measure fewer `--networks` at once.")
+    return {"peaks": peaks, "rows": rows, "left_out": left_out}
+
+
+def measure_setting(args, device: torch.device, settings: dict, peak: float) -> list[dict]:
+    """A row for each network, and on a GPU for each as a CUDA graph, at one resolution, batch size and precision."""
+    resolution, batch_size = settings["resolution"], settings["batch_size"]
+    networks = {name: make_network(name, resolution) for name in installed(args.networks)}
+    arms = {name: training_step(network, device=device, **settings) for name, network in networks.items()}
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        for name in networks:
+            graphed = training_step(make_network(name, resolution), device=device, cuda_graph=True, **settings)
+            arms[f"{name}, CUDA graph"] = graphed
+    if args.compile:
+        torch._dynamo.reset()  # else it would compile for dynamic shapes after the first
+        for name in networks:
+            compiled = torch.compile(make_network(name, resolution))
+            step = training_step(compiled, device=device, cuda_graph=on_gpu, **settings)
+            arms[f"{name}, compiled{', CUDA graph' if on_gpu else ''}"] = step
+    captured_after = GraphedStep.CALLS_BEFORE_CAPTURE if on_gpu else 0
+    times = time_arms(arms, args.windows, args.window_seconds, captured_after)
+    counts = {
+        name: count(training_step(network, device=device, **settings | {"batch_size": 1}))
+        for name, network in networks.items()
+    }
+    rows = []
+    for name, time in times.items():
+        of_network = name.partition(",")[0]
+        operations = counts[of_network]["operations"]
+        rows.append({
+            "network": name,
+            **settings,
+            "parameters": sum(parameter.numel() for parameter in networks[of_network].parameters()),
+            "operations_per_image": operations,
+            "aten_calls_per_step": counts[name]["kernels"] if name in networks else None,
+            "seconds_per_step": time,
+            "images_seen": batch_size * time["calls"] * args.windows,
+            "images_per_second": batch_size / time["median"],
+            "of_peak": operations * batch_size / time["median"] / peak,
+            "times_reference": ratio(times[REFERENCE]["windows"], time["windows"]) if REFERENCE in times else None,
+        })  # fmt: skip
+    return rows
 
 
 def report(result: dict) -> str:
@@ -74,4 +90,7 @@ def report(result: dict) -> str:
         ]
         head = ("network", "parameters", "GFLOP an image", "aten calls", "images/s")
         parts += [f"**{title}**", table((*head, f"x {REFERENCE}", "of peak", "first call, s"), lines)]
+    for settings in result.get("left_out", ()):
+        named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+        parts.append(f"Left out, since all networks at once need more than the GPU's memory: {named}.")
     return "\n\n".join(parts)

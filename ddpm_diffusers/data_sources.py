@@ -39,7 +39,9 @@ def open_dataset(
     try:
         if train_data_dir is not None:
             files = files_by_split(train_data_dir)
-            return load_dataset("imagefolder", data_files=files, split=split, cache_dir=cache_dir)
+            loaded = load_dataset("imagefolder", data_files=files, split=split, cache_dir=cache_dir)
+            warn_if_images_are_not_taken_once(loaded, train_data_dir)
+            return loaded
         if (Path(dataset_name) / "state.json").is_file() or (Path(dataset_name) / "dataset_dict.json").is_file():
             loaded = load_from_disk(dataset_name)
             splits = loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
@@ -71,7 +73,7 @@ def files_by_split(folder: str) -> dict[str, list[str]]:
     patterns, named = {}, []
     for split, words in SPLIT_KEYWORDS.items():
         for path in parts:
-            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", path.stem if is_archive(path) else path.name):
+            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", path.stem if is_archive(path) else path.name, re.I):
                 patterns.setdefault(str(split), []).append(glob.escape(str(path)) + "/**" * path.is_dir())
                 named.append(path.name)
     mixed = len(named) < len(parts) or any(map(is_image, paths))
@@ -94,14 +96,16 @@ def is_archive(path: Path) -> bool:
 
 
 def warn_if_images_are_not_taken_once(loaded: Dataset, folder: str) -> None:
-    """Warn if `datasets`, by names of splits in a folder's paths, leaves images out or takes some twice."""
-    if any(map(is_archive, Path(folder).rglob("*"))):
+    """Warn if `datasets` leaves images of a folder out or takes some twice."""
+    root = Path(folder).expanduser()
+    if any(map(is_archive, root.rglob("*"))):
         return  # how many images these hold would take reading them
-    paths = (path.relative_to(folder) for path in Path(folder).rglob("*") if is_image(path))
+    folders = [root, *(path for path in root.rglob("*") if path.is_symlink() and path.is_dir())]
+    paths = (path.relative_to(root) for parent in folders for path in parent.rglob("*") if is_image(path))
     there = sum(all(map(is_seen, list(path.parents)[:-1])) for path in paths)
     found = sum(split.num_examples for split in loaded.info.splits.values())
     if found != there:
         logger.warning(
-            f"{folder} holds {there} images, and `datasets` takes {found}, by names of splits in their paths (or by a"
-            " list of theirs): rename these to have each image once."
+            f"{folder} holds {there} images, and `datasets` takes {found}, by names of splits in their paths or by a"
+            " metadata file that lists them, and not along links to folders. To have each once, change these."
         )

@@ -9,18 +9,17 @@ import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from . import pipeline_pixel_diffusion, unet_2d_optimized
+from . import unet_2d_optimized
 from .pipeline_pixel_diffusion import PixelDiffusionPipeline, with_this_class
 
 logger = logging.get_logger(__name__)
 
 
 def register() -> None:
-    """Register the U-Net's and the pipeline's module and class on `diffusers` (idempotent)."""
-    for module in (unet_2d_optimized, pipeline_pixel_diffusion):
-        # under the name in an index that our pipeline writes, and under the one that a stock pipeline writes
-        setattr(diffusers.pipelines, module.__name__.rpartition(".")[2], module)
-        setattr(diffusers.pipelines, module.__name__, module)
+    """Register the U-Net's module, and the classes of U-Net and pipeline, on `diffusers` (idempotent)."""
+    # under the name in an index that our pipeline writes, and under the one that a stock pipeline writes
+    diffusers.pipelines.unet_2d_optimized = unet_2d_optimized
+    setattr(diffusers.pipelines, unet_2d_optimized.__name__, unet_2d_optimized)
     diffusers.PixelDiffusionPipeline = PixelDiffusionPipeline
     diffusers.OptimizedUNet2DModel = unet_2d_optimized.OptimizedUNet2DModel
 

@@ -47,7 +47,7 @@ def sample_images(
     check_positive(num_images=num_images, batch_size=batch_size)
     state = PartialState()
     batch_size = min(batch_size, num_images)
-    rounds = math.ceil(num_images / (batch_size * state.num_processes))
+    rounds = count_sampled(num_images, batch_size) // (batch_size * state.num_processes)
     batches = []  # equally many in each process; the last may exceed `num_images`
     for turn in tqdm(range(rounds), desc="Batches", disable=not (progress and state.is_main_process)):
         first = (turn * state.num_processes + state.process_index) * batch_size
@@ -64,6 +64,12 @@ def sample_images(
     # lets gloo's thread release the tensors while this one waits; at process exit the two would block each other
     state.wait_for_everyone()
     return images.reshape(-1, *images.shape[-3:])[:num_images].cpu()
+
+
+def count_sampled(num_images: int, batch_size: int) -> int:
+    """How many images `sample_images` makes for `num_images`: whole batches, equally many in each process."""
+    of_a_round = min(batch_size, num_images) * PartialState().num_processes
+    return math.ceil(num_images / of_a_round) * of_a_round
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:

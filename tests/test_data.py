@@ -132,6 +132,35 @@ def test_a_class_named_as_a_split_stays_within_its_split(tmp_path, cache, caplog
     assert "toys holds 10 images, and `datasets` takes" in caplog.text
 
 
+def test_images_that_are_left_out_are_told(tmp_path, cache, caplog):
+    folder, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    for i, image in enumerate(random_images(4)):
+        path = (folder / "cats" if i else elsewhere) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    (folder / "dogs").symlink_to(elsewhere, target_is_directory=True)
+    assert len(load_images(train_data_dir=str(folder), resolution=8, cache_dir=cache)) == 3
+    assert "source holds 4 images, and `datasets` takes 3, by names" in caplog.text
+    (folder / "dogs").unlink()
+    caplog.clear()
+    (folder / "metadata.csv").write_text("file_name,text\ncats/1.png,a cat\n")
+    assert len(load_images(train_data_dir=str(folder), resolution=8, cache_dir=cache)) == 1
+    assert "source holds 3 images, and `datasets` takes 1, by names" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Train", "Test"), ("training", "Validation")])
+def test_splits_may_be_links_and_in_capitals(names, tmp_path, cache, caplog):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, count in zip(names, (3, 2), strict=True):
+        (tmp_path / f"{name}-images" / "class").mkdir(parents=True)
+        for i, image in enumerate(random_images(count)):
+            image.save(tmp_path / f"{name}-images" / "class" / f"{i}.png")
+        (folder / name).symlink_to(tmp_path / f"{name}-images", target_is_directory=True)
+    assert len(load_images(train_data_dir=str(folder), resolution=8, cache_dir=cache)) == 3
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("where", ["{split}.zip", "{split}/images.zip", "{split}-1.zip"])
 @pytest.mark.parametrize("argument", ["dataset_name", "train_data_dir"])
 def test_images_in_archives(argument, where, tmp_path, cache, caplog):

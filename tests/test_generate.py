@@ -73,6 +73,10 @@ def test_only_samples_are_overwritten_and_only_if_asked(generate):
         generate("samples", "--num_images", "1")
     generate("samples", "--num_images", "1", "--overwrite")
     assert {path.name for path in folder.iterdir()} == {"000000.png", "grid.png", "mine.png", "2024-mine.png"}
+    (folder / "grid.png").unlink()
+    (folder / "20240131.png").write_bytes(b"")  # as a folder of photographs may have it
+    generate("samples", "--num_images", "1", "--overwrite")
+    assert (folder / "20240131.png").exists()
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -229,6 +229,18 @@ def test_saving_with_a_push_uploads_nothing_beside_the_pipeline(hub, client, sav
     assert b'"user/from-folder"' in repo.files["README.md"]
 
 
+def test_the_snippets_load_a_repository_of_a_variant_alone(hub, client, saved, tmp_path):
+    assert "result" in client("push_to_hub", saved, repo_id="user/half", variant="fp16")
+    _, body = front_matter(hub.repos["user/half"].files["README.md"])
+    [first, second] = re.findall(r"```python\n(.*?)```", body, re.S)
+    assert all('from_pretrained("user/half", variant="fp16"' in snippet for snippet in (first, second))
+    loading = second.partition("images =")[0] + "print(pipe.unet.num_parameters())"
+    printed = python(loading, env=environment(hub, tmp_path), cwd=tmp_path)
+    assert int(printed.split()[-1]) == make_pipe().unet.num_parameters()
+    assert "result" in client("push_to_hub", saved, repo_id="user/both")
+    assert b"variant=" not in hub.repos["user/both"].files["README.md"]
+
+
 def test_a_card_does_not_go_along_with_another_network(saved, tmp_path, monkeypatch):
     pipe = DiffusionPipeline.from_pretrained(saved)
     pipe.unet = torch.compile(pipe.unet)
@@ -269,7 +281,7 @@ def test_shards_and_variants_are_files_of_the_pipeline(tmp_path):
 def test_all_files_of_a_further_component_are_files_of_the_pipeline(hub, client, tmp_path):
     make_pipe().save_pretrained(tmp_path / "own")
     folder = tmp_path / "own" / "tokenizer"
-    for name in ("tokenizer_config.json", "vocab.txt", "parts/merges.txt", "__pycache__/code.pyc"):
+    for name in ("tokenizer_config.json", "vocab.txt", "parts/merges.txt", "__pycache__/code.pyc", "optimizer.pt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     index = tmp_path / "own" / "model_index.json"

@@ -7,6 +7,7 @@ import time
 import kill_and_resume
 import psutil
 import pytest
+import torch.distributed as dist
 from interruption import StopRequest
 from kill_and_resume import LONG, kill_and_compare, results, said
 
@@ -97,6 +98,18 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(monkeypatch):
     finally:
         request.restore()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_that_comes_while_the_processes_agree_counts_after_the_next_step(monkeypatch):
+    request = StopRequest(num_processes=1)
+    try:
+        request.group = "gloo"  # as with several; the exchange finds no signal in them, and meanwhile one comes
+        monkeypatch.setattr(dist, "all_reduce", lambda *args: signal.raise_signal(signal.SIGTERM))
+        assert request.agreed() is None
+        monkeypatch.setattr(dist, "all_reduce", lambda *args: None)
+        assert request.agreed() == signal.SIGTERM
+    finally:
+        request.restore()
 
 
 def test_two_runs_do_not_write_into_one_folder(start, tmp_path):

@@ -209,6 +209,7 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
         (None, "has no set_timesteps"),
         (diffusers.IPNDMScheduler(), "has a noise schedule of its own"),
         (diffusers.EDMEulerScheduler(), "has a noise schedule of its own"),
+        (diffusers.UnCLIPScheduler(), "step needs prev_timestep, too"),
         (
             diffusers.HeunDiscreteScheduler.from_config(diffusers.DDPMScheduler(**ZERO_SNR).config),
             "cannot follow a schedule with `rescale_betas_zero_snr=True`",
@@ -221,6 +222,27 @@ def test_a_scheduler_that_the_loop_cannot_call_is_refused(tiny_pipe, scheduler, 
     with pytest.raises(ValueError, match=f"{name} cannot be the pipeline's `scheduler`: .*{reason}"):
         tiny_pipe.scheduler = scheduler
     assert type(tiny_pipe.scheduler).__name__ == "DDPMScheduler"
+
+
+def test_a_noise_schedule_that_is_not_discrete_is_not_exchanged_for_one_that_is(tiny_pipe):
+    pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.EDMEulerScheduler())
+    pipe.scheduler = diffusers.EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    ddim = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(
+        ValueError, match="DDIMScheduler cannot be .* has no discrete noise schedule"
+    ):
+        pipe.scheduler = ddim
+
+
+@pytest.mark.parametrize("scheduler_class", [diffusers.DDPMScheduler, diffusers.DDIMScheduler])
+def test_an_offset_beyond_the_noise_schedule_is_refused_before_any_work(tiny_pipe, scheduler_class):
+    pipe = PixelDiffusionPipeline(tiny_pipe.unet, scheduler_class(20, steps_offset=1, timestep_spacing="leading"))
+    pipe(1, 19)
+    pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network was called"))
+    with pytest.raises(
+        ValueError, match="cannot take 20 .* `steps_offset` of 1 they start at timestep 20"
+    ):
+        pipe(1, 20)
 
 
 def test_a_new_scheduler_of_another_noise_schedule_is_told(tiny_pipe, caplog):
@@ -306,6 +328,9 @@ def test_from_pipe_takes_a_network_of_any_class(tiny_pipe, network):
     for pipe in (PixelDiffusionPipeline.from_pipe(stock), PixelDiffusionPipeline.from_pipe(tiny_pipe, scheduler=ddim)):
         assert type(pipe) is PixelDiffusionPipeline and pipe.unet is tiny_pipe.unet
     assert pipe.scheduler is ddim and tiny_pipe.scheduler is stock.scheduler
+    transformer = diffusers.DiTTransformer2DModel(2, 8, num_layers=1, sample_size=8, norm_num_groups=4)
+    other = diffusers.DiTPipeline(transformer, diffusers.AutoencoderKL(), tiny_pipe.scheduler)  # it has no `unet`
+    assert PixelDiffusionPipeline.from_pipe(other, unet=tiny_pipe.unet).unet is tiny_pipe.unet
 
 
 def test_progress_bar_settings_are_used(tiny_pipe, capsys):

@@ -247,6 +247,17 @@ def test_resuming_a_finished_run_only_saves_again(train):
     assert (output_dir / WEIGHTS).read_bytes() == weights and metrics_of(output_dir) == metrics
 
 
+def test_a_run_that_resumed_and_ended_is_not_resumed_once_more(train):
+    output_dir = train("--checkpointing_steps", "2")
+    shutil.rmtree(output_dir / "checkpoint-3")  # as if stopped by a signal after step 2
+    for _ in range(2):
+        train("--resume_from_checkpoint", "latest")
+        card, metrics = (output_dir / "README.md").stat(), (output_dir / "metrics.jsonl").read_bytes()
+        assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-2", "checkpoint-3"]
+    train("--resume_from_checkpoint", "latest")
+    assert (output_dir / "README.md").stat() == card and (output_dir / "metrics.jsonl").read_bytes() == metrics
+
+
 def test_resuming_where_there_is_no_checkpoint_leaves_the_folder_alone(train):
     output_dir = train()
     before = (output_dir / WEIGHTS).read_bytes()

@@ -102,7 +102,9 @@ def main(args: ComparisonArguments) -> None:
     defines = defining_settings(args, accelerator, pipe, reference)
     if accelerator.is_main_process:
         results = open_results(output_dir, args, defines, left_out)
-        done = [key_of(record) for record in results["records"] + results["left_out"]]
+        # one that was not finite in another precision may be so in this one
+        failed = [r for r in results["left_out"] if r.get("mixed_precision") == accelerator.mixed_precision]
+        done = [key_of(record) for record in results["records"] + failed]
         settings = [setting for setting in settings if setting.key not in done]
     [settings] = broadcast_object_list([settings])
 
@@ -187,6 +189,7 @@ def key_of(record: dict) -> tuple[str, int | None]:
 
 def add(record: dict, results: dict, output_dir: Path) -> None:
     """Add a record to comparison.json after writing its first samples: a record there is complete."""
+    results["left_out"] = [other for other in results["left_out"] if key_of(other) != key_of(record)]
     if "left_out" in record:
         logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
         results["left_out"].append(record)

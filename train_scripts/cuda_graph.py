@@ -57,6 +57,8 @@ class GraphedStep:
             # "thread_local": the data loader may pin memory in another thread
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = self.step(*self.inputs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 "A step of this network cannot be captured as a CUDA graph, as where it copies from the CPU: pass"

@@ -67,9 +67,10 @@ def main(args: GenerateArguments) -> None:
     )
     if not accelerator.is_main_process:
         return
-    for path in output_dir.iterdir():  # earlier samples, with `--overwrite`
-        if re.fullmatch(r"\d{6,}\.png", path.name):
-            path.unlink()
+    if (output_dir / "grid.png").exists():  # with `--overwrite`: earlier samples, and not others' numbered images
+        for path in output_dir.iterdir():
+            if re.fullmatch(r"\d{6,}\.png", path.name):
+                path.unlink()
     images = to_pil(images)
     for i, image in enumerate(images):
         image.save(output_dir / f"{args.seed + i:06d}.png")

@@ -5,6 +5,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from launch import PATIENCE
 
 
 class StopRequest:
@@ -16,7 +17,7 @@ class StopRequest:
 
     def __init__(self, num_processes: int):
         self.signal, self.since = None, 0.0
-        self.group = dist.new_group(backend="gloo") if num_processes > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if num_processes > 1 else None
         self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(self, number, frame) -> None:
@@ -27,11 +28,11 @@ class StopRequest:
 
     def agreed(self) -> signal.Signals | None:
         """The signal that any process received, or None. Every process must call it."""
-        if self.group is not None:
-            number = torch.tensor(self.signal or 0)
-            dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
-            self.signal = signal.Signals(int(number)) if number else None
-        return self.signal
+        if self.group is None:
+            return self.signal
+        number = torch.tensor(self.signal or 0)  # one that comes during the exchange counts after the next step
+        dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
+        return signal.Signals(int(number)) if number else None
 
     def restore(self) -> None:
         """Restore the previous signal handlers."""

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, parse_flag_from_env
 
 PRECISIONS = (None, "auto", "no", "fp16", "bf16")
+PATIENCE = timedelta(hours=6)  # of a process for the others, while one decodes or writes
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
@@ -20,7 +21,7 @@ def make_accelerator(mixed_precision: str | None = None, **accelerator_kwargs) -
     keep_freed_memory()
     accelerator = Accelerator(
         mixed_precision=choose_precision(mixed_precision),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # the others wait while one decodes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         **accelerator_kwargs,
     )
     check_processes(accelerator)
@@ -72,7 +73,7 @@ def check_agreement(resume_path: Path | None, goes_on: bool) -> None:
 
 
 def let_go(accelerator: Accelerator) -> None:
-    """Free what was prepared. Call it once nothing holds the prepared network, before `accelerator.end_training()`.
+    """Free what was prepared, and end the tracking. Call it once nothing holds the prepared network.
 
     Otherwise torch's DDP reducer would destroy gloo's process group at exit while holding the GIL, which gloo's thread
     may be waiting for to drop its last tensors: a deadlock.
@@ -80,21 +81,34 @@ def let_go(accelerator: Accelerator) -> None:
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     time.sleep(0.2)  # that thread drops them a moment after the barrier
+    accelerator.end_training()
 
 
 def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int, max_grad_norm: float) -> None:
     """Call after `accelerator.prepare`: raises ValueError if accelerate departs from its config or the flags."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("The accelerate config asks for FSDP, which accelerate has on GPUs alone: use another.")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "The accelerate config asks for FSDP 1, whose shards cannot be saved as a pipeline: set `fsdp_version: 2`,"
+            " as in train_scripts/accelerate/fsdp2.yaml."
+        )
     if accelerator.gradient_accumulation_steps != gradient_accumulation_steps:
         raise ValueError(
             f"`--gradient_accumulation_steps` is {gradient_accumulation_steps}, but the DeepSpeed config says"
             f' {accelerator.gradient_accumulation_steps}: write "auto" there.'
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        clipping = accelerator.deepspeed_config["gradient_clipping"]
+        stage = accelerator.deepspeed_config.get("zero_optimization", {}).get("stage")
+        if stage == 3:
+            raise ValueError(
+                "The accelerate config asks for DeepSpeed ZeRO-3, whose shards cannot be saved as a pipeline: use"
+                " stage 2, as in train_scripts/accelerate/deepspeed_zero2.yaml."
+            )
+        clipping = accelerator.deepspeed_config.get("gradient_clipping", 0.0)
         if clipping != max_grad_norm:
             raise ValueError(
                 f"`--max_grad_norm` is {max_grad_norm}, but DeepSpeed clips to {clipping}: launch with"
-                f" `accelerate launch --gradient_clipping {max_grad_norm}`."
+                f" `accelerate launch --gradient_clipping {max_grad_norm}`; a DeepSpeed config of your own must have"
+                ' `"gradient_clipping": "auto"`.'
             )

@@ -26,7 +26,9 @@ def figures_table(rows: list[tuple[dict, dict]]) -> str:
 
 def caption(record: dict, with_sampler: bool = True) -> str:
     """How a record's figures were measured."""
-    floor, extractor = record["figures"]["floor"], record["feature_extractor"]
+    extractor = record["feature_extractor"]
+    # the real images are the same for all seeds
+    floor = {name: figure and {"mean": figure["mean"]} for name, figure in record["figures"]["floor"].items()}
     a_seed = " a seed" if len(record.get("seeds", [])) > 1 else ""
     split = record.get("train_split", "train")
     there = record.get("num_real_images", {}).get("test")  # in newer records

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from arguments import DEFINES_THE_RUN, TrainingArguments, settings_for_card, settings_of
+from batches import make_batches, open_images
 from command_line import run_script
 from cuda_graph import GraphedStep, can_capture
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from interruption import StopRequest
 from launch import check_agreement, check_engine, let_go, make_accelerator
@@ -31,19 +31,16 @@ from push_to_hub import push
 from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_file, write_text
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
-from training_state import gather_state, restore
+from training_state import gather_state, make_lr_scheduler, restore
 from unets import load_unet, make_unet, unet_of_checkpoint
 
 from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.checkpointing import config_of, load_checkpoint, plain_copy, save_checkpoint
-from ddpm_diffusers.data import ImageArrays, ShuffledBatches, as_batch, load_images
 from ddpm_diffusers.grid import image_grid
 from ddpm_diffusers.hub import is_hub_id, model_card, prepare_repo
 from ddpm_diffusers.objectives import draw_noise_and_timesteps, loss_weights, training_target
 from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
 from ddpm_diffusers.sampling import sample_images, to_pil
-from ddpm_diffusers.streaming import StreamedBatches, open_stream
-from ddpm_diffusers.worker_signals import LeaveSignalsToMain
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -95,28 +92,8 @@ def main(args: TrainingArguments) -> None:
     else:
         model = load_unet(pretrained, scheduler, args.resolution, args.gradient_checkpointing)
     image_shape = (model.config.in_channels, args.resolution, args.resolution)  # (C, H, W)
-    source = {
-        "dataset_name": args.dataset_name,
-        "dataset_config_name": args.dataset_config_name,
-        "train_data_dir": args.train_data_dir,
-        "split": args.split,
-        "image_column": args.image_column,
-    }
     with accelerator.local_main_process_first():
-        if args.streaming:
-            stream = open_stream(**source, cache_dir=args.cache_dir)
-            num_images, data = None, f"stream of {source}"
-        else:
-            dataset = load_images(
-                **source,
-                resolution=args.resolution,
-                channels=image_shape[0],
-                center_crop=args.center_crop,
-                max_samples=args.max_train_samples,
-                cache_dir=args.cache_dir,
-            )
-            images = ImageArrays(dataset, image_shape)
-            num_images, data = len(images), images.fingerprint()
+        images, num_images, data = open_images(args, image_shape)
 
     # optimization
     optimizer = torch.optim.AdamW(
@@ -133,21 +110,10 @@ def main(args: TrainingArguments) -> None:
     ema = None
     if args.use_ema:
         ema = EMAModel(model.parameters(), decay=args.ema_max_decay, foreach=True)
-    batches_per_step = args.gradient_accumulation_steps * accelerator.num_processes
-    global_batch_size = args.train_batch_size * batches_per_step
+    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     max_train_steps = args.max_train_steps or math.ceil(args.num_epochs * num_images / global_batch_size)
-    warmup_steps = args.lr_warmup_steps
-    if warmup_steps is None:
-        warmup_steps = 0 if args.lr_scheduler == "constant" else max_train_steps // 10
-    most = max_train_steps - (args.lr_scheduler == "polynomial")  # which divides by the steps after the warm-up
-    if warmup_steps > most:
-        raise ValueError(
-            f"`--lr_warmup_steps` is {warmup_steps}; it must be in [0, {most}] for a run of {max_train_steps} steps."
-        )
     # not prepared: it counts optimizer steps, whatever the accumulation and the number of processes
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_train_steps
-    )
+    lr_scheduler, warmup_steps = make_lr_scheduler(args, optimizer, max_train_steps)
 
     # resume
     step = 0
@@ -176,30 +142,7 @@ def main(args: TrainingArguments) -> None:
         stream_state = restore(state, accelerator, optimizer, lr_scheduler, args.learning_rate, window)
         logger.info(f"Resumed from {resume_path} at step {step}.")
 
-    if args.streaming:
-        batches = StreamedBatches(
-            stream,
-            image_shape,
-            args.train_batch_size,
-            buffer_size=args.shuffle_buffer_size,
-            seed=args.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=args.dataloader_num_workers,
-            center_crop=args.center_crop,
-            state=stream_state,
-        )
-    else:
-        own = range(step * batches_per_step, max_train_steps * batches_per_step)
-        own = own[accelerator.process_index :: accelerator.num_processes]
-        batches = torch.utils.data.DataLoader(
-            images,
-            batch_sampler=ShuffledBatches(num_images, args.train_batch_size, args.seed, own),
-            collate_fn=as_batch,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=LeaveSignalsToMain(),
-        )
+    batches = make_batches(images, args, image_shape, accelerator, range(step, max_train_steps), stream_state)
 
     # the run may have stopped before sampling the grid of this step
     sample_first = args.validation_steps and step % args.validation_steps == 0 and 0 < step < max_train_steps
@@ -283,7 +226,7 @@ def main(args: TrainingArguments) -> None:
         total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
     )
     generator = torch.Generator(device)
-    images_seen, last_time, stopped = 0, time.perf_counter(), None
+    images_seen, last_time, stopped, failed = 0, time.perf_counter(), None, None
     stop_request = StopRequest(accelerator.num_processes)
     indices = range(step * args.gradient_accumulation_steps, max_train_steps * args.gradient_accumulation_steps)
     for index, batch in zip(indices, batches):  # noqa: B905 (a stream has no end)
@@ -312,17 +255,20 @@ def main(args: TrainingArguments) -> None:
         last = step == max_train_steps
         log = last or step % args.logging_steps == 0
         sample = args.validation_steps and step % args.validation_steps == 0 and not (last or stopped)
-        checkpoint = stopped or (args.checkpointing_steps and (last or step % args.checkpointing_steps == 0))
+        every = args.checkpointing_steps
+        # a run that resumes must end with a checkpoint: else the same command would resume it once more
+        checkpoint = stopped or (last and (every or resume_path)) or (every and step % every == 0)
         if log or checkpoint:
             sums, counts = accelerator.reduce(window, "sum").tolist()
             norm = float(grad_norm)
             # under fp16 the scaler skips a step whose gradients overflow
             if not math.isfinite(sums[0]) or (accelerator.scaler is None and not math.isfinite(norm)):
-                raise SystemExit(
+                failed = (
                     f"At step {step} the loss is {sums[0] / counts[0]} and the gradient's norm {norm}: stopped,"
                     " nothing was written after the last checkpoint. Lower `--learning_rate`, raise"
                     " `--lr_warmup_steps`, or use `--mixed_precision` no or bf16."
                 )
+                break
         if log:
             names = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
             metrics = {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
@@ -359,10 +305,13 @@ def main(args: TrainingArguments) -> None:
     progress_bar.close()
     stop_request.restore()
     train_step = None  # and the graph's memory
-    if stopped and step < max_train_steps:
+    if failed:
         unet = None  # `train_on` holds it, too
         let_go(accelerator)
-        accelerator.end_training()
+        raise SystemExit(failed)
+    if stopped and step < max_train_steps:
+        unet = None  # as above
+        let_go(accelerator)
         logger.info(f"{stopped.name}: stopped after step {step} of {max_train_steps}, and wrote {path}.")
         logger.info("To go on from there, run the same command with `--resume_from_checkpoint latest`.")
         raise SystemExit(128 + stopped)
@@ -370,6 +319,8 @@ def main(args: TrainingArguments) -> None:
     # save, and only then sample and push
     pipe = PixelDiffusionPipeline(averaged_unet(), scheduler)
     if not all(parameter.isfinite().all() for parameter in pipe.unet.parameters()):
+        unet = None  # as above
+        let_go(accelerator)
         raise SystemExit("The weights are not finite after the last step: nothing was saved. Lower `--learning_rate`.")
     if accelerator.is_main_process:
         save_pipeline(pipe, output_dir, changed=first_step < max_train_steps)
@@ -384,7 +335,6 @@ def main(args: TrainingArguments) -> None:
         write_text(output_dir / README, str(card))
     unet = None  # as above
     let_go(accelerator)
-    accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
         url = push(output_dir, repo_id, args.hub_token, args.hub_private_repo)
         logger.info(f"Pushed: {url}")

@@ -1,12 +1,30 @@
-"""What a checkpoint keeps of a training beside weights, optimizer and flags."""
+"""The learning rate's schedule, and what else a checkpoint keeps beside weights, optimizer and flags."""
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from arguments import TrainingArguments
+from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from ddpm_diffusers.streaming import StreamedBatches
+
+
+def make_lr_scheduler(
+    args: TrainingArguments, optimizer: torch.optim.Optimizer, max_train_steps: int
+) -> tuple[LambdaLR, int]:
+    """The schedule over the optimizer steps, and how many of them are warm-up, by default a tenth."""
+    warmup_steps = args.lr_warmup_steps
+    if warmup_steps is None:
+        warmup_steps = 0 if args.lr_scheduler == "constant" else max_train_steps // 10
+    most = max_train_steps - (args.lr_scheduler == "polynomial")  # which divides by the steps after the warm-up
+    if warmup_steps > most:
+        raise ValueError(
+            f"`--lr_warmup_steps` is {warmup_steps}; it must be in [0, {most}] for a run of {max_train_steps} steps."
+        )
+    steps = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
+    return get_scheduler(args.lr_scheduler, optimizer, **steps), warmup_steps
 
 
 def gather_state(

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from ..data import ImageArrays, load_images
 from ..pipeline_pixel_diffusion import check_positive
-from ..sampling import sample_images
+from ..sampling import count_sampled, sample_images
 from ..schedulers import count_evaluations
 from .features import FeatureExtractor, extract_features
 from .metrics import frechet_distance, kernel_distance, precision_recall
@@ -251,7 +251,7 @@ def evaluate_pipeline(
         "num_images": num_images,
         "seeds": list(seeds),
         "batch_size": batch_size,
-        "seconds_per_image": seconds / (num_images * len(seeds)),
+        "seconds_per_image": seconds / (count_sampled(num_images, batch_size) * len(seeds)),
         "images": kept,
     }
 

@@ -8,6 +8,7 @@ table 1 shows why a sampler may scale its input and start from a standard deviat
 """
 
 import contextlib
+import glob
 import inspect
 import json
 import numbers
@@ -46,6 +47,7 @@ SAMPLED_WITH = (
 CARRIED_OVER = TRAINED_WITH + SAMPLED_WITH
 MUST_BE_KNOWN = ("rescale_betas_zero_snr", "use_flow_sigmas")  # a class without these has another noise schedule
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetensors.index*.json", "*.py")
 README, SAMPLES = "README.md", "samples.png"  # the model card, and the grid of samples that it shows
 CARD = """---
@@ -109,9 +111,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         scheduler (`SchedulerMixin`): A scheduler with the noise schedule and prediction type that the U-Net was
             trained with. Swap it with `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`. One
             that lacks `init_noise_sigma` or `scale_model_input` (`FlowMatchEulerDiscreteScheduler`, ...), or cannot
-            be called as `step(model_output, timestep, sample)` (`RePaintScheduler`, ...), or cannot take over the
-            present one's noise schedule (`IPNDMScheduler`, `EDMEulerScheduler`, ...), raises a ValueError; one
-            that was given another noise schedule is logged.
+            be called as `step(model_output, timestep, sample)` (`RePaintScheduler`, ...), or put in place of
+            another, cannot take over its noise schedule (`IPNDMScheduler`, `EDMEulerScheduler`, ...), raises a
+            ValueError; one put in place of another that was given another noise schedule is logged.
     """
 
     model_cpu_offload_seq = "unet"
@@ -132,7 +134,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PixelDiffusionPipeline":
         """diffusers' method, for a U-Net of any class; by itself, it accepts only the annotated class."""
-        return super().from_pipe(pipeline, **{"unet": pipeline.unet, **kwargs})
+        unet = {"unet": pipeline.unet} if "unet" in pipeline.components else {}
+        return super().from_pipe(pipeline, **{**unet, **kwargs})
 
     @property
     def num_timesteps(self) -> int:
@@ -341,11 +344,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         files += [f"{folder.name}/{file}" for folder in folders for file in component_files(folder, patterns)]
         if not subfolder and not huggingface_hub.file_exists(repo_id, README, token=token):
             text = card.read_text("utf-8") if card.exists() else str(model_card(self, repo_id, samples.exists()))
-            card.write_text(with_repo_id(text, repo_id), "utf-8")
+            plain = [file for file in files if file.startswith("unet/diffusion_") and f".{variant}" not in file]
+            card.write_text(with_repo_id(text, repo_id, None if plain else variant), "utf-8")
             files += [README, SAMPLES]
         return huggingface_hub.upload_folder(
-            repo_id=repo_id, folder_path=save_directory, path_in_repo=subfolder, allow_patterns=files, token=token,
-            commit_message=commit_message or f"Upload {type(self).__name__}", create_pr=create_pr,
+            repo_id=repo_id, folder_path=save_directory, path_in_repo=subfolder, create_pr=create_pr, token=token,
+            allow_patterns=[glob.escape(file) for file in files],
+            commit_message=commit_message or f"Upload {type(self).__name__}",
         )  # fmt: skip
 
     def push_to_hub(
@@ -404,10 +409,13 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: SchedulerMixin | None) 
     """Raise a ValueError if the pipeline cannot use the scheduler; warn if its noise is not that of the `replaced`."""
     name = type(scheduler).__name__
     trained = replaced.config if replaced is not None and "beta_schedule" in replaced.config else {}
-    if reason := refusal(scheduler, trained):
+    reason = refusal(scheduler, trained)
+    if replaced is not None and not trained and "beta_schedule" in scheduler.config:
+        reason = "the one in place has no discrete noise schedule that it could take over"
+    if reason:
         raise ValueError(
-            f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one of a discrete noise schedule, such as"
-            " `make_scheduler` makes."
+            f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one of the noise schedule that the network"
+            " was trained with, such as `make_scheduler` makes of a discrete one."
         )
     both = [key for key in TRAINED_WITH if key in trained and key in scheduler.config]
     changed = [key for key in both if not np.array_equal(trained[key], scheduler.config[key])]
@@ -425,7 +433,9 @@ def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
     if missing := [name for name in needed if not hasattr(scheduler, name)]:
         return f"it has no {', '.join(missing)}"
     more = list(inspect.signature(scheduler.step).parameters.values())[3:]
-    if more := [p.name for p in more if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]:
+    required = [p.name for p in more if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    # UnCLIPScheduler can do without, but then goes back by a single timestep whatever their number
+    if more := required + [p.name for p in more if p.name == "prev_timestep" and p.name not in required]:
         return f"its step needs {', '.join(more)}, too"
     taken = inspect.signature(type(scheduler).__init__).parameters
     if trained and "beta_schedule" not in taken:
@@ -438,11 +448,17 @@ def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
 
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=None) -> torch.Tensor:
     """Set the scheduler's timesteps for that many steps and return them; ValueError if it cannot take that number."""
+    refused = f"{type(scheduler).__name__} cannot take {num_inference_steps} `num_inference_steps`"
     try:
         scheduler.set_timesteps(num_inference_steps, device=device)
     except Exception as error:  # some have a minimum or maximum number of steps, and raise various errors
-        name = type(scheduler).__name__
-        raise ValueError(f"{name} cannot take {num_inference_steps} `num_inference_steps`: {error}.") from error
+        raise ValueError(f"{refused}: {error}.") from error
+    train_steps, first = scheduler.config.num_train_timesteps, scheduler.timesteps[0]
+    if "beta_schedule" in scheduler.config and not hasattr(scheduler, "sigmas") and first >= train_steps:
+        raise ValueError(
+            f"{refused}: with a `steps_offset` of {scheduler.config.steps_offset} they start at timestep {first}, and"
+            f" the last of its noise schedule is {train_steps - 1}. Take fewer steps."
+        )
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it looks its place up by timestep, and Karras noise levels may share one
     if "beta_schedule" in scheduler.config and scheduler.timesteps[-1] == -1:
@@ -497,11 +513,19 @@ def loads_elsewhere(library: str) -> bool:
     return library == "diffusers" or library.rpartition(".")[2] == "unet_2d_optimized"
 
 
-def with_repo_id(card: str, repo_id: str) -> str:
-    """The text of a card, with the calls that load what its first snippet loads changed to load `repo_id`."""
+def with_repo_id(card: str, repo_id: str, variant: str | None = None) -> str:
+    """The text of a card, with the calls that load what its first snippet loads changed to load `repo_id`.
+
+    A `variant` is that of the only weights in the repository, and is asked for in these calls.
+    """
     call = r'(?<!\w)((?:Pixel)?DiffusionPipeline\.from_pretrained\()"'
     loaded = re.search(call + '([^"]+)"', card)
-    return re.sub(call + re.escape(loaded[2]) + '"', rf'\g<1>"{repo_id}"', card) if loaded else card
+    if loaded is None:
+        return card
+    card = re.sub(call + re.escape(loaded[2]) + '"', rf'\g<1>"{repo_id}"', card)
+    if variant is None:
+        return card
+    return re.sub(call + re.escape(repo_id) + '"(?!, variant=)', rf'\g<0>, variant="{variant}"', card)
 
 
 def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | None) -> None:
@@ -537,13 +561,13 @@ def has_weights_of(unet: ModelMixin, folder: Path) -> bool:
 def component_files(folder: Path, patterns: tuple[str, ...] = COMPONENT_FILES) -> list[str]:
     """A component's files to upload, by paths in its folder: of a network or scheduler only the kinds in `patterns`.
 
-    Of others all but hidden ones, and pickles if these are not among the patterns.
+    Of others all but hidden ones, and pickles if "*.bin" is not among the patterns.
     """
     if folder.name in ("unet", "scheduler"):
         return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     files = [path for path in files if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
-    return sorted(path.as_posix() for path in files if path.suffix != ".bin" or "*.bin" in patterns)
+    return sorted(path.as_posix() for path in files if path.suffix not in PICKLES or "*.bin" in patterns)
 
 
 def create_repo(repo_id: str, private: bool | None, token: str | None) -> RepoUrl:
