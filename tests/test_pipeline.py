@@ -228,9 +228,7 @@ def test_a_noise_schedule_that_is_not_discrete_is_not_exchanged_for_one_that_is(
     pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.EDMEulerScheduler())
     pipe.scheduler = diffusers.EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     ddim = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(
-        ValueError, match="DDIMScheduler cannot be .* has no discrete noise schedule"
-    ):
+    with pytest.raises(ValueError, match="DDIMScheduler cannot be .* has no discrete noise schedule"):
         pipe.scheduler = ddim
 
 
@@ -239,9 +237,7 @@ def test_an_offset_beyond_the_noise_schedule_is_refused_before_any_work(tiny_pip
     pipe = PixelDiffusionPipeline(tiny_pipe.unet, scheduler_class(20, steps_offset=1, timestep_spacing="leading"))
     pipe(1, 19)
     pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network was called"))
-    with pytest.raises(
-        ValueError, match="cannot take 20 .* `steps_offset` of 1 they start at timestep 20"
-    ):
+    with pytest.raises(ValueError, match="cannot take 20 .* `steps_offset` of 1 they start at timestep 20"):
         pipe(1, 20)
 
 

@@ -72,6 +72,17 @@ def check_agreement(resume_path: Path | None, goes_on: bool) -> None:
         )
 
 
+def check_sharding(accelerator: Accelerator) -> None:
+    """Raises ValueError if the parameters would be sharded in a way from which no process can save them whole."""
+    kind, advice = accelerator.distributed_type, None
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        advice = "FSDP 1, which the config asks for: set `fsdp_version: 2`, as in train_scripts/accelerate/fsdp2.yaml"
+    elif kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        advice = "ZeRO-3, which the config asks for: use stage 2, as in train_scripts/accelerate/deepspeed_zero2.yaml"
+    if advice:
+        raise ValueError(f"The network could not be saved under {advice}.")
+
+
 def let_go(accelerator: Accelerator) -> None:
     """Free what was prepared, and end the tracking. Call it once nothing holds the prepared network.
 
@@ -88,23 +99,12 @@ def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int, max
     """Call after `accelerator.prepare`: raises ValueError if accelerate departs from its config or the flags."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("The accelerate config asks for FSDP, which accelerate has on GPUs alone: use another.")
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError(
-            "The accelerate config asks for FSDP 1, whose shards cannot be saved as a pipeline: set `fsdp_version: 2`,"
-            " as in train_scripts/accelerate/fsdp2.yaml."
-        )
     if accelerator.gradient_accumulation_steps != gradient_accumulation_steps:
         raise ValueError(
             f"`--gradient_accumulation_steps` is {gradient_accumulation_steps}, but the DeepSpeed config says"
             f' {accelerator.gradient_accumulation_steps}: write "auto" there.'
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        stage = accelerator.deepspeed_config.get("zero_optimization", {}).get("stage")
-        if stage == 3:
-            raise ValueError(
-                "The accelerate config asks for DeepSpeed ZeRO-3, whose shards cannot be saved as a pipeline: use"
-                " stage 2, as in train_scripts/accelerate/deepspeed_zero2.yaml."
-            )
         clipping = accelerator.deepspeed_config.get("gradient_clipping", 0.0)
         if clipping != max_grad_norm:
             raise ValueError(

@@ -26,7 +26,7 @@ from cuda_graph import GraphedStep, can_capture
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from interruption import StopRequest
-from launch import check_agreement, check_engine, let_go, make_accelerator
+from launch import check_agreement, check_engine, check_sharding, let_go, make_accelerator
 from push_to_hub import push
 from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_file, write_text
 from tqdm.auto import tqdm
@@ -65,6 +65,7 @@ def main(args: TrainingArguments) -> None:
     )
     level = logging.WARNING if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level)
+    check_sharding(accelerator)
     output_dir, device = Path(args.output_dir), accelerator.device
     claimed = claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     resume_path, goes_on = claimed
