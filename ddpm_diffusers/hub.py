@@ -109,18 +109,20 @@ def add_figures(card: str, figures: Iterable[dict]) -> str:
     title = re.search(r"^# (.+)$", card.text, re.MULTILINE)
     card.data.eval_results = results or None
     card.data.model_name = (title[1] if title else PixelDiffusionPipeline.__name__) if results else None
-    rows = [
-        (
-            result.metric_name or result.metric_type,
-            result.metric_value,
-            " ".join(filter(None, (result.dataset_name, result.dataset_split))),
-            ", ".join(f"{name} {value}" for name, value in (result.metric_args or {}).items()),
-        )
-        for result in results
-    ]
-    shown = table(("metric", "value", "data set", "measured with"), rows) if rows else None
-    card.text = with_section(card.text, "Measured figures", shown)
+    card.text = with_section(card.text, "Measured figures", figures_section(results) if results else None)
     return str(card)
+
+
+def figures_section(results: list[EvalResult]) -> str:
+    """A table of figures for each way in which they were measured."""
+    tables = {}
+    for result in results:
+        on = " ".join(filter(None, (result.dataset_name, result.dataset_split)))
+        how = ", ".join(f"{name} {value}" for name, value in (result.metric_args or {}).items())
+        row = (result.metric_name or result.metric_type, result.metric_value)
+        measured = " ".join(f"On {on}{how and ', measured with '}{how}:".split())
+        tables.setdefault(measured, []).append(row)
+    return "\n\n".join(f"{measured}\n\n{table(('metric', 'value'), rows)}" for measured, rows in tables.items())
 
 
 def prepare_repo(

@@ -476,7 +476,10 @@ def test_figures_replace_earlier_ones_in_the_metadata_and_the_body(tiny_pipe):
     assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [
         ("frechet_distance", 2.25), ("kid", 0.5),
     ]  # fmt: skip
-    assert "| Frechet distance | 2.25 | Fashion-MNIST test | samples 10000 |" in body and "2.5 |" not in body
+    rows = "| metric | value |\n| --- | --- |\n| Frechet distance | 2.25 |\n| Frechet distance | 0.5 |\n"
+    assert f"On Fashion-MNIST test, measured with samples 10000:\n\n{rows}" in body and "2.5 |" not in body
+    other = add_figures(card, [better, {**FIGURE, "metric_args": {"samples": 97}}])
+    assert other.count("| metric | value |") == 2 and "measured with samples 97:\n\n" in other
     assert body.count("## Measured figures") == 1
     assert add_figures(card, [better]) == add_figures(plain, [better]) and add_figures(card, []) == plain
 
