@@ -1,5 +1,6 @@
 """1. The training step: images per second of each network, and its share of the machine's matrix-product peak."""
 
+import gc
 from itertools import product
 
 import torch
@@ -23,6 +24,7 @@ def measure(args, device: torch.device) -> dict:
             rows += measure_setting(args, device, settings, peaks[precision]["per_second"])
         except torch.OutOfMemoryError:  # the arms take turns, so all are in memory at once
             left_out.append(settings)
+        gc.collect()  # graphs and their memory are in cycles
     if not rows:
         raise RuntimeError("The GPU's memory is too small for each setting: measure fewer `--networks` at once.")
     return {"peaks": peaks, "rows": rows, "left_out": left_out}

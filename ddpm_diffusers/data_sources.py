@@ -73,7 +73,7 @@ def files_by_split(folder: str) -> dict[str, list[str]]:
     patterns, named = {}, []
     for split, words in SPLIT_KEYWORDS.items():
         for path in parts:
-            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", path.stem if is_archive(path) else path.name, re.I):
+            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", path.stem if is_archive(path) else path.name):
                 patterns.setdefault(str(split), []).append(glob.escape(str(path)) + "/**" * path.is_dir())
                 named.append(path.name)
     mixed = len(named) < len(parts) or any(map(is_image, paths))
@@ -97,12 +97,14 @@ def is_archive(path: Path) -> bool:
 
 def warn_if_images_are_not_taken_once(loaded: Dataset, folder: str) -> None:
     """Warn if `datasets` leaves images of a folder out or takes some twice."""
-    root = Path(folder).expanduser()
-    if any(map(is_archive, root.rglob("*"))):
+    root = Path(folder).expanduser().resolve()
+    paths = list(root.rglob("*"))
+    if any(map(is_archive, paths)):
         return  # how many images these hold would take reading them
-    folders = [root, *(path for path in root.rglob("*") if path.is_symlink() and path.is_dir())]
-    paths = (path.relative_to(root) for parent in folders for path in parent.rglob("*") if is_image(path))
-    there = sum(all(map(is_seen, list(path.parents)[:-1])) for path in paths)
+    links = [path for path in paths if path.is_symlink() and path.is_dir() and root not in path.resolve().parents]
+    paths += [path for link in links if link.resolve() != root for path in link.rglob("*")]
+    images = (path.relative_to(root) for path in paths if is_image(path))
+    there = sum(all(map(is_seen, list(path.parents)[:-1])) for path in images)
     found = sum(split.num_examples for split in loaded.info.splits.values())
     if found != there:
         logger.warning(

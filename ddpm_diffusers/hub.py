@@ -24,6 +24,7 @@ from .pipeline_pixel_diffusion import (
     check_token,
     component_files,
     create_repo,
+    only_variant,
     with_repo_id,
 )
 from .synthetic_fashion import SYNTHETIC
@@ -210,7 +211,7 @@ def push_folder(
         card = Path(folder, README)
         contents = {name: str(Path(folder, name)) for name in files}
         if card.is_file():
-            contents[README] = with_repo_id(card.read_text("utf-8"), repo.repo_id).encode()
+            contents[README] = with_repo_id(card.read_text("utf-8"), repo.repo_id, only_variant(files)).encode()
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(repo.repo_id, operations, commit_message=commit_message)
         return str(repo)

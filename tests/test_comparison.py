@@ -22,7 +22,7 @@ from transformers import ResNetConfig, ResNetModel
 
 from ddpm_diffusers import SCHEDULERS
 from ddpm_diffusers.evaluation import Reference, load_feature_extractor
-from ddpm_diffusers.evaluation.comparison import best_settings, compare_schedulers, label_of, plan
+from ddpm_diffusers.evaluation.comparison import best_settings, compare_schedulers, label_of, most_steps, plan
 from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows, plot_spectra
 from ddpm_diffusers.schedulers import count_evaluations, make_scheduler
 from ddpm_diffusers.synthetic_fashion import draw_garments
@@ -315,6 +315,24 @@ def test_schedulers_are_given_with_options_of_any_type(script):
     for text in ("ddim:clip_sample", "ddim:=1", "ddim:clip_sample=true,"):
         with pytest.raises(ValueError, match="must be NAME or NAME:OPTION=VALUE,OPTION=VALUE"):
             script.parse_scheduler(text)
+
+
+def test_what_was_not_finite_in_another_precision_is_measured_and_then_no_longer_left_out(script, tmp_path):
+    setting = {"name": "ddim", "options": {}, "evaluations": 3, "num_inference_steps": 3}
+    failed = setting | {"left_out": "images with NaN", "mixed_precision": "fp16"}
+    too_few = {"name": "heun", "options": {}, "evaluations": 1, "left_out": "needs more"}
+    results = {"settings": {}, "records": [], "left_out": [too_few, failed]}
+    again = failed | {"mixed_precision": "bf16"}
+    script.add(again, results, tmp_path)
+    assert results["left_out"] == [too_few, again]
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    script.add(setting | {"mixed_precision": "no", "images": images}, results, tmp_path)
+    assert results["left_out"] == [too_few] and len(results["records"]) == 1
+
+
+def test_steps_are_as_many_as_fit_for_a_scheduler_that_cannot_take_all():
+    offset = diffusers.DDPMScheduler(20, steps_offset=1, timestep_spacing="leading")  # it has no timestep 20
+    assert most_steps(offset, 20) == most_steps(offset, 19) == 19
 
 
 def test_of_all_schedulers_those_that_cannot_follow_the_network_are_left_out_with_the_reason(script):

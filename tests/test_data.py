@@ -142,14 +142,17 @@ def test_images_that_are_left_out_are_told(tmp_path, cache, caplog):
     assert len(load_images(train_data_dir=str(folder), resolution=8, cache_dir=cache)) == 3
     assert "source holds 4 images, and `datasets` takes 3, by names" in caplog.text
     (folder / "dogs").unlink()
+    (folder / "again").symlink_to(folder, target_is_directory=True)
+    (folder / "more").symlink_to(folder / "cats", target_is_directory=True)
     caplog.clear()
+    assert len(load_images(train_data_dir=str(folder), resolution=8, cache_dir=cache)) == 3 and not caplog.messages
     (folder / "metadata.csv").write_text("file_name,text\ncats/1.png,a cat\n")
     assert len(load_images(train_data_dir=str(folder), resolution=8, cache_dir=cache)) == 1
     assert "source holds 3 images, and `datasets` takes 1, by names" in caplog.text
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("Train", "Test"), ("training", "Validation")])
-def test_splits_may_be_links_and_in_capitals(names, tmp_path, cache, caplog):
+@pytest.mark.parametrize("names", [("train", "test"), ("training", "validation")])
+def test_splits_may_be_links(names, tmp_path, cache, caplog):
     folder = tmp_path / "source"
     folder.mkdir()
     for name, count in zip(names, (3, 2), strict=True):

@@ -237,7 +237,13 @@ def test_the_snippets_load_a_repository_of_a_variant_alone(hub, client, saved, t
     loading = second.partition("images =")[0] + "print(pipe.unet.num_parameters())"
     printed = python(loading, env=environment(hub, tmp_path), cwd=tmp_path)
     assert int(printed.split()[-1]) == make_pipe().unet.num_parameters()
-    assert "result" in client("push_to_hub", saved, repo_id="user/both")
+    own = tmp_path / "own"
+    DiffusionPipeline.from_pretrained(saved).save_pretrained(own, variant="fp16")
+    (own / "README.md").write_bytes(hub.repos["user/half"].files["README.md"])
+    assert "result" in client("push_folder", folder=own, repo_id="user/folder")
+    assert b'from_pretrained("user/folder", variant="fp16"' in hub.repos["user/folder"].files["README.md"]
+    DiffusionPipeline.from_pretrained(saved).save_pretrained(own)  # the plain weights, too
+    assert "result" in client("push_folder", folder=own, repo_id="user/both")
     assert b"variant=" not in hub.repos["user/both"].files["README.md"]
 
 

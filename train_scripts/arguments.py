@@ -81,7 +81,8 @@ class TrainingArguments:
     eval_batch_size: int = arg(64, "images per sample grid")
     ddpm_num_inference_steps: int = arg(20, "DPM-Solver++ steps for the sample grids")
     checkpointing_steps: int | None = arg(
-        None, "optimizer steps between checkpoints; by default only Ctrl-C or SIGTERM writes one"
+        None,
+        "optimizer steps between checkpoints; by default a stop by a signal writes one, and the end of a resumed run",
     )
     checkpoints_total_limit: int | None = arg(None, "how many checkpoints to keep; all by default")
     resume_from_checkpoint: str | None = arg(None, "checkpoint-STEP folder to resume from, or latest")

@@ -72,9 +72,9 @@ def main(args: GenerateArguments) -> None:
             if re.fullmatch(r"\d{6,}\.png", path.name):
                 path.unlink()
     images = to_pil(images)
+    image_grid(images[:GRID_IMAGES]).save(output_dir / "grid.png")  # first: it marks the numbered ones as samples
     for i, image in enumerate(images):
         image.save(output_dir / f"{args.seed + i:06d}.png")
-    image_grid(images[:GRID_IMAGES]).save(output_dir / "grid.png")
     print(
         f"{args.num_images} images by {type(pipe.scheduler).__name__}, {args.num_inference_steps} steps,"
         f" {time.perf_counter() - start:.1f} s"

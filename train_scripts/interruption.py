@@ -30,7 +30,7 @@ class StopRequest:
         """The signal that any process received, or None. Every process must call it."""
         if self.group is None:
             return self.signal
-        number = torch.tensor(self.signal or 0)  # one that comes during the exchange counts after the next step
+        number = torch.tensor(self.signal or 0)  # one that comes meanwhile counts after the next step, if any
         dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
         return signal.Signals(int(number)) if number else None
 

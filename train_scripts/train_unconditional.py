@@ -257,8 +257,8 @@ def main(args: TrainingArguments) -> None:
         log = last or step % args.logging_steps == 0
         sample = args.validation_steps and step % args.validation_steps == 0 and not (last or stopped)
         every = args.checkpointing_steps
-        # a run that resumes must end with a checkpoint: else the same command would resume it once more
-        checkpoint = stopped or (last and (every or resume_path)) or (every and step % every == 0)
+        # a run that went on must end with a checkpoint: else the same command would do its end again
+        checkpoint = stopped or (last and (every or goes_on)) or (every and step % every == 0)
         if log or checkpoint:
             sums, counts = accelerator.reduce(window, "sum").tolist()
             norm = float(grad_norm)

@@ -5,6 +5,7 @@ try:
 except ImportError as error:
     raise ImportError('ddpm_diffusers.evaluation needs torchmetrics: pip install "ddpm-diffusers[eval]"') from error
 
+from .comparison import compare_schedulers
 from .features import FASHION_MNIST, FeatureExtractor, extract_features, load_feature_extractor
 from .protocol import Reference, evaluate_images, evaluate_pipeline
 
@@ -12,6 +13,7 @@ __all__ = [
     "FASHION_MNIST",
     "FeatureExtractor",
     "Reference",
+    "compare_schedulers",
     "evaluate_images",
     "evaluate_pipeline",
     "extract_features",

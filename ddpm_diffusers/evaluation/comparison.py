@@ -131,8 +131,9 @@ def most_steps(scheduler: SchedulerMixin, evaluations: int) -> int:
     while steps >= 1:
         try:
             excess = count_evaluations(scheduler, steps) - evaluations
-        except ValueError:  # too few steps for it
-            break
+        except ValueError:  # too few or too many steps for it
+            steps -= 1
+            continue
         if excess <= 0:
             return steps
         steps -= -(-excess // 2)  # a step needs at most two

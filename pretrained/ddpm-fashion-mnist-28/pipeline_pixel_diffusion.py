@@ -15,7 +15,7 @@ import numbers
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import huggingface_hub
@@ -344,8 +344,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         files += [f"{folder.name}/{file}" for folder in folders for file in component_files(folder, patterns)]
         if not subfolder and not huggingface_hub.file_exists(repo_id, README, token=token):
             text = card.read_text("utf-8") if card.exists() else str(model_card(self, repo_id, samples.exists()))
-            plain = [file for file in files if file.startswith("unet/diffusion_") and f".{variant}" not in file]
-            card.write_text(with_repo_id(text, repo_id, None if plain else variant), "utf-8")
+            card.write_text(with_repo_id(text, repo_id, only_variant(files)), "utf-8")
             files += [README, SAMPLES]
         return huggingface_hub.upload_folder(
             repo_id=repo_id, folder_path=save_directory, path_in_repo=subfolder, create_pr=create_pr, token=token,
@@ -410,12 +409,12 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: SchedulerMixin | None) 
     name = type(scheduler).__name__
     trained = replaced.config if replaced is not None and "beta_schedule" in replaced.config else {}
     reason = refusal(scheduler, trained)
-    if replaced is not None and not trained and "beta_schedule" in scheduler.config:
+    if reason is None and replaced is not None and not trained and "beta_schedule" in scheduler.config:
         reason = "the one in place has no discrete noise schedule that it could take over"
     if reason:
         raise ValueError(
-            f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one of the noise schedule that the network"
-            " was trained with, such as `make_scheduler` makes of a discrete one."
+            f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one that the loop can call and that"
+            " follows the noise schedule which the network was trained with, such as `make_scheduler` makes."
         )
     both = [key for key in TRAINED_WITH if key in trained and key in scheduler.config]
     changed = [key for key in both if not np.array_equal(trained[key], scheduler.config[key])]
@@ -522,10 +521,15 @@ def with_repo_id(card: str, repo_id: str, variant: str | None = None) -> str:
     loaded = re.search(call + '([^"]+)"', card)
     if loaded is None:
         return card
-    card = re.sub(call + re.escape(loaded[2]) + '"', rf'\g<1>"{repo_id}"', card)
-    if variant is None:
-        return card
-    return re.sub(call + re.escape(repo_id) + '"(?!, variant=)', rf'\g<0>, variant="{variant}"', card)
+    asked = "" if variant is None else f', variant="{variant}"'
+    return re.sub(call + re.escape(loaded[2]) + r'"(?:, variant="[^"]*")?', rf'\g<1>"{repo_id}"{asked}', card)
+
+
+def only_variant(files: Iterable[str]) -> str | None:
+    """The variant of the network's weights among a pipeline's files, such as "fp16", if there are none without one."""
+    weights = r"unet/[^.]+?(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    variants = {found[1] for file in files if (found := re.fullmatch(weights, file))}
+    return min(variants) if variants and None not in variants else None
 
 
 def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | None) -> None:
@@ -567,7 +571,10 @@ def component_files(folder: Path, patterns: tuple[str, ...] = COMPONENT_FILES) -
         return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     files = [path for path in files if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
-    return sorted(path.as_posix() for path in files if path.suffix not in PICKLES or "*.bin" in patterns)
+    pickles = [path.as_posix() for path in files if path.suffix in PICKLES and "*.bin" not in patterns]
+    if pickles:
+        logger.warning(f"Pickles of {folder.name} are not uploaded: {', '.join(pickles)}.")
+    return sorted({path.as_posix() for path in files} - set(pickles))
 
 
 def create_repo(repo_id: str, private: bool | None, token: str | None) -> RepoUrl:
