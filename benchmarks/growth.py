@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import psutil
@@ -77,24 +78,27 @@ def read_in_process(num_images: int, cache: Path, device: torch.device) -> dict:
 def read(num_images: int, cache: str) -> dict:
     garments = load_images("synthetic-fashion", resolution=16, max_samples=num_images, cache_dir=cache)
     images = ImageArrays(garments, (1, 16, 16))
-    before, start = resident_bytes(), time.perf_counter()
-    batches = iter(ShuffledBatches(num_images, READ_BATCH_SIZE, 0, range(READ_BATCHES)))
-    for _ in range(READ_BATCHES):
-        images.__getitems__(next(batches))
+    shuffled = ShuffledBatches(num_images, READ_BATCH_SIZE, 0, range(READ_BATCHES))
+    before, start = file_bytes(), time.perf_counter()
+    for indices in shuffled:
+        images.__getitems__(indices)
     seconds = time.perf_counter() - start
-    after = resident_bytes()  # `batches` is not at its end, and so still holds the order of the images
+    of_files = file_bytes() - before
+    tracemalloc.start()  # resident memory would not tell: freed memory is used again
+    batches = iter(shuffled)
+    batch = images.__getitems__(next(batches))
+    own = tracemalloc.get_traced_memory()[0]
+    del batches, batch
     return {
         "images_seen": READ_BATCHES * READ_BATCH_SIZE,
         "images_per_second": READ_BATCHES * READ_BATCH_SIZE / seconds,
-        "resident_bytes": {kind: after[kind] - before[kind] for kind in after},
+        "bytes": {"own": own, "of files": of_files},
     }
 
 
-def resident_bytes() -> dict[str, int]:
-    """Resident memory: the process's own and, where the system reports them, file pages, which it can drop."""
-    memory = psutil.Process().memory_info()
-    files = getattr(memory, "shared", 0)
-    return {"own": memory.rss - files, "of files": files}
+def file_bytes() -> int:
+    """Resident pages of files, which the system can drop, where it reports them."""
+    return getattr(psutil.Process().memory_info(), "shared", 0)
 
 
 def grow_processes(args, folder: Path, device: torch.device) -> list[dict]:
@@ -143,7 +147,7 @@ def report(result: dict) -> str:
         (
             f"{row['images']:,}",
             thousands(row["images_per_second"]),
-            *(f"{row['resident_bytes'][kind] / 2**20:.1f}" for kind in ("own", "of files")),
+            *(f"{row['bytes'][kind] / 2**20:.1f}" for kind in ("own", "of files")),
         )
         for row in result["data"]
     ]
@@ -153,7 +157,7 @@ def report(result: dict) -> str:
         f" time, precision {result['precision']}:",
         table(("", "GFLOP", "ms", "images/s", "GFLOP/s"), steps),
         f"{READ_BATCHES:,} shuffled batches of {READ_BATCH_SIZE} from a memory-mapped data set of 16x16, each once:",
-        table(("images in it", "images/s", "memory of its own, MiB more", "pages of the file, MiB more"), data),
+        table(("images in it", "images/s", "memory while it reads, MiB", "pages of the file, MiB more"), data),
         f"The training script on several processes, each with batches of {BATCH_SIZE} and its share of the threads:",
         table(("processes", "images/s"), processes),
     ])  # fmt: skip
