@@ -432,9 +432,9 @@ def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
     if missing := [name for name in needed if not hasattr(scheduler, name)]:
         return f"it has no {', '.join(missing)}"
     more = list(inspect.signature(scheduler.step).parameters.values())[3:]
-    required = [p.name for p in more if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    # UnCLIPScheduler can do without, but then goes back by a single timestep whatever their number
-    if more := required + [p.name for p in more if p.name == "prev_timestep" and p.name not in required]:
+    more = [p for p in more if p.kind is p.POSITIONAL_OR_KEYWORD]
+    # UnCLIPScheduler can do without `prev_timestep`, but then goes back by a single timestep whatever their number
+    if more := [p.name for p in more if p.default is p.empty or p.name == "prev_timestep"]:
         return f"its step needs {', '.join(more)}, too"
     taken = inspect.signature(type(scheduler).__init__).parameters
     if trained and "beta_schedule" not in taken:
