@@ -57,7 +57,7 @@ class BenchmarkArguments:
     precisions: list[str] | None = listed(
         None, "no, bf16 or both (the default if the hardware supports bf16); some sections use only the last"
     )
-    compile: bool = arg(False, "training_step: also measure with torch.compile")
+    compile: bool = arg(False, "training_step, training_script: also measure with torch.compile")
     windows: int = arg(5, "timed windows per arm (what is compared)")
     window_seconds: float = arg(2.0, "approximate length of a window")
     script_steps: int | None = arg(None, "steps of the training script; 60 by default, 2,000 on a GPU")
@@ -65,6 +65,8 @@ class BenchmarkArguments:
     processes: list[int] | None = listed(None, "growth: numbers of training processes; by default 1, and 2 if there"
                                          " are 2 GPUs or threads")  # fmt: skip
     epochs: list[float] = listed([2.5, 4.0, 5.0], "time_to_quality: budgets to train the default network with")
+    quality_batch_size: int = arg(64, "time_to_quality: batch size of the default network's trainings; stock's is 64")
+    quality_learning_rate: float = arg(2e-3, "time_to_quality: their peak learning rate; stock's is 2e-3")
     dataset_name: str = arg("zalando-datasets/fashion_mnist", "time_to_quality: Hub id or local folder")
     dataset_id: str | None = arg(None, "time_to_quality: Hub id of a local data set")
     num_images: int = arg(5000, "time_to_quality: number of samples to evaluate")
@@ -98,6 +100,9 @@ class BenchmarkArguments:
         for name, least in (("windows", 2), ("script_steps", 30), ("num_images", 97)):
             if getattr(self, name) < least:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least {least}.")
+        for name in ("quality_batch_size", "quality_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be a positive number.")
         if not 0 <= self.window_seconds < math.inf:
             raise ValueError(f"`--window_seconds` is {self.window_seconds}; it must be a number of at least 0.")
         kept = [name for name in self.sections if Path(self.output_dir, f"{name}.json").is_file()]

@@ -6,6 +6,7 @@ It takes hours on a CPU, so it runs only if `--sections` names it. What `--work_
 
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from run_folder import write_text
 from ddpm_diffusers.checkpointing import config_of
 from ddpm_diffusers.data import load_images
 
-RESOLUTION, BATCH_SIZE, SEED, STOCK_EPOCHS = 16, 64, 0, 5.0
+RESOLUTION, SEED = 16, 0
+STOCK_EPOCHS, STOCK_BATCH_SIZE, STOCK_LEARNING_RATE = 5.0, 64, 2e-3
 SCHEDULER, NUM_INFERENCE_STEPS = "ddim", 50
 
 
@@ -27,18 +29,24 @@ def measure(args, device: torch.device) -> dict:
     load_images(args.dataset_name, resolution=RESOLUTION, split="test")
     num_images = len(load_images(args.dataset_name, resolution=RESOLUTION))
     rows = []
-    for name, epochs in (("stock", STOCK_EPOCHS), *(("default", epochs) for epochs in args.epochs)):
-        steps = max(1, round(epochs * num_images / BATCH_SIZE))
-        row = train_and_judge(name, steps, Path(args.work_dir, f"{name}-{steps}"), args, device)
-        rows.append(row | {"epochs": epochs, "images_seen": steps * BATCH_SIZE})
+    of_default = args.quality_batch_size, args.quality_learning_rate
+    for name, epochs, batch_size, rate in (
+        ("stock", STOCK_EPOCHS, STOCK_BATCH_SIZE, STOCK_LEARNING_RATE),
+        *(("default", epochs, *of_default) for epochs in args.epochs),
+    ):
+        steps = max(1, round(epochs * num_images / batch_size))
+        budget = {"max_train_steps": steps, "train_batch_size": batch_size, "learning_rate": rate}
+        row = train_and_judge(name, budget, Path(args.work_dir, f"{name}-{steps}x{batch_size}"), args, device)
+        rows.append(row | {"epochs": epochs, "images_seen": steps * batch_size})
         print(f"{name}, {epochs:g} epochs: {row['seconds']:,.0f} s, distance {row['distance']:.3f}", flush=True)
     return {"dataset": args.dataset_id or Path(args.dataset_name).name, "num_images": args.num_images, "rows": rows}
 
 
-def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.device) -> dict:
+def train_and_judge(name: str, budget: dict, folder: Path, args, device: torch.device) -> dict:
     record, trained = folder / "time_to_quality.json", folder / "trained.json"
     settings = {
         "network": config_of(make_network(name, RESOLUTION)),
+        "budget": budget,
         "dataset": args.dataset_id or Path(args.dataset_name).name,
         "mixed_precision": args.precisions[-1],
         "num_images": args.num_images,
@@ -53,8 +61,7 @@ def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.dev
     training = {
         **data,
         "resolution": RESOLUTION,
-        "train_batch_size": BATCH_SIZE,
-        "max_train_steps": steps,
+        **budget,
         "mixed_precision": args.precisions[-1],
         "seed": SEED,
         "logger": "none",
@@ -67,7 +74,8 @@ def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.dev
         trained.unlink(missing_ok=True)
         start = time.perf_counter()
         run([ROOT / "train_scripts" / "train_unconditional.py", *flags(training), "--overwrite_output_dir"], device)
-        known = {"seconds": time.perf_counter() - start, "settings": of_training}
+        seconds = time.perf_counter() - start
+        known = {"seconds": seconds, "seconds_of_steps": seconds_of_steps(folder, budget), "settings": of_training}
         write_text(trained, json.dumps(known))
     judging = {
         **data,
@@ -81,24 +89,38 @@ def train_and_judge(name: str, steps: int, folder: Path, args, device: torch.dev
     run([ROOT / "train_scripts" / "evaluate.py", *flags(judging), "--overwrite"], device)
     figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())["figures"]
     distance = figures["train"]["frechet_distance"]["mean"]
-    row = {"network": name, "steps": steps, "seconds": known["seconds"], "distance": distance}
+    row = {"network": name, **budget, "seconds": known["seconds"], "seconds_of_steps": known["seconds_of_steps"]}
+    row |= {"distance": distance}
     write_text(record, json.dumps(row | {"settings": settings}))
     return row
 
 
+def seconds_of_steps(folder: Path, budget: dict) -> float:
+    """Seconds of the script's loop, without its start and end, by its own record."""
+    lines = [json.loads(line) for line in (folder / "speed.jsonl").read_text().splitlines()]
+    steps = [after["step"] - before["step"] for before, after in pairwise([{"step": 0}, *lines])]
+    seconds = [count / line["images_per_second"] for count, line in zip(steps, lines, strict=True)]
+    return budget["train_batch_size"] * sum(seconds)
+
+
 def report(result: dict) -> str:
     stock, *others = result["rows"]
+    digits = 0 if stock["seconds"] > 100 else 1
     lines = [
         (
             row["network"],
             f"{row['epochs']:g}",
-            f"{row['seconds']:,.0f}",
+            row["train_batch_size"],
+            f"{row['learning_rate']:g}",
+            f"{row['seconds']:,.{digits}f}",
+            f"{row['seconds_of_steps']:,.{digits}f}",
             f"{row['seconds'] / stock['seconds']:.2f}",
             f"{row['distance']:.3f}",
             "yes" if row["distance"] <= stock["distance"] else "no",
         )
         for row in (stock, *others)
     ]
-    head = ("network", "epochs", "seconds of the training script", "x stock's", "distance", "reached")
+    head = ("network", "epochs", "batch size", "learning rate", "seconds of the script", "of them in its loop",
+            "x stock's", "distance", "reached")  # fmt: skip
     caption = f"{result['num_images']:,} samples by DDIM in 50 steps, one training each (seed {SEED})."
     return f"{caption}\n\n{table(head, lines)}"

@@ -20,6 +20,7 @@ from ddpm_diffusers.sampling import to_pil
 NUM_IMAGES = 10_000  # or one batch, as the recipe leaves an incomplete one out
 RECIPE = "diffusers' recipe, stock"
 AS_IT_COMES = f"{RECIPE}, float32 as by default"
+COMPILED = "script, default, compiled"
 BARE = {"script, default": "bare step, default", "script, stock": "bare step, stock"}
 
 
@@ -50,9 +51,10 @@ def measure(args, device: torch.device) -> dict:
             "mixed_precision": settings["precision"],
         }
 
-        def script(name: str) -> float:
+        def script(name: str, **others) -> float:
             unet = {"unet_config": CONFIGS / "stock.json"} if name == "stock" else {}
             values = {"dataset_name": data, "cache_dir": cache, "max_train_steps": args.script_steps, **asked, **unet}
+            values |= others
             return speed_of_training(values, Path(tempfile.mkdtemp(dir=folder)), device)
 
         arms = {
@@ -62,6 +64,8 @@ def measure(args, device: torch.device) -> dict:
             "script, stock": lambda: script("stock"),
             RECIPE: lambda: run_recipe(data, asked, args.script_steps, device),
         }
+        if args.compile:
+            arms[COMPILED] = lambda: script("default", compile=True)
         if settings["precision"] != "no":
             in_float32 = asked | {"mixed_precision": "no"}
             arms[AS_IT_COMES] = lambda: run_recipe(data, in_float32, args.script_steps, device)

@@ -76,6 +76,8 @@ def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
     ({"epochs": [float("nan")]}, "`--epochs` is .*positive"),
     ({"windows": 1}, "`--windows` is 1; it must be at least 2"),
     ({"window_seconds": float("nan")}, "`--window_seconds` is nan"),
+    ({"quality_batch_size": 0}, "`--quality_batch_size` is 0; it must be a positive number"),
+    ({"quality_learning_rate": float("nan")}, "`--quality_learning_rate` is nan"),
     ({"num_images": 10}, "`--num_images` is 10; it must be at least 97"),
     ({"device": "tpu"}, "`--device` is 'tpu'; it must be cpu, or cuda"),
 ])  # fmt: skip
