@@ -139,6 +139,7 @@ def save_checkpoint(
         optimizer: Optimizer of `unet.parameters()`; its tensors are saved as safetensors, all else as JSON.
         state: The rest, JSON-serializable: "arguments" (see `load_checkpoint`), schedule, scaler.
         total_limit: How many checkpoints to keep, or None for all.
+        is_main_process: Whether this process writes; all call it, since a sharded network is gathered from all.
 
     Raises:
         OSError: If the folder cannot be written to; earlier checkpoints stay intact.

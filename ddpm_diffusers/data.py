@@ -5,6 +5,7 @@ larger than memory.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from datasets.fingerprint import Hasher
 
 from . import image_decoding, synthetic_fashion
 from .data_sources import check_image_column, open_dataset
-from .image_decoding import decode_image, decode_images, pixel_table, warn_if_colour_is_lost, with_content
+from .image_decoding import decode_images, pixel_table, size_of_all
 from .pipeline_pixel_diffusion import check_positive
 from .synthetic_fashion import SYNTHETIC
 
@@ -164,35 +165,29 @@ def load_images(
     if max_samples is not None:
         source = source.select(range(min(max_samples, len(source))))
 
-    kept = [image_column] + [name for name in ("label",) if name in source.column_names]
-    labels = {name: source.features[name] for name in kept[1:]}
-    pixels = channels * resolution**2
-    first = with_content(source.with_format("arrow")[:1].select([image_column])).column(0)[0].as_py()
-    first = decode_image(first, 0)
-    warn_if_colour_is_lost(first, channels)
-    settings = {
-        "image_column": image_column,
-        "resolution": resolution,
-        "channels": channels,
-        "size": None if center_crop else first.size,
-    }
-    decoded = (
-        source.select_columns(kept)
-        .with_format("arrow")
-        .map(
-            decode_images,
-            with_indices=True,
-            batched=True,
-            batch_size=max(1, CHUNK_BYTES // pixels),
-            writer_batch_size=max(1, CHUNK_BYTES // pixels),
-            features=Features({"image": List(Value("uint8"), length=pixels), **labels}),
-            remove_columns=[image_column],
-            fn_kwargs=settings,
-            cache_file_name=cache_file(cache_dir, source._fingerprint, settings),
-            desc=f"Decoding to {resolution}x{resolution}",
-        )
+    label = {"label": source.features["label"]} if "label" in source.features else {}
+    first = source.with_format("arrow")[:1].select([image_column])
+    size = size_of_all(first, channels, center_crop)
+    settings = {"image_column": image_column, "resolution": resolution, "channels": channels, "size": size}
+    return map_once(
+        source.select_columns([image_column, *label]),
+        decode_images,
+        channels * resolution**2,
+        label,
+        with_indices=True,
+        remove_columns=[image_column],
+        fn_kwargs=settings,
+        cache_file_name=cache_file(cache_dir, source._fingerprint, settings),
+        desc=f"Decoding to {resolution}x{resolution}",
     )
-    return decoded.with_format(None)
+
+
+def map_once(dataset: Dataset, function: Callable, pixels: int, others: dict, **options) -> Dataset:
+    """A `function` of tables applied to all rows, and cached: it gives `image`, `pixels` uint8, and the `others`."""
+    rows = max(1, CHUNK_BYTES // pixels)
+    features = Features({"image": List(Value("uint8"), length=pixels), **others})
+    chunks = {"batched": True, "batch_size": rows, "writer_batch_size": rows, "features": features}
+    return dataset.with_format("arrow").map(function, **chunks, **options).with_format(None)
 
 
 def cache_file(cache_dir: str | None, *content) -> str:
@@ -205,27 +200,15 @@ def cache_file(cache_dir: str | None, *content) -> str:
 
 def draw_synthetic(count: int, seed: int, resolution: int, channels: int, cache_dir: str | None = None) -> Dataset:
     """The first `count` images of the built-in set, with the columns of `load_images`, drawn into the Arrow cache."""
-    pixels = channels * resolution**2
-    return (
-        Dataset.from_dict({"index": np.arange(count)})
-        .with_format("arrow")
-        .map(
-            draw_rows,
-            batched=True,
-            batch_size=max(1, CHUNK_BYTES // pixels),
-            writer_batch_size=max(1, CHUNK_BYTES // pixels),
-            features=Features(
-                {
-                    "image": List(Value("uint8"), length=pixels),
-                    "label": ClassLabel(names=synthetic_fashion.CLASS_NAMES),
-                }
-            ),
-            remove_columns=["index"],
-            fn_kwargs={"seed": seed, "resolution": resolution, "channels": channels},
-            cache_file_name=cache_file(cache_dir, SYNTHETIC, count, seed, resolution, channels),
-            desc=f"Drawing {count} garments at {resolution}x{resolution}",
-        )
-        .with_format(None)
+    return map_once(
+        Dataset.from_dict({"index": np.arange(count)}),
+        draw_rows,
+        channels * resolution**2,
+        {"label": ClassLabel(names=synthetic_fashion.CLASS_NAMES)},
+        remove_columns=["index"],
+        fn_kwargs={"seed": seed, "resolution": resolution, "channels": channels},
+        cache_file_name=cache_file(cache_dir, SYNTHETIC, count, seed, resolution, channels),
+        desc=f"Drawing {count} garments at {resolution}x{resolution}",
     )
 
 

@@ -49,7 +49,6 @@ def model_card(
     dataset_name: str | None = None,
     base_model: str | None = None,
     settings: dict | None = None,
-    figures: Iterable[dict] = (),
     has_samples: bool = False,
     license: str | None = None,
 ) -> ModelCard:
@@ -62,12 +61,8 @@ def model_card(
             built-in set.
         base_model: The model that the training started from; named only if it is a Hub id.
         settings: Training settings, shown as a table; those that are None, or may be a path or a token, are left out.
-        figures: As in `add_figures`.
         has_samples: Whether the repository has a grid of samples, `samples.png`.
         license: License of the model, as the Hub abbreviates it, such as "mit".
-
-    Raises:
-        ValueError: If `add_figures` refuses the figures.
     """
     card = pipeline_pixel_diffusion.model_card(pipe, repo_id, has_samples)
     card.data.license = license
@@ -87,7 +82,7 @@ def model_card(
     if rows:
         training += "\n\n" + table(("setting", "value"), rows)
     card.text = with_section(card.text, "Training", training)
-    return ModelCard(add_figures(str(card), figures))
+    return card
 
 
 def add_figures(card: str, figures: Iterable[dict]) -> str:
@@ -177,21 +172,19 @@ def push_folder(
     repo_id: str,
     token: str | None = None,
     private: bool | None = None,
-    commit_message: str = "Upload pipeline",
     waits: Sequence[float] = WAITS,
 ) -> str:
     """Upload a saved pipeline, and no other files of its folder, in one commit (none if nothing has changed).
 
     Its files are the card, the grid of samples, `model_index.json`, the pipeline's code, U-Net and scheduler (configs,
-    code and weights in safetensors), and all in the folders of further components but hidden files and
-    pickles. The uploaded card's snippets load `repo_id`.
+    code and weights in safetensors), and all in the folders of further components but hidden files and pickles. The
+    uploaded card's snippets load `repo_id`.
 
     Args:
         folder: Folder that `save_pretrained` wrote; it is only read.
         repo_id: "owner/name", or a name in the token's own namespace; created if it does not exist.
         token: Hub token; by default, that of `HF_TOKEN` or `hf auth login`.
         private: Whether a new repository is private; if True, an existing one must be, too.
-        commit_message: Message of the commit.
         waits: Seconds before each retry after a broken connection, a timeout or a temporary error of the Hub.
 
     Returns:
@@ -213,7 +206,7 @@ def push_folder(
         if card.is_file():
             contents[README] = with_repo_id(card.read_text("utf-8"), repo.repo_id, only_variant(files)).encode()
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        api.create_commit(repo.repo_id, operations, commit_message=commit_message)
+        api.create_commit(repo.repo_id, operations, commit_message="Upload pipeline")
         return str(repo)
 
     for wait in (*waits, None):

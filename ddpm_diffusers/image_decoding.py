@@ -89,11 +89,13 @@ def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
     return image
 
 
-def warn_if_colour_is_lost(first: PILImage.Image, channels: int) -> None:
-    """Warn if the first image of a data set, in whatever mode, is in colour and its `channels` are to be 1 (grey)."""
-    pixels = np.asarray(first.convert("RGB"))
+def size_of_all(first: pa.Table, channels: int, center_crop: bool) -> tuple[int, int] | None:
+    """The size of a data set's first image, which all must have; None if each is cropped. Warns if colour is lost."""
+    image = decode_image(with_content(first).column(0)[0].as_py(), 0)
+    pixels = np.asarray(image.convert("RGB"))
     if channels == 1 and (pixels != pixels[..., :1]).any():
         logger.warning("The images are in colour and are made grey; for colour, use a network with 3 `in_channels`.")
+    return None if center_crop else image.size
 
 
 def pixel_table(pixels: np.ndarray, others: pa.Table) -> pa.Table:

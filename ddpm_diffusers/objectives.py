@@ -26,7 +26,7 @@ def draw_noise_and_timesteps(
 
 
 def training_target(scheduler, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the scheduler's `prediction_type` asks the network to predict, (B, C, H, W) in float32.
+    """What the scheduler's `prediction_type` asks the network to predict, (B, C, H, W).
 
     Raises:
         ValueError: If it is not "epsilon", "sample" or "v_prediction".

@@ -9,13 +9,13 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import requires_backends
 
-from .pipeline_pixel_diffusion import CARRIED_OVER, MUST_BE_KNOWN, TRAINED_WITH, set_timesteps
+from .pipeline_pixel_diffusion import CARRIED_OVER, TRAINED_WITH, refusal, set_timesteps
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
     "pndm": "PNDMScheduler",
-    "lms": "LMSDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",  # needs scipy
     "euler": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
@@ -56,7 +56,7 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     Raises:
         ValueError: If the name is unknown, the scheduler cannot be used with the network (the message says why), or an
             override is not an argument of the class or would change what the network was trained with.
-        ImportError: If the scheduler needs a package that is not installed (`dpmsolver_sde`: torchsde).
+        ImportError: If the scheduler needs a package that is not installed (`lms`: scipy; `dpmsolver_sde`: torchsde).
     """
     if name in REFUSED:
         raise ValueError(f"Scheduler {name!r} cannot be used: {REFUSED[name]}. Use one of {', '.join(SCHEDULERS)}.")
@@ -68,7 +68,7 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
             f"{type(scheduler).__name__} has no discrete noise schedule to follow (no `beta_schedule` or no"
             " `prediction_type`): give the scheduler that the network was trained with."
         )
-    requires_backends(scheduler_class, getattr(scheduler_class, "_backends", []))  # a placeholder without torchsde
+    requires_backends(scheduler_class, getattr(scheduler_class, "_backends", []))  # a placeholder without its package
     taken = dict(inspect.signature(scheduler_class.__init__).parameters)
     taken.pop("self")
     config = {key: scheduler.config[key] for key in CARRIED_OVER if key in taken and key in scheduler.config}
@@ -84,9 +84,6 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
             raise ValueError(
                 f"`{key}` is {trained!r} in the scheduler that the network was trained with; it cannot change."
             )
-    for key in MUST_BE_KNOWN:
-        if scheduler.config.get(key) and key not in taken:
-            raise ValueError(f"{scheduler_class.__name__} cannot follow a schedule with `{key}=True`.")
     if name in NO_SAMPLE_PREDICTION and config["prediction_type"] == "sample":
         raise ValueError(f"{scheduler_class.__name__} knows no `prediction_type` 'sample'; use another scheduler.")
     if name == "tcd":  # by default it takes only the 50 steps of its distillation
@@ -95,6 +92,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
         made = scheduler_class(**{**config, **overrides})
     except NotImplementedError as error:  # a beta_schedule that only some classes know
         raise ValueError(f"{scheduler_class.__name__} cannot follow this noise schedule: {error}.") from error
+    if reason := refusal(made, scheduler.config):
+        raise ValueError(f"{scheduler_class.__name__} cannot be used: {reason}.")
     # what this class cannot use is kept for a class that may replace it, as `from_config` does
     kept = {key: scheduler.config[key] for key in CARRIED_OVER if key in scheduler.config and key not in taken}
     made.register_to_config(**kept)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from .data import as_batch
 from .data_sources import check_image_column, open_dataset
-from .image_decoding import ROWS, DamagedImage, decode_image, decode_images, warn_if_colour_is_lost, with_content
+from .image_decoding import ROWS, DamagedImage, decode_images, size_of_all, with_content
 from .pipeline_pixel_diffusion import check_positive
 from .synthetic_fashion import SYNTHETIC
 from .worker_signals import LeaveSignalsToMain
@@ -139,9 +139,7 @@ class StreamedBatches:
         first = next(self.stream.iter(batch_size=1), None)
         if first is None:
             raise ValueError("The data set is empty: pass another as `dataset_name`, or another `split`.")
-        first = decode_image(with_content(first).column(0)[0].as_py(), 0)
-        warn_if_colour_is_lost(first, shape[0])
-        self.size = None if center_crop else first.size
+        self.size = size_of_all(first, shape[0], center_crop)
 
     def state_dict(self) -> dict:
         """The position after the last batch that was handed out, to pass as `state`; JSON-serializable."""

@@ -31,72 +31,35 @@ def draw_garments(indices, seed=0, resolution=28, channels=1):
     """Draw the garments of the given indices.
 
     Args:
-        indices: integers >= 0, array-like of shape (N,); N may be 0. The class of index i is i % 10.
-        seed: an int from 0 to 2**64 - 1; each seed gives another endless data set.
-        resolution: side in pixels, or (height, width), each at least 8. In a picture that is not square, the
-            garment is in the middle.
+        indices: Integers from 0 to 2^63 - 1, array-like (N,); N may be 0. The class of index i is i % 10.
+        seed: An int from 0 to 2^64 - 1; each seed gives another endless data set.
+        resolution: Height and width in pixels, at least 8.
         channels: 1 for grey, 3 for RGB, with each garment in its own tint.
 
     Returns:
-        images, uint8 of shape (N, channels, height, width) on a black background, and labels, int64 of shape (N,),
-        which index `CLASS_NAMES`.
+        Images, uint8 (N, channels, resolution, resolution) on a black background, and labels, int64 (N,), which index
+        `CLASS_NAMES`.
 
     Raises:
-        ValueError: if an argument is not as above; the message names the value, the rule and what to pass.
+        ValueError: If the seed or the resolution is out of its range.
     """
-    indices, seed = _check_indices(indices), _check_seed(seed)
-    height, width = _check_resolution(resolution)
-    if _as_int(channels) not in (1, 3):
-        raise ValueError(f"channels is {channels!r}, but must be 1 (grey) or 3 (RGB); pass channels=1 or channels=3.")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"`seed` is {seed!r}; for {SYNTHETIC} it must be in [0, 2^64).")
+    if resolution < 8:
+        raise ValueError(f"`resolution` is {resolution!r}; for {SYNTHETIC} it must be at least 8.")
 
+    indices = np.asarray(indices, np.int64)
     labels = indices % len(CLASS_NAMES)
-    images = np.empty((len(indices), channels, height, width), np.uint8)
-    step = max(1, _CHUNK_PIXELS // (height * width))
+    images = np.empty((len(indices), channels, resolution, resolution), np.uint8)
+    step = max(1, _CHUNK_PIXELS // resolution**2)
     for label, garment in enumerate(_GARMENTS):
         members = np.flatnonzero(labels == label)
         for start in range(0, len(members), step):
             chosen = members[start : start + step]
-            sketch = _Sketch(_uniforms(seed, indices[chosen]), height, width)
+            sketch = _Sketch(_uniforms(seed, indices[chosen]), resolution)
             distance, tone = garment(sketch)
             images[chosen] = sketch.develop(distance, tone, channels)
     return images, labels
-
-
-def _check_indices(indices):
-    array = np.asarray(indices)
-    if array.shape == (0,):
-        return np.zeros(0, np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"indices has shape {array.shape} and dtype {array.dtype}, but must be a 1-d array of integers; "
-            "pass for example range(64) or [index]."
-        )
-    for extreme in (int(array.min()), int(array.max())):
-        if not 0 <= extreme < 2**63:
-            raise ValueError(f"indices holds {extreme}, but each must be from 0 to 2**63 - 1; count from 0.")
-    return array.astype(np.int64)
-
-
-def _as_int(value):
-    """The value as an int, or -1, which every check here refuses, if it is not an integer."""
-    return int(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else -1
-
-
-def _check_seed(seed):
-    if not 0 <= _as_int(seed) < 2**64:
-        raise ValueError(f"seed is {seed!r}, but must be an int from 0 to 2**64 - 1; pass for example seed=0.")
-    return int(seed)
-
-
-def _check_resolution(resolution):
-    sides = resolution if isinstance(resolution, (tuple, list)) else (resolution, resolution)
-    sides = tuple(_as_int(side) for side in sides)
-    if len(sides) != 2 or min(sides) < 8:
-        raise ValueError(
-            f"resolution is {resolution!r}, but must be an int or (height, width), each at least 8 pixels; "
-            "pass for example resolution=28."
-        )
-    return sides
 
 
 def _mix(word):
@@ -117,12 +80,11 @@ def _uniforms(seed, indices):
 class _Sketch:
     """A chunk of pictures of one class: x, y and ax = |x| of shape (N, H, W), and draws of shape (N, 1, 1)."""
 
-    def __init__(self, uniforms, height, width):
+    def __init__(self, uniforms, side):
         self._uniforms, self._used = uniforms, 0
-        scale = 2 / min(height, width)
-        self.pixel = np.float32(scale)
-        xs = ((np.arange(width) + 0.5 - width / 2) * scale).astype(np.float32)
-        ys = ((np.arange(height) + 0.5 - height / 2) * scale).astype(np.float32)[:, None]
+        self.pixel = np.float32(2 / side)
+        xs = ((np.arange(side) + 0.5 - side / 2) * (2 / side)).astype(np.float32)
+        ys = xs[:, None]
         tilt = self.draw(-0.035, 0.035)
         self.x = xs - self.draw(-0.03, 0.03) + tilt * ys
         self.y = ys - self.draw(-0.02, 0.02) - tilt * xs

@@ -2,7 +2,10 @@
 
 # ruff: noqa: E402 (the environment is set before the imports)
 import os
+from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = str(ROOT)  # for the subprocesses
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, here and in the subprocesses
 for name in list(os.environ):  # a token, a mirror, a cache
     if name.startswith(("HF_", "HUGGING_FACE_", "TRANSFORMERS_")):
@@ -11,7 +14,6 @@ for name in list(os.environ):  # a token, a mirror, a cache
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import diffusers
@@ -31,7 +33,6 @@ TINY = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "
         "down_layers_per_block": 1, "up_layers_per_block": 2, "mid_block_layers": 2}  # fmt: skip
 UNET = json.dumps({name: value for name, value in TINY.items() if name != "sample_size"})  # for `--unet_config`
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "train_unconditional.py"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SMALL_RUN = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64", "--resolution", "8",
@@ -49,7 +50,7 @@ def run_training(
 ) -> subprocess.CompletedProcess:
     """The training script in processes of its own; flags come after those of `SMALL_RUN`, and so override them."""
     command = [*launcher, SCRIPT, *SMALL_RUN, "--output_dir", output_dir, *flags]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    env = {**os.environ, **environment}
     return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300, cwd=cwd)
 
 

@@ -1,21 +1,19 @@
 """The ladder: its rows, and the script that trains and judges them."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import ablate as script
 import pytest
 import yaml
 from command_line import parse_arguments
+from conftest import ROOT
 from PIL import Image
 
 from ddpm_diffusers import OptimizedUNet2DModel
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "ablate.py"
 CONFIGS = ROOT / "train_scripts" / "configs"
 
@@ -88,8 +86,7 @@ def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(garment
                    "--max_train_steps", "3", "--num_images", "150", "--num_inference_steps", "2",
                    "--output_dir", str(tmp_path / "runs"), "--results_dir", str(tmp_path / "results"),
                    *flags]  # fmt: skip
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
     first = ablate()
     assert first.returncode == 0, first.stderr

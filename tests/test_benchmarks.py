@@ -5,17 +5,15 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import memory
 import pytest
 import summary
 import torch
 import windows
+from conftest import ROOT
 from networks import make_network
 from run import SECTIONS, BenchmarkArguments
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_a_ratio_is_of_paired_windows():

@@ -175,7 +175,6 @@ def fork_and_kill(work, folder, at_event):
     return os.WIFSIGNALED(status)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("saved_again", [False, True], ids=["a new step", "a step that is there"])
 def test_killed_at_any_file_operation_every_checkpoint_listed_is_whole(saved_again, tmp_path):
     before, folder = tmp_path / "before", tmp_path / "run"
@@ -200,7 +199,6 @@ def test_killed_at_any_file_operation_every_checkpoint_listed_is_whole(saved_aga
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_the_next_save_clears_what_a_killed_one_left(tmp_path):
     run = Run().train(1)
     run.save(tmp_path)
@@ -327,7 +325,6 @@ def test_a_drive_that_flushes_no_folders_serves(tmp_path, monkeypatch):
     assert find_damage(Run().train(1).save(tmp_path)) is None and refused
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
 def test_what_cannot_be_written_says_how_to_go_on_and_loses_nothing(trouble):
     with tempfile.TemporaryDirectory() as folder:  # in reach of another user, as pytest's own are not

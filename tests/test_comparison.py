@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import parse_arguments
-from conftest import reset_accelerate
+from conftest import ROOT, reset_accelerate
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
@@ -26,8 +26,6 @@ from ddpm_diffusers.evaluation.comparison import best_settings, compare_schedule
 from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows, plot_spectra
 from ddpm_diffusers.schedulers import count_evaluations, make_scheduler
 from ddpm_diffusers.synthetic_fashion import draw_garments
-
-ROOT = Path(__file__).parents[1]
 
 
 def garments(first: int, count: int) -> np.ndarray:
@@ -57,13 +55,9 @@ def calls(tiny_pipe) -> list[torch.Tensor]:
     return inputs
 
 
-def names() -> list[str]:
-    return [name for name in SCHEDULERS if name != "dpmsolver_sde" or diffusers.utils.is_torchsde_available()]
-
-
 @pytest.mark.filterwarnings("ignore:Should have t")
 def test_every_scheduler_starts_from_the_same_noise_and_takes_the_evaluations_of_its_record(tiny_pipe, calls, caplog):
-    records = compare_schedulers(tiny_pipe, names(), evaluations=(4, 6, 13), num_images=3)
+    records = compare_schedulers(tiny_pipe, list(SCHEDULERS), evaluations=(4, 6, 13), num_images=3)
     noise = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)])
     del calls[:1]  # to warm up
     for record in records:
@@ -72,7 +66,9 @@ def test_every_scheduler_starts_from_the_same_noise_and_takes_the_evaluations_of
         assert record["seconds_per_image"] > 0 and record["images"].shape == (3, 1, 8, 8)
         assert "figures" not in record
     assert not calls
-    found = {name: [record["evaluations"] for record in records if record["name"] == name] for name in names()}
+    found = {
+        name: [record["evaluations"] for record in records if record["name"] == name] for name in list(SCHEDULERS)
+    }
     second_order = {"heun", "kdpm2", "kdpm2_ancestral", "dpmsolver_sde"}
     assert found == {
         name: [13] if name == "pndm" else [3, 5, 13] if name in second_order else [4, 6, 13] for name in found
@@ -173,7 +169,6 @@ def test_the_best_settings_are_the_cheapest_near_the_yardstick_and_the_nearest_o
                                  made_up("lms", 15, 2.3))  # fmt: skip
     records = [slow, near, nearer, cheap, made_up("euler", 10, 2.4)]
     assert best_settings(records, yardstick) == {"fewest": nearer, "best": cheap}
-    assert best_settings(records, yardstick, within=0, at_most=20) == {"fewest": slow, "best": nearer}
     assert best_settings([slow]) == {"fewest": None, "best": None}
 
 
@@ -253,7 +248,7 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
     }
     (tmp_path / "flags.json").write_text(json.dumps(flags))
     command = [sys.executable, str(ROOT / "train_scripts" / "compare_schedulers.py"), str(tmp_path / "flags.json")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     out = tmp_path / "out"
 
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
@@ -337,7 +332,7 @@ def test_steps_are_as_many_as_fit_for_a_scheduler_that_cannot_take_all():
 
 def test_of_all_schedulers_those_that_cannot_follow_the_network_are_left_out_with_the_reason(script):
     predicts_samples = diffusers.DDPMScheduler(prediction_type="sample")
-    kept, left_out = script.usable([(name, {}) for name in names()], predicts_samples)
-    assert ("ddim", {}) in kept and len(kept) + len(left_out) == len(names())
+    kept, left_out = script.usable([(name, {}) for name in list(SCHEDULERS)], predicts_samples)
+    assert ("ddim", {}) in kept and len(kept) + len(left_out) == len(list(SCHEDULERS))
     reasons = {record["name"]: record["left_out"] for record in left_out}
     assert "PNDMScheduler knows no `prediction_type` 'sample'" in reasons["pndm"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_says
+from conftest import assert_says
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from hub_server import HubServer, Repo
 from PIL import Image as PILImage
@@ -617,7 +617,7 @@ def test_the_synthetic_set_has_no_other_split():
 def run(script, *arguments, env):
     result = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
         timeout=300,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from conftest import ROOT, TINY
 from diffusers import DDPMScheduler, DiffusionPipeline
 from hub_server import HubError, HubServer
 from huggingface_hub import HfApi
@@ -20,7 +20,6 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
 from ddpm_diffusers.hub import add_figures, model_card, pipeline_files
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_scripts" / "push_to_hub.py"
 PIPELINE = {
     "README.md", "model_index.json", "pipeline_pixel_diffusion.py", "samples.png", "scheduler/scheduler_config.json",
@@ -59,7 +58,7 @@ pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 
 
 def environment(hub: HubServer, home: Path, token: bool = True) -> dict:
-    return {**os.environ, "PYTHONPATH": str(ROOT), **hub.env(home, token)}
+    return {**os.environ, **hub.env(home, token)}
 
 
 def run(command: list, env: dict, cwd="/") -> subprocess.CompletedProcess:
@@ -90,7 +89,8 @@ def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     pipe = make_pipe()
     pipe.save_pretrained(folder)
-    model_card(pipe, "user/first-name", has_samples=True, figures=[FIGURE]).save(folder / "README.md")
+    card = add_figures(str(model_card(pipe, "user/first-name", has_samples=True)), [FIGURE])
+    (folder / "README.md").write_text(card)
     (folder / "samples.png").write_bytes(b"\x89PNG\0")
     for name in BESIDE:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -472,8 +472,7 @@ def test_the_card_names_the_model_of_the_hub_that_a_training_started_from(tiny_p
 def test_figures_replace_earlier_ones_in_the_metadata_and_the_body(tiny_pipe):
     plain = str(model_card(tiny_pipe, "user/name", dataset_name="mnist"))
     better = {**FIGURE, "metric_value": 2.25}
-    earlier = model_card(tiny_pipe, "user/name", dataset_name="mnist", figures=[FIGURE])
-    card = add_figures(str(earlier), [better, {**FIGURE, "metric_type": "kid", "metric_value": 0.5}])
+    card = add_figures(add_figures(plain, [FIGURE]), [better, {**FIGURE, "metric_type": "kid", "metric_value": 0.5}])
     metadata, body = front_matter(card)
     [model] = metadata["model-index"]
     [result] = model["results"]
@@ -496,4 +495,4 @@ def test_figures_replace_earlier_ones_in_the_metadata_and_the_body(tiny_pipe):
 )
 def test_a_figure_that_is_none_is_refused(tiny_pipe, wrong):
     with pytest.raises(ValueError, match="figure|dataset_type"):
-        model_card(tiny_pipe, "user/name", figures=[{**FIGURE, **wrong}])
+        add_figures(str(model_card(tiny_pipe, "user/name")), [{**FIGURE, **wrong}])

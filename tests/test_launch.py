@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from arguments import TrainingArguments
-from command_line import parse_arguments
-from conftest import ROOT, WEIGHTS, run_training, torchrun
+from conftest import ONE_ON_CPU, ROOT, SCRIPT, WEIGHTS, run_training, torchrun
 from launch import choose_precision
 from safetensors.torch import load_file
 
@@ -33,9 +31,13 @@ def test_accelerate_knows_every_setting_in_the_configs(name):
     assert config.use_cpu == (name == "cpu.yaml") and config.num_processes >= 1
 
 
-def test_the_arguments_of_the_quickstart_are_the_scripts():
-    args = parse_arguments(TrainingArguments, [str(SCRIPTS / "configs" / "quickstart.yaml")], "?")
-    assert args.dataset_name == "synthetic-fashion"
+def test_the_quickstarts_training_runs(tmp_path):
+    flags = {"max_train_samples": 64, "max_train_steps": 2, "eval_batch_size": 2, "ddpm_num_inference_steps": 2}
+    command = [*ONE_ON_CPU, SCRIPT, SCRIPTS / "configs" / "quickstart.yaml", "--output_dir", tmp_path / "run"]
+    command += [text for name, value in flags.items() for text in (f"--{name}", value)]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stderr.rpartition("Samples: ")[2].strip()).is_file()
 
 
 @pytest.mark.skipif(

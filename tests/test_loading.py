@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, randomize
+from conftest import ROOT, TINY, randomize
 from diffusers import DDPMScheduler
 from hub_server import HubServer, Repo
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
 
-ROOT = Path(__file__).parents[1]
 CODE = ("pipeline_pixel_diffusion.py", "unet/unet_2d_optimized.py")
 
 LOAD = """
@@ -73,7 +72,7 @@ print(json.dumps({name: attempt(load) for name, load in rows.items()}))
 
 def run(script: str, *args: str, env: dict | None = None) -> str:
     """The last line of what a fresh Python prints, started where the package does not lie in the path by chance."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    environment = {**os.environ, **(env or {})}
     result = subprocess.run(
         [sys.executable, "-c", script, *args], env=environment, cwd="/", capture_output=True, text=True, timeout=300
     )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -13,7 +14,6 @@ from ddpm_diffusers import make_scheduler
 from ddpm_diffusers.evaluation.features import SHIPPED, to_input
 from ddpm_diffusers.sampling import sample_images
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.parametrize("folder", sorted((ROOT / "pretrained").iterdir()), ids=lambda folder: folder.name)
 
 

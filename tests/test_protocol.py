@@ -323,9 +323,9 @@ def test_a_pipeline_of_other_images_than_the_data_sets_is_refused(untouched_pipe
 
 def test_images_that_are_not_uint8_tensors_are_refused(reference):
     for images in (torch.rand(20, 1, 8, 8), garment_images(20).numpy()):
-        with pytest.raises(TypeError, match="they must be a uint8 tensor"):
+        with pytest.raises(TypeError, match="they must be a torch.uint8 tensor"):
             evaluate_images(images, reference)
-    with pytest.raises(ValueError, match="must be the same"):
+    with pytest.raises(ValueError, match=r"it must be \(B, C, H, W\)"):
         evaluate_images(garment_images(20)[:, 0], reference)
 
 
@@ -337,10 +337,3 @@ def test_splits_that_cannot_serve_are_refused(extractor):
     with pytest.raises(ValueError, match="H even and at least 6"):
         Reference(garment_images(20, resolution=9), garment_images(20, resolution=9), extractor)
     assert extractor.network.images <= 20
-
-
-def test_a_network_that_has_diverged_is_an_error(tiny_pipe, reference):
-    with torch.no_grad():
-        next(tiny_pipe.unet.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match=" made images with NaN"):
-        evaluate_pipeline(tiny_pipe, reference, 20, 3)

@@ -14,6 +14,7 @@ import run
 import train_feature_extractor
 import train_unconditional
 import yaml
+from conftest import ROOT
 from tables import caption
 from transformers import HfArgumentParser
 
@@ -27,7 +28,6 @@ ARGUMENTS = {
     "train_feature_extractor": train_feature_extractor.FeatureExtractorArguments,
     "train_unconditional": train_unconditional.TrainingArguments,
 }
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "train_scripts" / "results"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, assert_says
+from conftest import assert_says
 from datasets import Dataset, Features, Image, Value
 from hub_server import HubServer, Repo
 from PIL import Image as PILImage
@@ -268,7 +268,7 @@ def start_script():
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-c", script, *arguments],
-                env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+                env={**os.environ, **env},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -39,20 +39,13 @@ def test_another_seed_and_another_index_draw_another_picture(other_seed):
     assert len(np.unique(images.reshape(1000, -1), axis=0)) == 1000
 
 
-@pytest.mark.parametrize(
-    ("resolution", "size"), [(8, (8, 8)), (28, (28, 28)), (33, (33, 33)), ((12, 20), (12, 20)), ([20, 8], (20, 8))]
-)
+@pytest.mark.parametrize("resolution", [8, 28, 33])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("count", [0, 1, 23])
-def test_shapes_types_and_labels(resolution, size, channels, count):
+def test_shapes_types_and_labels(resolution, channels, count):
     images, labels = draw_garments(range(100, 100 + count), resolution=resolution, channels=channels)
-    assert images.shape == (count, channels, *size) and images.dtype == np.uint8
+    assert images.shape == (count, channels, resolution, resolution) and images.dtype == np.uint8
     assert labels.dtype == np.int64 and labels.tolist() == [i % 10 for i in range(count)]
-
-
-def test_a_wide_picture_holds_the_square_one_in_its_middle():
-    square, wide = draw_garments(range(30), resolution=16)[0], draw_garments(range(30), resolution=(16, 24))[0]
-    np.testing.assert_array_equal(wide[..., 4:20], square)
 
 
 def test_colour_is_the_grey_picture_with_one_tint_each():
@@ -90,29 +83,16 @@ def test_edges_are_antialiased():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        ({"indices": [-1]}, ["-1", "from 0"]),
-        ({"indices": [0.5]}, ["float64", "integers", "range(64)"]),
-        ({"indices": [[1]]}, ["(1, 1)", "1-d"]),
-        ({"indices": 3}, ["()", "[index]"]),
-        ({"indices": np.array([2**63], np.uint64)}, [str(2**63), "2**63 - 1"]),
-        ({"seed": -1}, ["seed is -1", "from 0", "seed=0"]),
-        ({"seed": 2**64}, [str(2**64), "2**64 - 1"]),
-        ({"seed": 1.0}, ["1.0", "int"]),
-        ({"resolution": 7}, ["7", "at least 8", "resolution=28"]),
-        ({"resolution": (16, 4)}, ["(16, 4)", "at least 8"]),
-        ({"resolution": (16, 16, 16)}, ["(16, 16, 16)", "(height, width)"]),
-        ({"resolution": 16.0}, ["16.0", "int"]),
-        ({"channels": 2}, ["channels is 2", "1 (grey) or 3 (RGB)"]),
-        ({"channels": True}, ["True", "channels=1"]),
+        ({"seed": -1}, r"`seed` is -1; .* in \[0, 2\^64\)"),
+        ({"seed": 2**64}, "`seed` is 18446744073709551616"),
+        ({"resolution": 7}, "`resolution` is 7; .* at least 8"),
     ],
 )
-def test_errors_name_the_value_the_rule_and_the_fix(arguments, words):
-    with pytest.raises(ValueError) as error:
-        draw_garments(**{"indices": [0], **arguments})
-    for word in words:
-        assert word in str(error.value)
+def test_errors_name_the_value_and_the_rule(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_images("synthetic-fashion", **{"resolution": 8, "max_samples": 1, **arguments})
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -240,11 +240,15 @@ def test_overwriting_leaves_no_checkpoint_of_the_run_before(train):
     assert [row["step"] for row in metrics_of(output_dir)] == [2]
 
 
-def test_resuming_a_finished_run_only_saves_again(train):
+def test_resuming_a_finished_run_only_saves_again_and_leaves_figures_in_its_card(train):
     output_dir = train("--checkpointing_steps", "3")
     weights, metrics = (output_dir / WEIGHTS).read_bytes(), metrics_of(output_dir)
+    figure = {"dataset_type": "owner/images", "dataset_name": "images", "metric_type": "fid", "metric_value": 2.5}
+    card = add_figures((output_dir / "README.md").read_text(), [figure])
+    (output_dir / "README.md").write_text(card)
     train("--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
     assert (output_dir / WEIGHTS).read_bytes() == weights and metrics_of(output_dir) == metrics
+    assert (output_dir / "README.md").read_text() == card and "2.5" in card
 
 
 def test_a_run_that_resumed_and_ended_is_not_resumed_once_more(train):
@@ -332,15 +336,6 @@ def test_a_damaged_checkpoint_is_kept_under_another_name(train):
     train("--checkpointing_steps", "1", "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest")
     assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-2", "checkpoint-3"]
     assert (output_dir / "damaged-checkpoint-3" / WEIGHTS).is_file()
-
-
-def test_figures_in_the_card_of_a_finished_run_outlive_the_same_command(train):
-    output_dir = train("--checkpointing_steps", "3")
-    figure = {"dataset_type": "owner/images", "dataset_name": "images", "metric_type": "fid", "metric_value": 2.5}
-    card = add_figures((output_dir / "README.md").read_text(), [figure])
-    (output_dir / "README.md").write_text(card)
-    train("--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
-    assert (output_dir / "README.md").read_text() == card and "2.5" in card
 
 
 def test_the_card_names_the_data_set_of_the_hub_that_a_local_one_is_a_copy_of(train):

@@ -37,7 +37,7 @@ from tables import caption, figures_table, show
 from ddpm_diffusers import SCHEDULERS, make_scheduler
 from ddpm_diffusers.checkpointing import list_differences
 from ddpm_diffusers.evaluation import comparison
-from ddpm_diffusers.evaluation.comparison import best_settings, distance, label_of, name_of
+from ddpm_diffusers.evaluation.comparison import AT_MOST, WITHIN, best_settings, distance, label_of, name_of
 from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows
 from ddpm_diffusers.evaluation.protocol import as_json, check_run, image_shape
 from ddpm_diffusers.sampling import to_pil
@@ -249,9 +249,9 @@ def describe_best(records: list[dict], yardstick: dict | None) -> list[str]:
     best, lines = best_settings(records, yardstick), []
     if yardstick:
         few = f"{name_of(best['fewest'])}: {written(best['fewest'])}" if best["fewest"] else "none"
-        lines.append(f"Fewest evaluations within 10 % of {name_of(yardstick)} ({written(yardstick)}): {few}")
+        lines.append(f"Fewest evaluations within {WITHIN:.0%} of {name_of(yardstick)} ({written(yardstick)}): {few}")
     if best["best"]:
-        lines.append(f"Best at 15 evaluations or fewer: {name_of(best['best'])}: {written(best['best'])}")
+        lines.append(f"Best at {AT_MOST} evaluations or fewer: {name_of(best['best'])}: {written(best['best'])}")
     return lines
 
 

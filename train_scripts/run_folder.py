@@ -26,8 +26,13 @@ RUN_FILE = "run.json"
 
 def check_empty(folder: Path) -> None:
     """Raise a ValueError if the folder holds anything but hidden files."""
-    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if holds_files(folder):
         raise ValueError(f"`--output_dir` {folder} is not empty: choose another, or pass `--overwrite`.")
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether it is a folder that holds anything but hidden files."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> tuple[Path | None, bool]:
@@ -54,7 +59,7 @@ def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool)
     if resume_from_checkpoint == "latest" and resume_path is None:
         # a run that was killed before its first checkpoint starts over
         goes_on = (output_dir / RUN_FILE).is_file() and not (output_dir / "model_index.json").exists()
-    visible = output_dir.is_dir() and any(not path.name.startswith(".") for path in output_dir.iterdir())
+    visible = holds_files(output_dir)
     if visible and not goes_on and not overwrite:
         if resume_from_checkpoint == "latest":
             raise ValueError(

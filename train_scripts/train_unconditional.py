@@ -306,13 +306,17 @@ def main(args: TrainingArguments) -> None:
     progress_bar.close()
     stop_request.restore()
     train_step = None  # and the graph's memory
-    if failed:
-        unet = None  # `train_on` holds it, too
+
+    def release() -> None:
+        nonlocal unet  # `train_on` holds it, too
+        unet = None
         let_go(accelerator)
+
+    if failed:
+        release()
         raise SystemExit(failed)
     if stopped and step < max_train_steps:
-        unet = None  # as above
-        let_go(accelerator)
+        release()
         logger.info(f"{stopped.name}: stopped after step {step} of {max_train_steps}, and wrote {path}.")
         logger.info("To go on from there, run the same command with `--resume_from_checkpoint latest`.")
         raise SystemExit(128 + stopped)
@@ -320,8 +324,7 @@ def main(args: TrainingArguments) -> None:
     # save, and only then sample and push
     pipe = PixelDiffusionPipeline(averaged_unet(), scheduler)
     if not all(parameter.isfinite().all() for parameter in pipe.unet.parameters()):
-        unet = None  # as above
-        let_go(accelerator)
+        release()
         raise SystemExit("The weights are not finite after the last step: nothing was saved. Lower `--learning_rate`.")
     if accelerator.is_main_process:
         save_pipeline(pipe, output_dir, changed=first_step < max_train_steps)
@@ -334,8 +337,7 @@ def main(args: TrainingArguments) -> None:
         about = {"dataset_name": dataset_name, "base_model": run["base_model"], "license": args.hub_license}
         card = model_card(pipe, repo_id, settings=settings_for_card(run), has_samples=True, **about)
         write_text(output_dir / README, str(card))
-    unet = None  # as above
-    let_go(accelerator)
+    release()
     if args.push_to_hub and accelerator.is_main_process:
         url = push(output_dir, repo_id, args.hub_token, args.hub_private_repo)
         logger.info(f"Pushed: {url}")

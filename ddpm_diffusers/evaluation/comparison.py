@@ -24,6 +24,8 @@ from .protocol import Reference, check_run, evaluate_pipeline, image_shape
 logger = logging.getLogger(__name__)
 
 EVALUATIONS = (5, 10, 15, 20, 50, 100)
+WITHIN = 0.1  # of the yardstick's distance
+AT_MOST = 15  # evaluations, for "best"
 
 
 @dataclass(frozen=True)
@@ -185,24 +187,20 @@ def measure(
     return {**record, **measured} if PartialState().is_main_process else None
 
 
-def best_settings(
-    records: Sequence[dict], yardstick: dict | None = None, *, within: float = 0.1, at_most: int = 15
-) -> dict[str, dict | None]:
+def best_settings(records: Sequence[dict], yardstick: dict | None = None) -> dict[str, dict | None]:
     """The best settings for fast sampling.
 
     Args:
         records: As returned by `compare_schedulers` with a reference.
         yardstick: A record with many evaluations, to compare with.
-        within: How much larger than the yardstick's a distance may be, as a fraction of it.
-        at_most: Largest number of evaluations for "best".
 
     Returns:
-        "fewest", the record with the fewest evaluations whose distance is within that fraction of the yardstick's
-        (with the smallest distance, if several), and "best", the one with the smallest distance at `at_most`
-        evaluations or fewer. None if there is none.
+        "fewest", the record with the fewest evaluations whose distance is at most `WITHIN` (a fraction) above the
+        yardstick's (with the smallest distance, if several), and "best", the one with the smallest distance at
+        `AT_MOST` evaluations or fewer. None if there is none.
     """
-    near = [record for record in records if yardstick and distance(record) <= (1 + within) * distance(yardstick)]
-    cheap = [record for record in records if record["evaluations"] <= at_most]
+    near = [record for record in records if yardstick and distance(record) <= (1 + WITHIN) * distance(yardstick)]
+    cheap = [record for record in records if record["evaluations"] <= AT_MOST]
     return {
         "fewest": min(near, key=lambda record: (record["evaluations"], distance(record)), default=None),
         "best": min(cheap, key=distance, default=None),

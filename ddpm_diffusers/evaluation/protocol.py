@@ -309,10 +309,8 @@ def mean_and_sd(per_seed: Sequence[dict]) -> dict:
 
 
 def check_images(images: torch.Tensor, reference: Reference) -> None:
-    if not torch.is_tensor(images) or images.dtype != torch.uint8:
-        given = images.dtype if torch.is_tensor(images) else type(images).__name__
-        raise TypeError(f"`images` are {given}; they must be a uint8 tensor: round images in [0, 1] times 255.")
-    if images.ndim != 4 or images.shape[1:] != reference.image_shape:
+    reference.extractor.check_images(images)
+    if images.shape[1:] != reference.image_shape:
         raise ValueError(
             f"The images to evaluate are {tuple(images.shape[1:])} and those of the data set {reference.image_shape},"
             " (channels, height, width); they must be the same: read the data set at the size of the images."

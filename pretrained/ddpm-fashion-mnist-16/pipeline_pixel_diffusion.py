@@ -189,7 +189,6 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         shape = self.check_inputs(
             batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
         )
-        generator = list(generator) if isinstance(generator, tuple) else generator
         device = self._execution_device
         self._interrupt = False
 
@@ -245,7 +244,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`output_type` is {output_type!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}."
             )
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+        if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` holds {len(generator)} generators for a `batch_size` of {batch_size}; give one an image,"
                 " or a single one."
@@ -338,10 +337,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         check_token(token)
         repo_id = repo_id or Path(save_directory).name
         repo_id = create_repo(repo_id, private, token).repo_id
-        patterns = COMPONENT_FILES if safe_serialization else (*COMPONENT_FILES, "*.bin", "*.bin.index*.json")
         files = ["model_index.json", f"{class_name_in_index(type(self))[0]}.py"]
-        folders = [Path(save_directory, name) for name in self.components]
-        files += [f"{folder.name}/{file}" for folder in folders for file in component_files(folder, patterns)]
+        for folder in (Path(save_directory, name) for name in self.components):
+            files += [f"{folder.name}/{file}" for file in component_files(folder, safe_serialization)]
         if not subfolder and not huggingface_hub.file_exists(repo_id, README, token=token):
             text = card.read_text("utf-8") if card.exists() else str(model_card(self, repo_id, samples.exists()))
             card.write_text(with_repo_id(text, repo_id, only_variant(files)), "utf-8")
@@ -361,8 +359,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
         A card already in the repository is kept, with the figures in it. Otherwise, it is that of the source that the
         network was loaded from, if the weights are still the same, with its snippets naming the new repository, or
-        else a new one. Raises ValueError if the token is
-        malformed, or if `private` is True and the repository is public; and whatever huggingface_hub raises.
+        else a new one.
+
+        Raises:
+            ValueError: If the token is malformed, or `private` is True and the repository is public.
+            HfHubHTTPError: And whatever else huggingface_hub raises.
         """
         upload = {"repo_id": repo_id, "commit_message": commit_message, "private": private, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
@@ -472,7 +473,7 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=No
 def as_list(generator) -> list:
     if generator is None:
         return []
-    return list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    return generator if isinstance(generator, list) else [generator]
 
 
 def class_name_in_index(pipeline_class: type) -> list[str]:
@@ -562,16 +563,17 @@ def has_weights_of(unet: ModelMixin, folder: Path) -> bool:
     return found == set(state)
 
 
-def component_files(folder: Path, patterns: tuple[str, ...] = COMPONENT_FILES) -> list[str]:
-    """A component's files to upload, by paths in its folder: of a network or scheduler only the kinds in `patterns`.
+def component_files(folder: Path, safe: bool = True) -> list[str]:
+    """A component's files to upload, by paths in its folder; pickles only if not `safe`.
 
-    Of others all but hidden ones, and pickles if "*.bin" is not among the patterns.
+    Of a network or scheduler these are configs, weights and code alone, of others all but hidden files.
     """
     if folder.name in ("unet", "scheduler"):
+        patterns = COMPONENT_FILES if safe else (*COMPONENT_FILES, "*.bin", "*.bin.index*.json")
         return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     files = [path for path in files if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
-    pickles = [path.as_posix() for path in files if path.suffix in PICKLES and "*.bin" not in patterns]
+    pickles = [path.as_posix() for path in files if path.suffix in PICKLES and safe]
     if pickles:
         logger.warning(f"Pickles of {folder.name} are not uploaded: {', '.join(pickles)}.")
     return sorted({path.as_posix() for path in files} - set(pickles))
