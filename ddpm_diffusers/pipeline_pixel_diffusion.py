@@ -26,6 +26,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -79,16 +80,11 @@ With ddpm-diffusers installed, its classes are used and no code of this reposito
 
 ```python
 import ddpm_diffusers  # lets diffusers find the installed classes
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}")
-images = pipe(batch_size=16, num_inference_steps={steps}).images
-
-# fewer steps, and as a rule better images: DPM-Solver++'s SDE variant with Karras' noise levels
-options = {{"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}}
-pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)
-images = pipe(batch_size=16, num_inference_steps={fewer_steps}).images
-```
+images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
+{few_steps}```
 
 Without it, `trust_remote_code` runs the code in this repository (it needs `pip install "diffusers[torch]" einops`):
 
@@ -96,8 +92,16 @@ Without it, `trust_remote_code` runs the code in this repository (it needs `pip 
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
-images = pipe(batch_size=16, num_inference_steps={steps}).images
+images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
 ```
+"""
+FEW_STEPS = """
+# fewer steps, and as a rule better images: DPM-Solver++'s SDE variant with Karras' noise levels
+from diffusers import DPMSolverMultistepScheduler
+
+options = {{"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}}
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)
+images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
 """
 
 
@@ -135,6 +139,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PixelDiffusionPipeline":
         """diffusers' method, for a U-Net of any class; by itself, it accepts only the annotated class."""
         unet = {"unet": pipeline.unet} if "unet" in pipeline.components else {}
+        if "scheduler" in kwargs and "scheduler" in pipeline.components:
+            check_scheduler(kwargs["scheduler"], pipeline.scheduler)
         return super().from_pipe(pipeline, **{**unet, **kwargs})
 
     @property
@@ -329,6 +335,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         are not. If the repository has no card, the snippets of that in the folder are made to load it.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        for config in (Path(save_directory, name, "config.json") for name in self.components):
+            if config.is_file():  # diffusers' networks write the path that they were loaded from, ours do not
+                content = json.loads(config.read_text("utf-8"))
+                if content.pop("_name_or_path", None) is not None:
+                    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
         card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
         if self.unet is not None and self.name_or_path and not card.exists():
             copy_card(self.unet, self.name_or_path, save_directory, token)
@@ -417,14 +428,20 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: SchedulerMixin | None) 
             f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one that the loop can call and that"
             " follows the noise schedule which the network was trained with, such as `make_scheduler` makes."
         )
-    both = [key for key in TRAINED_WITH if key in trained and key in scheduler.config]
-    changed = [key for key in both if not np.array_equal(trained[key], scheduler.config[key])]
-    if changed:
-        was, now = ({key: config[key] for key in changed} for config in (trained, scheduler.config))
+    if changed := other_noise(trained, scheduler.config) if trained else []:
+        was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
         logger.warning(
             f"The new {name} has {now} where the scheduler in place had {was}. If the network was trained with the"
             f" latter, samples will be poor: use `{name}.from_config(pipe.scheduler.config)` or `make_scheduler`."
         )
+
+
+def other_noise(trained: dict, config: dict) -> list[str]:
+    """The arguments, of two configs with discrete noise schedules, by which their noise differs."""
+    both = [key for key in TRAINED_WITH if key in trained and key in config]
+    # a class that does not know these does as if they were False
+    known_to_one = [key for key in MUST_BE_KNOWN if key not in both and (trained.get(key) or config.get(key))]
+    return [key for key in both if not np.array_equal(trained[key], config[key])] + known_to_one
 
 
 def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
@@ -494,17 +511,31 @@ def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = F
     size = unet.sample_size if isinstance(unet.sample_size, (tuple, list)) else (unet.sample_size,) * 2
     channels = {1: "grey", 3: "RGB"}.get(unet.in_channels, f"{unet.in_channels}-channel")
     timesteps = scheduler.num_train_timesteps
-    usage = USAGE.format(repo_id=repo_id, steps=min(50, timesteps), fewer_steps=min(15, timesteps))
+    more = ', output_type="np"' if unet.in_channels > 4 else ""
+    few_steps = FEW_STEPS.format(steps=min(15, timesteps), more=more) if takes_few_steps(scheduler) else ""
+    usage = USAGE.format(repo_id=repo_id, steps=min(50, timesteps), more=more, few_steps=few_steps)
+    # one without a size of its own asks for `latents` at each call
+    shows_usage = type(pipe).__module__ == __name__ and loads_elsewhere(pipe.config.unet[0]) and size[0] is not None
     card = CARD.format(
         images=f"{channels} images of " + ("any size" if size[0] is None else f"{size[0]}x{size[1]} pixels"),
         samples=f"\n![Samples]({SAMPLES})\n" if has_samples else "",
-        usage=usage if type(pipe).__module__ == __name__ and loads_elsewhere(pipe.config.unet[0]) else "",
+        usage=usage if shows_usage else "",
         network=pipe.config.unet[1],
         parameters=pipe.unet.num_parameters(),
         prediction=scheduler.get("prediction_type", "epsilon"),
         timesteps=timesteps,
     )
     return ModelCard(card)
+
+
+def takes_few_steps(scheduler: dict) -> bool:
+    """Whether DPM-Solver++ can take over from a scheduler of this config, as the card shows."""
+    if "beta_schedule" not in scheduler or "learned" in str(scheduler.get("variance_type")):
+        return False
+    try:
+        return refusal(DPMSolverMultistepScheduler.from_config(scheduler), scheduler) is None
+    except NotImplementedError:  # a beta_schedule that it does not know
+        return False
 
 
 def loads_elsewhere(library: str) -> bool:

@@ -461,6 +461,18 @@ def test_the_card_of_a_training_says_what_is_known_and_names_no_path(tiny_pipe, 
         assert body.index("## Training") < body.index("## Limits")
 
 
+@pytest.mark.parametrize("unet, scheduler, shown, not_shown", [
+    ({}, {}, "DPMSolverMultistepScheduler", "output_type"),
+    ({"in_channels": 5, "out_channels": 5}, {}, 'num_inference_steps=15, output_type="np")', "images).images"),
+    ({}, {"beta_schedule": "sigmoid"}, "num_inference_steps=50).images", "DPMSolverMultistepScheduler"),
+    ({"sample_size": None}, {}, "of any size", "from_pretrained"),
+])  # fmt: skip
+def test_the_snippets_of_a_card_suit_the_pipeline(unet, scheduler, shown, not_shown):
+    pipe = PixelDiffusionPipeline(OptimizedUNet2DModel(**{**TINY, **unet}), DDPMScheduler(**scheduler))
+    card = str(model_card(pipe, "user/name"))
+    assert shown in card and not_shown not in card
+
+
 def test_the_card_names_the_model_of_the_hub_that_a_training_started_from(tiny_pipe, tmp_path):
     metadata, body = front_matter(str(model_card(tiny_pipe, "user/name", base_model="google/ddpm-cifar10-32")))
     assert metadata["base_model"] == "google/ddpm-cifar10-32"

@@ -235,6 +235,32 @@ def test_a_new_scheduler_of_another_noise_schedule_is_told(tiny_pipe, caplog):
     assert not caplog.messages
     tiny_pipe.scheduler = diffusers.DDIMScheduler(beta_end=0.01, prediction_type="v_prediction")
     assert "DDIMScheduler has {'beta_end': 0.01, 'prediction_type': 'v_prediction'}" in caplog.messages[-1]
+    # which the one in place does not know
+    tiny_pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(
+        tiny_pipe.scheduler.config, use_flow_sigmas=True
+    )
+    assert (
+        "has {'use_flow_sigmas': True} where the scheduler in place had {'use_flow_sigmas': None}"
+        in caplog.messages[-1]
+    )
+
+
+def test_from_pipe_looks_at_a_new_scheduler_as_an_exchange_does(tiny_pipe, caplog):
+    PixelDiffusionPipeline.from_pipe(tiny_pipe, scheduler=make_scheduler("ddim", tiny_pipe.scheduler))
+    assert not [message for message in caplog.messages if " has {" in message]
+    PixelDiffusionPipeline.from_pipe(tiny_pipe, scheduler=diffusers.DDIMScheduler(beta_end=0.01))
+    assert "DDIMScheduler has {'beta_end': 0.01}" in caplog.messages[-1]
+
+
+def test_what_is_saved_names_no_path_of_this_machine(tmp_path):
+    stock = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = diffusers.UNet2DModel(8, 1, 1, norm_num_groups=4, **stock)
+    PixelDiffusionPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "first")
+    PixelDiffusionPipeline.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    saved = [path for path in (tmp_path / "second").rglob("*") if path.is_file()]
+    assert saved and not [path for path in saved if str(tmp_path).encode() in path.read_bytes()]
+    again = PixelDiffusionPipeline.from_pretrained(tmp_path / "second")
+    assert again.unet.config.block_out_channels == [8]
 
 
 def test_a_network_that_predicts_the_variance_needs_a_scheduler_that_learns_it():

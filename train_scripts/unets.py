@@ -6,12 +6,11 @@ import logging
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
-from ddpm_diffusers.pipeline_pixel_diffusion import TRAINED_WITH
+from ddpm_diffusers.pipeline_pixel_diffusion import other_noise
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +72,12 @@ def load_unet(
     was, now = pipe.scheduler.config, scheduler.config
     if "beta_schedule" not in was:
         raise ValueError(f"`--{flag}` {name_or_path} has {type(pipe.scheduler).__name__}, of another kind of noise.")
-    for key in TRAINED_WITH:
-        if key in was and key in now and not np.array_equal(was[key], now[key]):
-            advice = f"pass `--{FLAGS[key]} {was[key]}`" if key in FLAGS else "there is no flag for it"
-            raise ValueError(
-                f"The network of `--{flag}` was trained with `{key}` {was[key]}, and would go on with {now[key]}:"
-                f" {advice}."
-            )
+    for key in other_noise(was, now):
+        advice = f"pass `--{FLAGS[key]} {was[key]}`" if key in FLAGS else "there is no flag for it"
+        raise ValueError(
+            f"The network of `--{flag}` was trained with `{key}` {was.get(key)}, and would go on with {now.get(key)}:"
+            f" {advice}."
+        )
     warn_of_another_size(pipe.unet.config, flag, resolution)
     # without `_name_or_path`, which would be saved and pushed with the network
     config = {key: value for key, value in pipe.unet.config.items() if key != "_name_or_path"}

@@ -1,7 +1,7 @@
 """The U-Net of the optimizations guide, and what was measured to be better, as one diffusers model.
 
-This file is self-contained (it needs torch, einops and diffusers): a copy of it beside the weights makes a Hub
-repository complete.
+This file is self-contained (it needs torch, einops and diffusers): with a copy of it beside the weights, the Hub
+repository of a pipeline is complete.
 
 References: the guide "From Pixelated to Crisp" (cells of its notebook are named below); DDPM, Ho et al. 2020
 (arXiv:2006.11239); ADM, Dhariwal and Nichol 2021 (arXiv:2105.05233); pre-norm residuals, He et al. 2016
@@ -398,7 +398,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
-        """Write `config.json` and, beside it, this file, so that a pipeline with it loads without the package."""
+        """Write `config.json`, and this file: then a `PixelDiffusionPipeline` with it loads without the package."""
         if type(self).__module__ == __name__:  # a user's subclass is not in this file
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(shutil.SameFileError):  # a copy that saves beside itself
