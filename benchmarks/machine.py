@@ -17,9 +17,8 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 def set_up() -> None:
-    """Keep freed memory, as the scripts do, and allow TF32 in matrix products, as in convolutions by default."""
+    """Keep freed memory, as the scripts do."""
     keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 def describe(device: torch.device) -> dict:

@@ -124,6 +124,8 @@ def main(args: BenchmarkArguments) -> None:
     failures = []
     for name in args.sections:
         section, start = importlib.import_module(name), time.perf_counter()
+        for suffix in (".json", ".md"):  # of an earlier run: this one may fail
+            (output_dir / f"{name}{suffix}").unlink(missing_ok=True)
         try:
             result = section.measure(args, device)
         except (RuntimeError, ValueError, OSError, ImportError) as error:  # the other sections go on

@@ -27,19 +27,21 @@ def write_summary(folder: Path) -> None:
 
 def summary(folder: Path) -> str:
     """The table of the sections whose records are in the folder, with what each was measured on."""
-    lines, machines = [], {}
+    lines, machines, rounds = [], {}, {}
     for name, compare in SECTIONS.items():
         path = folder / f"{name}.json"
         if path.is_file():
             record = json.loads(path.read_text())
             lines += compare(record)
+            rounds[name] = record["arguments"]["windows"]
             machine = record["machine"]
             text = f"{machine['device']}, threads: {machine['threads']}, torch {machine['versions']['torch']}"
             machines.setdefault(text, []).append(name)
     where = "; ".join(f"{', '.join(names)}: {machine}" for machine, names in machines.items())
     return (
         f"{table(('the default', '', 'beside', '', 'ratio', ''), lines)}\n\nMedians, and the quartiles of the ratio of"
-        f" windows of one round. Better or worse: in every round, and by more than 0.02 in the median. {where}."
+        f" windows of one round. Better or worse: in every round, and by more than 0.02 in the median. Rounds:"
+        f" {', '.join(f'{name} {number}' for name, number in rounds.items() if name != 'time_to_quality')}. {where}."
     )
 
 
@@ -86,7 +88,9 @@ def times_to_quality(record: dict) -> Iterator[tuple]:
         if row["distance"] > stock["distance"]:
             break
         reached = row
-    what = f"training at 16x16 until stock's distance after {stock['epochs']:g} epochs, seconds"
+    how, stocks = (f"batch {row['train_batch_size']}, rate {row['learning_rate']:g}" for row in (others[0], stock))
+    how += f"; stock: {stocks}" if how != stocks else ""
+    what = f"training at 16x16 ({how}) until stock's distance after {stock['epochs']:g} epochs, seconds"
     if reached is None:
         yield what, "not reached", STOCK, thousands(stock["seconds"]), "", "**worse**"
     else:

@@ -36,7 +36,7 @@ def measure(args, device: torch.device) -> dict:
     ):
         steps = max(1, round(epochs * num_images / batch_size))
         budget = {"max_train_steps": steps, "train_batch_size": batch_size, "learning_rate": rate}
-        row = train_and_judge(name, budget, Path(args.work_dir, f"{name}-{steps}x{batch_size}"), args, device)
+        row = train_and_judge(name, budget, Path(args.work_dir, f"{name}-{steps}x{batch_size}-{rate:g}"), args, device)
         rows.append(row | {"epochs": epochs, "images_seen": steps * batch_size})
         print(f"{name}, {epochs:g} epochs: {row['seconds']:,.0f} s, distance {row['distance']:.3f}", flush=True)
     return {"dataset": args.dataset_id or Path(args.dataset_name).name, "num_images": args.num_images, "rows": rows}
@@ -54,9 +54,8 @@ def train_and_judge(name: str, budget: dict, folder: Path, args, device: torch.d
     }
     if record.is_file():
         row = json.loads(record.read_text())
-        if (kept := row.pop("settings", None)) != settings:
-            raise ValueError(f"{record} was measured with {kept}, not {settings}: give another `--work_dir`.")
-        return row
+        if row.pop("settings", None) == settings:
+            return row
     data = {"dataset_name": args.dataset_name, **({"dataset_id": args.dataset_id} if args.dataset_id else {})}
     training = {
         **data,

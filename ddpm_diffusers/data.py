@@ -94,14 +94,15 @@ class ShuffledBatches(torch.utils.data.Sampler):
         return len(self.batches)
 
     def __iter__(self):
-        order_of = None
+        order_of, order = None, None
         for i in self.batches:
             parts, place = [], i * self.batch_size
             while place < (i + 1) * self.batch_size:
                 epoch, first = divmod(place, self.num_images)
                 if epoch != order_of:
+                    order = None  # freed before the next is made: one takes 8 bytes an image
                     order_of, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-                parts.append(order[first : first + (i + 1) * self.batch_size - place])
+                parts.append(order[first : first + (i + 1) * self.batch_size - place].copy())
                 place += len(parts[-1])
             yield np.concatenate(parts)
 
@@ -177,7 +178,7 @@ def load_images(
         with_indices=True,
         remove_columns=[image_column],
         fn_kwargs=settings,
-        cache_file_name=cache_file(cache_dir, source._fingerprint, settings),
+        cache_file_name=cache_file(cache_dir, source._fingerprint, stamps(source), settings),
         desc=f"Decoding to {resolution}x{resolution}",
     )
 
@@ -190,8 +191,14 @@ def map_once(dataset: Dataset, function: Callable, pixels: int, others: dict, **
     return dataset.with_format("arrow").map(function, **chunks, **options).with_format(None)
 
 
+def stamps(source: Dataset) -> list[tuple[int, int]]:
+    """Sizes and times of the source's files: the fingerprint of one that was saved anew may be the old one."""
+    files = [Path(file["filename"]).stat() for file in source.cache_files]
+    return [(file.st_size, file.st_mtime_ns) for file in files]
+
+
 def cache_file(cache_dir: str | None, *content) -> str:
-    """Cache file for rows, named after their content and this code, not beside the source, which may be read-only."""
+    """Cache file for rows, named after their source and this code, not beside the source, which may be read-only."""
     code = [Path(file).read_bytes() for file in (__file__, image_decoding.__file__, synthetic_fashion.__file__)]
     folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / "ddpm-diffusers"
     folder.mkdir(parents=True, exist_ok=True)

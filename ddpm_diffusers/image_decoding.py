@@ -1,5 +1,6 @@
 """Decode encoded images to uint8 rows, each once, with errors that name the image."""
 
+import errno
 import io
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,20 +27,21 @@ def decode_images(table: pa.Table, indices: list[int], image_column, resolution,
     parts = [table.select([image_column]).slice(first, ROWS) for first in range(0, len(table), ROWS)]
     images = (encoded for part in parts for encoded in with_content(part).column(0))
     for row, (index, encoded) in enumerate(zip(indices, images, strict=True)):
-        image = decode_image(encoded.as_py(), index)
+        encoded = encoded.as_py()
+        image = decode_image(encoded, index)
         side = min(image.size)
         if size is None:
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side))
         elif image.size != (size[0], size[0]):
             raise ValueError(
-                f"Image {index} is {image.width}x{image.height}; images must be square and of one size (the first is"
-                f" {size[0]}x{size[1]}): pass `center_crop` to use the central square of each."
+                f"{called(encoded, index)} is {image.width}x{image.height}; images must be square and of one size (the"
+                f" first is {size[0]}x{size[1]}): pass `center_crop` to use the central square of each."
             )
         try:
             image = image.convert("L" if channels == 1 else "RGB")
         except ValueError as error:
-            raise ValueError(f"Image {index} of the data set cannot be used ({error}): convert it.") from error
+            raise ValueError(f"{called(encoded, index)} cannot be used ({error}): convert it.") from error
         if side != resolution:
             image = image.resize((resolution, resolution), PILImage.Resampling.BILINEAR)
         pixels[row] = np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1)
@@ -57,6 +59,11 @@ def with_content(table: pa.Table) -> pa.Table:
     return pa.table({table.column_names[0]: pa.chunked_array(rows)})
 
 
+def called(encoded: dict, index: int) -> str:
+    """An image's number and, if its data set has it, its file."""
+    return f"Image {index} of the data set" + (f" ({encoded['path']})" if encoded["path"] else "")
+
+
 class DamagedImage(ValueError):
     """An image is missing or its data cannot be decoded, now or ever."""
 
@@ -71,15 +78,15 @@ def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
         image = PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
         ImageOps.exif_transpose(image, in_place=True)  # also decodes it
     except Exception as error:  # PIL raises many types for damaged files
-        of_the_machine = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+        of_the_machine = isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT)
         raise (ValueError if of_the_machine else DamagedImage)(
-            f"Image {index} of the data set cannot be decoded ({error}): repair or remove it, or use the built-in set,"
+            f"{called(encoded, index)} cannot be decoded ({error}): repair or remove it, or use the built-in set,"
             f" `dataset_name` {SYNTHETIC}."
         ) from error
     if image.mode in ("I", "F"):  # PIL would clip them
         raise ValueError(
-            f"Image {index} has 32-bit pixels (mode {image.mode!r}), whose range is unknown; images must have 8 bits a"
-            " channel, or 16 bits of grey: convert them."
+            f"{called(encoded, index)} has 32-bit pixels (mode {image.mode!r}), whose range is unknown; images must"
+            " have 8 bits a channel, or 16 bits of grey: convert them."
         )
     if image.mode.startswith("I;16"):
         return PILImage.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))  # 65535 to 255

@@ -108,8 +108,11 @@ def test_the_summary_is_of_the_records_that_are_kept():
     ([1.3, 1.2, 1.1], ("not reached", "", "**worse**")),
 ])  # fmt: skip
 def test_quality_is_reached_where_more_training_reaches_it_too(distances, line):
-    stock = {"network": "stock", "epochs": 5, "seconds": 100, "distance": 1.0}
-    rows = [{"epochs": n, "seconds": 10 * n, "distance": d} for n, d in zip((1, 2, 3), distances, strict=True)]
+    budget = {"train_batch_size": 64, "learning_rate": 2e-3}
+    stock = {"network": "stock", "epochs": 5, "seconds": 100, "distance": 1.0, **budget}
+    rows = [
+        {**budget, "epochs": n, "seconds": 10 * n, "distance": d} for n, d in zip((1, 2, 3), distances, strict=True)
+    ]
     [(_, ours, _, _, ratio, outcome)] = summary.times_to_quality({"rows": [stock, *rows]})
     assert (ours, ratio, outcome) == line
 

@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -402,6 +404,29 @@ def test_a_second_call_decodes_nothing(kind, tmp_path, cache):
     assert sorted(path.name for path in (tmp_path / "source").rglob("*")) == before  # a source may be read-only
 
 
+def test_a_data_set_saved_anew_with_other_pixels_is_decoded_anew(tmp_path, cache):
+    for seed in (0, 1):
+        images = random_images(3, seed=seed)
+        for i, image in enumerate(images):
+            image.save(tmp_path / f"{i}.png")
+        paths = [str(tmp_path / f"{i}.png") for i in range(3)]  # the same each time, and so the fingerprint
+        saved = Dataset.from_dict({"image": paths}, features=Features({"image": Image()}))
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        saved.save_to_disk(tmp_path / "saved")
+        found = read(load_images(str(tmp_path / "saved"), resolution=8, cache_dir=cache), 8)
+        np.testing.assert_array_equal(found, reference(images, 8))
+
+
+def test_a_run_holds_the_order_of_one_epoch():
+    tracemalloc.start()
+    try:
+        for _ in ShuffledBatches(1_000_000, 128, 0, range(7811, 7814)):  # from one to the next
+            pass
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * 8_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_no_setting_reads_the_cache_of_another(tmp_path, cache, monkeypatch):
     images = random_images(6, "RGB", (12, 12))
     source = store(images, tmp_path / "source")
@@ -499,8 +524,9 @@ def test_files_that_are_no_data_set(tmp_path, cache):
 @pytest.mark.parametrize(
     ("odd", "words"),
     [
-        ((8, 10), ["Image 20 is 8x10", "the first is 8x8", "`center_crop`"]),
-        ((10, 10), ["Image 20 is 10x10", "the first is 8x8", "`center_crop`"]),  # square, but of another size
+        ((8, 10), ["Image 20 of the data set", " is 8x10; ", "the first is 8x8", "`center_crop`"]),
+        # square, but of another size
+        ((10, 10), ["Image 20 of the data set", " is 10x10; ", "the first is 8x8", "`center_crop`"]),
     ],
 )
 @pytest.mark.parametrize("chunk", [SEVERAL_CHUNKS, 2**26])  # the odd one with the first in its chunk, and not
@@ -517,7 +543,7 @@ def test_mixed_sizes(odd, words, chunk, tmp_path, cache, monkeypatch):
 def test_images_of_one_size_that_are_not_square(tmp_path, cache):
     with pytest.raises(ValueError) as error:
         load_images(**store(random_images(2, size=(9, 8)), tmp_path / "s"), resolution=8, cache_dir=cache)
-    assert_says(error, ["Image 0 is 9x8", "square", "`center_crop`"])
+    assert_says(error, ["Image 0 of the data set", " is 9x8; ", "square", "`center_crop`"])
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ONE_ON_CPU, ROOT, SCRIPT, WEIGHTS, run_training, torchrun
-from launch import choose_precision
+from arguments import TrainingArguments
+from command_line import parse_arguments
+from conftest import ONE_ON_CPU, ROOT, SCRIPT, WEIGHTS, reset_accelerate, run_training, torchrun
+from launch import choose_precision, make_accelerator
 from safetensors.torch import load_file
 
 SCRIPTS = ROOT / "train_scripts"
@@ -54,6 +56,21 @@ def test_auto_is_half_precision_on_any_gpu(monkeypatch, supported, precision):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     assert choose_precision("auto", use_cpu=False) == precision
+
+
+def test_fp16_is_refused_where_accelerate_would_compute_in_float32():
+    reset_accelerate()
+    with pytest.raises(ValueError, match="`--mixed_precision` is fp16, which accelerate has on GPUs alone"):
+        make_accelerator("fp16", cpu=True)
+    reset_accelerate()
+
+
+def test_a_home_folder_is_found_where_no_shell_expands_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("output_dir: ~/runs/mine")
+    flags = [str(tmp_path / "run.yaml"), "--cache_dir=~/cache", "--logger=none"]
+    args = parse_arguments(TrainingArguments, flags, "?")
+    assert (args.output_dir, args.cache_dir) == (str(tmp_path / "runs" / "mine"), str(tmp_path / "cache"))
 
 
 KEEPING = """

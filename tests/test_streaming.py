@@ -445,6 +445,14 @@ def encoded(image, cut):
     return {"bytes": file.getvalue()[:cut], "path": None}
 
 
+@pytest.mark.parametrize("kind", ["folder", "train_data_dir"])
+def test_a_file_that_is_gone_is_left_out_by_its_name(kind, stored, tmp_path, caplog):
+    run = run_of(stored([9], kind))
+    (tmp_path / "source" / "0004.png").unlink()
+    [[handed]] = first_passes(run, 1)
+    assert sorted(handed) == [0, 1, 2, 3, 5, 6, 7, 8] and "0004.png) cannot be decoded" in caplog.text
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_damaged_images_are_left_out_with_a_warning(num_workers, stored, caplog):
     images = [numbered(i) for i in range(25)]
@@ -458,7 +466,11 @@ def test_damaged_images_are_left_out_with_a_warning(num_workers, stored, caplog)
     if num_workers == 0:  # what workers log goes to their own standard error
         told = [re.match(r"Image (\d+) of .* reads its pass (\d)", message).groups() for message in caplog.messages]
         assert [int(i) for i, number in told if number == "0"] == damaged  # one shard is read in order
-        assert "cannot be decoded" in caplog.text and "missing (null)" in caplog.text
+        assert (
+            "cannot be decoded" in caplog.text
+            and "missing (null)" in caplog.text
+           
+        )
 
     whole = numbers(torch.cat(list(islice(run_of(stream, num_workers=num_workers), 40))))
     for stop in range(1, 40, 6):

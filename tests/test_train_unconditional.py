@@ -249,6 +249,9 @@ def test_resuming_a_finished_run_only_saves_again_and_leaves_figures_in_its_card
     train("--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
     assert (output_dir / WEIGHTS).read_bytes() == weights and metrics_of(output_dir) == metrics
     assert (output_dir / "README.md").read_text() == card and "2.5" in card
+    train("--checkpointing_steps", "3", "--resume_from_checkpoint", "latest", "--hub_license", "mit")
+    published = ModelCard.load(output_dir / "README.md")
+    assert published.data.license == "mit" and published.text == ModelCard(card).text
 
 
 def test_a_run_that_resumed_and_ended_is_not_resumed_once_more(train):
@@ -376,7 +379,7 @@ def test_a_half_written_line_of_metrics_does_not_stop_a_resume(train):
     assert [row["step"] for row in metrics_of(output_dir)] == [2, 4]
 
 
-def test_a_longer_run_goes_on_at_its_own_rate_without_the_card_of_the_shorter(train):
+def test_a_longer_run_goes_on_at_its_own_rate_without_the_card_of_the_shorter(train, tiny_pipe):
     output_dir = train("--checkpointing_steps", "1", "--max_train_steps", "2")  # whose rate has come to 0
     half = output_dir / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     half.write_bytes((output_dir / WEIGHTS).read_bytes())  # as `save_pretrained(variant="fp16")` adds one
@@ -387,6 +390,8 @@ def test_a_longer_run_goes_on_at_its_own_rate_without_the_card_of_the_shorter(tr
     assert "| max_train_steps | 4 |" in (output_dir / "README.md").read_text()
     record = {"arguments": {"max_train_steps": 6}, "unet": {}}
     script.open_run(output_dir, True, 4, record, ())
+    assert (output_dir / "README.md").exists()  # until there are other weights
+    script.save_pipeline(tiny_pipe, output_dir, changed=True)
     assert not (output_dir / "README.md").exists() and (output_dir / "model_index.json").exists()
 
 

@@ -86,7 +86,8 @@ class AblateArguments:
         use_cpu = yaml.safe_load(Path(self.accelerate_config).read_text()).get("use_cpu", False)
         self.mixed_precision = choose_precision(self.mixed_precision, use_cpu)
         for seed in self.train_seeds:
-            TrainingArguments(**training_arguments(self, seed), logger="none")  # raises what the training would
+            # raises what the training would
+            TrainingArguments(**training_arguments(self, seed), dataset_id=self.dataset_id, logger="none")
 
 
 def main(args: AblateArguments) -> None:

@@ -1,5 +1,6 @@
 """Flags of the scripts, from a dataclass, the command line and an optional YAML or JSON file."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import field, fields
@@ -53,6 +54,9 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
     if unknown:  # without their values, which may be tokens
         flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
         raise ValueError(f"{', '.join(flags) or 'What stands without a flag'} is no flag of this script (see --help).")
+    for name, value in vars(args).items():
+        if isinstance(value, str) and value.startswith("~"):  # from a file, or after `=`, where no shell expands it
+            setattr(args, name, os.path.expanduser(value))
     if getattr(args, "hub_token", None):  # wandb records the command line it finds here
         sys.argv[:] = [text.replace(args.hub_token, "<token>") for text in sys.argv]
     return args

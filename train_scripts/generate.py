@@ -67,7 +67,7 @@ def main(args: GenerateArguments) -> None:
     )
     if not accelerator.is_main_process:
         return
-    if (output_dir / "grid.png").exists():  # with `--overwrite`: earlier samples, and not others' numbered images
+    if (output_dir / "grid.png").exists():  # with `--overwrite`: the numbered images are earlier samples
         for path in output_dir.iterdir():
             if re.fullmatch(r"\d{6,}\.png", path.name):
                 path.unlink()

@@ -25,6 +25,8 @@ def make_accelerator(mixed_precision: str | None = None, **accelerator_kwargs) -
         **accelerator_kwargs,
     )
     check_processes(accelerator)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("`--mixed_precision` is fp16, which accelerate has on GPUs alone: use bf16, no or auto.")
     return accelerator
 
 

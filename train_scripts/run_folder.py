@@ -135,8 +135,6 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
                 (output_dir / name).unlink(missing_ok=True)
             for name in ("samples", "logs", "unet", "scheduler"):  # with any variants of the weights
                 shutil.rmtree(output_dir / name, ignore_errors=True)
-        elif step < record["arguments"]["max_train_steps"]:
-            (output_dir / README).unlink(missing_ok=True)  # of a run that had ended and is now extended
         run |= record
         write_text(output_dir / RUN_FILE, json.dumps(run, indent=2) + "\n")
     return run
@@ -169,13 +167,16 @@ class LogLines:
 def save_pipeline(pipe, output_dir: Path, changed: bool) -> None:
     """`save_pretrained`, replacing files atomically: each old file stays until its successor is complete.
 
-    Then, if the weights have `changed`, other files of weights are removed, such as variants of an earlier training.
+    If the weights have `changed`, the card of the earlier ones is removed first, and then other files of weights, such
+    as variants of an earlier training.
     """
     partial = output_dir / ".pipeline.partial"
     with clear_write_errors(f"The pipeline cannot be written to {output_dir}", partial):
         shutil.rmtree(partial, ignore_errors=True)
         pipe.save_pretrained(partial)
         files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+        if changed:
+            (output_dir / README).unlink(missing_ok=True)
         for path in sorted(files, key=lambda path: path.name == "model_index.json"):  # last: it makes them a pipeline
             flush(partial / path)
             target = output_dir / path

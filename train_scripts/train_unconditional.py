@@ -25,6 +25,7 @@ from command_line import run_script
 from cuda_graph import GraphedStep, can_capture
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
+from huggingface_hub import ModelCard
 from interruption import StopRequest
 from launch import check_agreement, check_engine, check_sharding, let_go, make_accelerator
 from push_to_hub import push
@@ -332,7 +333,12 @@ def main(args: TrainingArguments) -> None:
     samples = write_samples()
     logger.info(f"Samples: {samples}")
     # keep the card of a run that had finished before: it may have gained figures
-    if accelerator.is_main_process and not (first_step == max_train_steps and (output_dir / README).exists()):
+    if first_step == max_train_steps and (output_dir / README).exists():
+        if accelerator.is_main_process and args.hub_license:
+            card = ModelCard.load(output_dir / README)
+            card.data.license = args.hub_license
+            write_text(output_dir / README, str(card))
+    elif accelerator.is_main_process:
         dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
         about = {"dataset_name": dataset_name, "base_model": run["base_model"], "license": args.hub_license}
         card = model_card(pipe, repo_id, settings=settings_for_card(run), has_samples=True, **about)
