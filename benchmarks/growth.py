@@ -86,7 +86,7 @@ def read(num_images: int, cache: str) -> dict:
     of_files = file_bytes() - before
     tracemalloc.start()  # resident memory would not tell: freed memory is used again
     ends = num_images // READ_BATCH_SIZE  # of the batch where two epochs meet
-    for indices in ShuffledBatches(num_images, READ_BATCH_SIZE, 0, range(ends - 1, ends + 2)):
+    for indices in ShuffledBatches(num_images, READ_BATCH_SIZE, 0, range(max(ends - 1, 0), ends + 2)):
         images.__getitems__(indices)
     own = tracemalloc.get_traced_memory()[1]
     return {

@@ -33,7 +33,8 @@ def summary(folder: Path) -> str:
         if path.is_file():
             record = json.loads(path.read_text())
             lines += compare(record)
-            rounds[name] = record["arguments"]["windows"]
+            if name != "time_to_quality":  # trained once
+                rounds[name] = record["arguments"]["windows"]
             machine = record["machine"]
             text = f"{machine['device']}, threads: {machine['threads']}, torch {machine['versions']['torch']}"
             machines.setdefault(text, []).append(name)
@@ -41,7 +42,7 @@ def summary(folder: Path) -> str:
     return (
         f"{table(('the default', '', 'beside', '', 'ratio', ''), lines)}\n\nMedians, and the quartiles of the ratio of"
         f" windows of one round. Better or worse: in every round, and by more than 0.02 in the median. Rounds:"
-        f" {', '.join(f'{name} {number}' for name, number in rounds.items() if name != 'time_to_quality')}. {where}."
+        f" {', '.join(f'{name} {number}' for name, number in rounds.items()) or 'one'}. {where}."
     )
 
 

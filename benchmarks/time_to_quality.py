@@ -52,9 +52,15 @@ def train_and_judge(name: str, budget: dict, folder: Path, args, device: torch.d
         "num_images": args.num_images,
         **{name: describe(device)[name] for name in ("device", "threads", "versions")},
     }
-    if record.is_file():
+    of_training = {name: value for name, value in settings.items() if name != "num_images"}
+    known = json.loads(trained.read_text()) if trained.is_file() else None
+    if known is not None and known["settings"] != of_training:
+        raise ValueError(
+            f"{folder} is of {known['settings']}, and {of_training} is asked for: give another `--work_dir`."
+        )
+    if record.is_file():  # else the evaluation was cut off
         row = json.loads(record.read_text())
-        if row.pop("settings", None) == settings:
+        if row.pop("settings") == settings:
             return row
     data = {"dataset_name": args.dataset_name, **({"dataset_id": args.dataset_id} if args.dataset_id else {})}
     training = {
@@ -67,10 +73,7 @@ def train_and_judge(name: str, budget: dict, folder: Path, args, device: torch.d
         "output_dir": folder,
         **({"unet_config": CONFIGS / "stock.json"} if name == "stock" else {}),
     }
-    of_training = {name: value for name, value in settings.items() if name != "num_images"}
-    known = json.loads(trained.read_text()) if trained.is_file() else None
-    if known is None or known["settings"] != of_training:  # a training whose evaluation was cut off is kept
-        trained.unlink(missing_ok=True)
+    if known is None:
         start = time.perf_counter()
         run([ROOT / "train_scripts" / "train_unconditional.py", *flags(training), "--overwrite_output_dir"], device)
         seconds = time.perf_counter() - start

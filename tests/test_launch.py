@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from arguments import TrainingArguments
 from command_line import parse_arguments
 from conftest import ONE_ON_CPU, ROOT, SCRIPT, WEIGHTS, reset_accelerate, run_training, torchrun
+from generate import GenerateArguments
 from launch import choose_precision, make_accelerator
 from safetensors.torch import load_file
 
@@ -67,10 +67,15 @@ def test_fp16_is_refused_where_accelerate_would_compute_in_float32():
 
 def test_a_home_folder_is_found_where_no_shell_expands_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "run.yaml").write_text("output_dir: ~/runs/mine")
-    flags = [str(tmp_path / "run.yaml"), "--cache_dir=~/cache", "--logger=none"]
-    args = parse_arguments(TrainingArguments, flags, "?")
-    assert (args.output_dir, args.cache_dir) == (str(tmp_path / "runs" / "mine"), str(tmp_path / "cache"))
+    (tmp_path / "run.yaml").write_text("output_dir: ~/runs")
+    flags = [str(tmp_path / "run.yaml"), "--model=~/model"]
+    args = parse_arguments(GenerateArguments, flags, "?")
+    assert (args.output_dir, args.model) == (str(tmp_path / "runs"), str(tmp_path / "model"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "000000.png").touch()
+    for asked in (flags, ["--output_dir=~/runs", "--model=~/model"]):
+        with pytest.raises(ValueError, match="is not empty"):
+            parse_arguments(GenerateArguments, asked, "?")
 
 
 KEEPING = """

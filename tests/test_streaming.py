@@ -466,11 +466,7 @@ def test_damaged_images_are_left_out_with_a_warning(num_workers, stored, caplog)
     if num_workers == 0:  # what workers log goes to their own standard error
         told = [re.match(r"Image (\d+) of .* reads its pass (\d)", message).groups() for message in caplog.messages]
         assert [int(i) for i, number in told if number == "0"] == damaged  # one shard is read in order
-        assert (
-            "cannot be decoded" in caplog.text
-            and "missing (null)" in caplog.text
-           
-        )
+        assert "cannot be decoded" in caplog.text and "missing (null)" in caplog.text
 
     whole = numbers(torch.cat(list(islice(run_of(stream, num_workers=num_workers), 40))))
     for stop in range(1, 40, 6):

@@ -178,6 +178,7 @@ def test_streamed_training_resumes_exactly(parquet, launcher, workers, hub, tmp_
 def test_streaming_asks_for_what_it_needs():
     for flags, message in (
         (["--streaming"], "`--streaming` needs `--max_train_steps`"),
+        ([*STREAM, "--max_train_steps", "2", "--dataset_name", "synthetic-fashion"], "synthetic-fashion is drawn"),
         ([*STREAM, "--max_train_steps", "2", "--max_train_samples", "9"], "`--streaming` reads a whole data set"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -382,16 +382,22 @@ def test_a_half_written_line_of_metrics_does_not_stop_a_resume(train):
 def test_a_longer_run_goes_on_at_its_own_rate_without_the_card_of_the_shorter(train, tiny_pipe):
     output_dir = train("--checkpointing_steps", "1", "--max_train_steps", "2")  # whose rate has come to 0
     half = output_dir / "unet" / "diffusion_pytorch_model.fp16.safetensors"
-    half.write_bytes((output_dir / WEIGHTS).read_bytes())  # as `save_pretrained(variant="fp16")` adds one
-    output_dir = train("--checkpointing_steps", "1", "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    shorter = (output_dir / WEIGHTS).read_bytes()
+    half.write_bytes(shorter)  # as `save_pretrained(variant="fp16")` adds one
+    longer = ["--checkpointing_steps", "1", "--max_train_steps", "4", "--resume_from_checkpoint", "latest"]
+    output_dir = train(*longer)
     assert not half.exists() and (output_dir / WEIGHTS).is_file()  # it was of the shorter run
     second, third = (load_file(output_dir / f"checkpoint-{step}" / WEIGHTS) for step in (2, 3))
     assert not any(torch.equal(second[name], third[name]) for name in second if name.endswith("weight"))
     assert "| max_train_steps | 4 |" in (output_dir / "README.md").read_text()
+    (output_dir / WEIGHTS).write_bytes(shorter)  # as if killed after its last checkpoint
+    (output_dir / "README.md").write_text("of the shorter")
+    train(*longer)
+    assert "| max_train_steps | 4 |" in (output_dir / "README.md").read_text()
     record = {"arguments": {"max_train_steps": 6}, "unet": {}}
     script.open_run(output_dir, True, 4, record, ())
     assert (output_dir / "README.md").exists()  # until there are other weights
-    script.save_pipeline(tiny_pipe, output_dir, changed=True)
+    script.save_pipeline(tiny_pipe, output_dir)
     assert not (output_dir / "README.md").exists() and (output_dir / "model_index.json").exists()
 
 

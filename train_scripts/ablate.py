@@ -85,6 +85,8 @@ class AblateArguments:
         check(self, self.jobs >= 1, "jobs", "be at least 1")
         use_cpu = yaml.safe_load(Path(self.accelerate_config).read_text()).get("use_cpu", False)
         self.mixed_precision = choose_precision(self.mixed_precision, use_cpu)
+        check(self, not (use_cpu and self.mixed_precision == "fp16"), "mixed_precision",
+              "be no, bf16 or auto on a CPU, where accelerate has no fp16")  # fmt: skip
         for seed in self.train_seeds:
             # raises what the training would
             TrainingArguments(**training_arguments(self, seed), dataset_id=self.dataset_id, logger="none")

@@ -131,6 +131,10 @@ class TrainingArguments:
             raise ValueError("`--streaming` needs `--max_train_steps`: how long an epoch is cannot be known.")
         if self.streaming and self.max_train_samples is not None:
             raise ValueError("`--streaming` reads a whole data set, of the Hub or of files: no `--max_train_samples`.")
+        if self.streaming and self.dataset_name == "synthetic-fashion" and self.train_data_dir is None:
+            raise ValueError(
+                "`--streaming` needs a `--dataset_name` or `--train_data_dir`: synthetic-fashion is drawn."
+            )
         if self.logger != "none" and importlib.util.find_spec(self.logger) is None:
             raise ValueError(f"`--logger {self.logger}` needs a package: pip install {self.logger}, or --logger none.")
 

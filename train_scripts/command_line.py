@@ -46,20 +46,25 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
         if unknown:
             raise ValueError(f"{argv[0]} holds {sorted(unknown)}, which are no arguments (see --help).")
         check_types(arguments_class, values, argv[0])
+        values = {name: with_home(value) if isinstance(value, str) else value for name, value in values.items()}
         parser.set_defaults(**values)
         for action in parser._actions:
             action.required = action.required and action.dest not in values
         argv = argv[1:]
+    argv = [with_home(text) for text in argv]
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:  # without their values, which may be tokens
         flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
         raise ValueError(f"{', '.join(flags) or 'What stands without a flag'} is no flag of this script (see --help).")
-    for name, value in vars(args).items():
-        if isinstance(value, str) and value.startswith("~"):  # from a file, or after `=`, where no shell expands it
-            setattr(args, name, os.path.expanduser(value))
     if getattr(args, "hub_token", None):  # wandb records the command line it finds here
         sys.argv[:] = [text.replace(args.hub_token, "<token>") for text in sys.argv]
     return args
+
+
+def with_home(text: str) -> str:
+    """A path with `~` expanded where no shell does it: in a file, and after `--flag=`."""
+    flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    return flag + equals + os.path.expanduser(value)
 
 
 def check_types(arguments_class: type, values: dict, path: str) -> None:

@@ -48,7 +48,7 @@ class GenerateArguments:
 
 
 def main(args: GenerateArguments) -> None:
-    accelerator, output_dir = make_accelerator(cpu=args.device == "cpu"), Path(args.output_dir)
+    accelerator, output_dir = make_accelerator("no", cpu=args.device == "cpu"), Path(args.output_dir)
     pipe = PixelDiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), variant=args.variant)
     pipe.to(args.device or accelerator.device)
     pipe.set_progress_bar_config(disable=True)

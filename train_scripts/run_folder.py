@@ -1,5 +1,6 @@
 """The output folder of a run: which run owns it, its configuration, its log lines and its final pipeline."""
 
+import filecmp
 import json
 import os
 import shutil
@@ -164,17 +165,18 @@ class LogLines:
         os.fsync(self.file.fileno())
 
 
-def save_pipeline(pipe, output_dir: Path, changed: bool) -> None:
+def save_pipeline(pipe, output_dir: Path) -> None:
     """`save_pretrained`, replacing files atomically: each old file stays until its successor is complete.
 
-    If the weights have `changed`, the card of the earlier ones is removed first, and then other files of weights, such
-    as variants of an earlier training.
+    If the folder has other weights, their card is removed first, and then other files of them, such as variants.
     """
     partial = output_dir / ".pipeline.partial"
     with clear_write_errors(f"The pipeline cannot be written to {output_dir}", partial):
         shutil.rmtree(partial, ignore_errors=True)
         pipe.save_pretrained(partial)
         files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+        weights = [path for path in files if path.suffix == ".safetensors"]
+        changed = bool(filecmp.cmpfiles(partial, output_dir, weights, shallow=False)[1])
         if changed:
             (output_dir / README).unlink(missing_ok=True)
         for path in sorted(files, key=lambda path: path.name == "model_index.json"):  # last: it makes them a pipeline

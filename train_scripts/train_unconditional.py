@@ -11,7 +11,9 @@ the data order, depend only on the seed, the step and the place in the global ba
 import json
 import logging
 import math
+import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +187,6 @@ def main(args: TrainingArguments) -> None:
         if accelerator.is_main_process:
             grid = image_grid(to_pil(images))
             write_file(path, grid.save)
-            write_file(output_dir / SAMPLES, grid.save)  # the latest one, for the model card
             log_image(accelerator.trackers, "samples", grid, step)
         return path
 
@@ -222,7 +223,6 @@ def main(args: TrainingArguments) -> None:
     # train
     if sample_first:
         write_samples()
-    first_step = step
     unet.train()
     progress_bar = tqdm(
         total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process
@@ -328,21 +328,21 @@ def main(args: TrainingArguments) -> None:
         release()
         raise SystemExit("The weights are not finite after the last step: nothing was saved. Lower `--learning_rate`.")
     if accelerator.is_main_process:
-        save_pipeline(pipe, output_dir, changed=first_step < max_train_steps)
+        save_pipeline(pipe, output_dir)
     logger.info(f"Pipeline: {output_dir}")
     samples = write_samples()
     logger.info(f"Samples: {samples}")
-    # keep the card of a run that had finished before: it may have gained figures
-    if first_step == max_train_steps and (output_dir / README).exists():
-        if accelerator.is_main_process and args.hub_license:
+    if accelerator.is_main_process:
+        write_file(output_dir / SAMPLES, partial(shutil.copyfile, samples))
+        if not (output_dir / README).exists():
+            dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
+            about = {"dataset_name": dataset_name, "base_model": run["base_model"], "license": args.hub_license}
+            card = model_card(pipe, repo_id, settings=settings_for_card(run), has_samples=True, **about)
+            write_text(output_dir / README, str(card))
+        elif args.hub_license:  # the card of a run that had finished before: it may have gained figures
             card = ModelCard.load(output_dir / README)
             card.data.license = args.hub_license
             write_text(output_dir / README, str(card))
-    elif accelerator.is_main_process:
-        dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
-        about = {"dataset_name": dataset_name, "base_model": run["base_model"], "license": args.hub_license}
-        card = model_card(pipe, repo_id, settings=settings_for_card(run), has_samples=True, **about)
-        write_text(output_dir / README, str(card))
     release()
     if args.push_to_hub and accelerator.is_main_process:
         url = push(output_dir, repo_id, args.hub_token, args.hub_private_repo)

@@ -26,7 +26,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -530,12 +529,17 @@ def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = F
 
 def takes_few_steps(scheduler: dict) -> bool:
     """Whether DPM-Solver++ can take over from a scheduler of this config, as the card shows."""
+    from diffusers import DPMSolverMultistepScheduler  # imports scipy
+
     if "beta_schedule" not in scheduler or "learned" in str(scheduler.get("variance_type")):
         return False
     try:
-        return refusal(DPMSolverMultistepScheduler.from_config(scheduler), scheduler) is None
-    except NotImplementedError:  # a beta_schedule that it does not know
+        made = DPMSolverMultistepScheduler.from_config(
+            scheduler, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True
+        )
+    except (NotImplementedError, ValueError):  # a beta_schedule that it does not know; sigmas of another kind
         return False
+    return refusal(made, scheduler) is None
 
 
 def loads_elsewhere(library: str) -> bool:
