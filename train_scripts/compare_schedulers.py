@@ -249,7 +249,8 @@ def describe_best(records: list[dict], yardstick: dict | None) -> list[str]:
     best, lines = best_settings(records, yardstick), []
     if yardstick:
         few = f"{name_of(best['fewest'])}: {written(best['fewest'])}" if best["fewest"] else "none"
-        lines.append(f"Fewest evaluations within {100 * WITHIN:.0f} % of {name_of(yardstick)} ({written(yardstick)}): {few}")
+        near = f"within {100 * WITHIN:.0f} % of {name_of(yardstick)} ({written(yardstick)})"
+        lines.append(f"Fewest evaluations {near}: {few}")
     if best["best"]:
         lines.append(f"Best at {AT_MOST} evaluations or fewer: {name_of(best['best'])}: {written(best['best'])}")
     return lines
