@@ -89,7 +89,7 @@ def test_another_number_of_processes_goes_on(one, two, tmp_path):
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
     if torch.cuda.device_count() > 1:
         pytest.skip("with two GPUs they do")
-    result = train(tmp_path / "run", torchrun(2), *HUNDRED)
+    result = train(tmp_path / "run", torchrun(2), *HUNDRED, ACCELERATE_USE_CPU="false")
     assert "2 processes were launched, but accelerate connects 1" in result.stderr
     assert not (tmp_path / "run").exists()
 
