@@ -93,7 +93,8 @@ class StreamedBatches:
     Raises:
         ValueError: If an argument or the first image cannot be used, the data set is empty, or the state belongs to
             other arguments; while iterating, if an image is of another kind or size than can be used, or a part has
-            no images. Damaged and missing images after the first are left out, with a warning.
+            no images. After the first, damaged images and files that are gone are left out, with a warning; not those
+            that a server lacks.
     """
 
     def __init__(
