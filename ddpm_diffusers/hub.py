@@ -236,7 +236,11 @@ def pipeline_files(folder: str | Path) -> list[str]:
         root.append(f"{index['_class_name'][0]}.py")
     files = [name for name in root if (folder / name).is_file()]
     for name, value in index.items():
-        if not name.isidentifier() or name.startswith("_") or not isinstance(value, list) or value[0] is None:
+        if not name.isidentifier() or name.startswith("_") or not isinstance(value, list):
+            continue
+        if value[0] is None and name in ("unet", "scheduler"):
+            raise ValueError(f"{folder} was saved without its `{name}`: set it in the pipeline, and save it again.")
+        if value[0] is None:
             continue
         found = component_files(folder / name)
         if not found or ("config.json" in found and not any(file.endswith(".safetensors") for file in found)):
@@ -315,8 +319,8 @@ def table(header: tuple, rows: Iterable[tuple]) -> str:
 
 def with_section(text: str, heading: str, body: str | None) -> str:
     """A card's text with this section, which replaces one of the same heading; without it if `body` is None."""
-    text = re.sub(rf"^## {heading}\n.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(rf"^## {heading}\n.*?(?=^##? |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
     if body is None:
         return text
-    before, limits, after = text.partition("## Limits\n")
-    return f"{before.rstrip()}\n\n## {heading}\n\n{body}\n" + (f"\n{limits}{after}" if limits else "")
+    before, *limits = re.split(r"^(?=## Limits\n)", text, maxsplit=1, flags=re.MULTILINE)
+    return f"{before.rstrip()}\n\n## {heading}\n\n{body}\n" + "".join(f"\n{section}" for section in limits)

@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, randomize
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
+from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.evaluation.protocol import image_shape
+from ddpm_diffusers.hub import pipeline_files
 
 
 def generators(*seeds):
@@ -89,6 +92,21 @@ def test_callback_sees_every_step_and_can_change_the_latents(tiny_pipe):
     images = tiny_pipe(2, 4, callback_on_step_end=zero_at_the_end, output_type="latent").images
     assert seen == [(i, int(t), (2, 1, 8, 8)) for i, t in enumerate(tiny_pipe.scheduler.timesteps)]
     assert not images.any()
+
+
+def test_a_callback_of_diffusers_gets_the_tensors_that_it_names(tiny_pipe):
+    class Counts(PipelineCallback):
+        calls, tensor_inputs = [], ["latents"]
+
+        def callback_fn(self, pipe, i, t, tensors):
+            self.calls.append(sorted(tensors))
+            return tensors
+
+    tiny_pipe(1, 3, callback_on_step_end=Counts(1.0, None), callback_on_step_end_tensor_inputs=[])
+    assert Counts.calls == [["latents"]] * 3
+    tiny_pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network was called"))
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs` holds .'prompt_embeds'"):
+        tiny_pipe(1, 3, callback_on_step_end=SDCFGCutoffCallback(0.5, None))
 
 
 def test_interrupt_stops_the_network_and_leaves_the_pipeline_usable(tiny_pipe):
@@ -225,7 +243,7 @@ def test_an_offset_beyond_the_noise_schedule_is_refused_before_any_work(tiny_pip
     pipe = PixelDiffusionPipeline(tiny_pipe.unet, scheduler_class(20, steps_offset=1, timestep_spacing="leading"))
     pipe(1, 19)
     pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network was called"))
-    with pytest.raises(ValueError, match="cannot take 20 .* `steps_offset` of 1 they start at timestep 20"):
+    with pytest.raises(ValueError, match="cannot take 20 .* `steps_offset` of 1 they reach timestep 20"):
         pipe(1, 20)
 
 
@@ -250,6 +268,55 @@ def test_from_pipe_looks_at_a_new_scheduler_as_an_exchange_does(tiny_pipe, caplo
     assert not [message for message in caplog.messages if " has {" in message]
     PixelDiffusionPipeline.from_pipe(tiny_pipe, scheduler=diffusers.DDIMScheduler(beta_end=0.01))
     assert "DDIMScheduler has {'beta_end': 0.01}" in caplog.text
+
+
+def test_a_scheduler_given_at_load_is_looked_at_as_an_exchange_is(tiny_pipe, tmp_path, caplog):
+    tiny_pipe.save_pretrained(tmp_path)
+    PixelDiffusionPipeline.from_pretrained(tmp_path, scheduler=make_scheduler("ddim", tiny_pipe.scheduler))
+    assert not [message for message in caplog.messages if " has {" in message]
+    DiffusionPipeline.from_pretrained(tmp_path, scheduler=diffusers.DDIMScheduler(beta_end=0.01))
+    assert "DDIMScheduler has {'beta_end': 0.01}" in caplog.text
+    with pytest.raises(ValueError, match="IPNDMScheduler cannot be .* has a noise schedule of its own"):
+        PixelDiffusionPipeline.from_pretrained(tmp_path, scheduler=diffusers.IPNDMScheduler())
+
+
+def test_a_network_set_in_place_of_none_is_saved_and_none_is_not_pushed(tiny_pipe, tmp_path):
+    unet = tiny_pipe.unet
+    tiny_pipe.save_pretrained(tmp_path / "whole")
+    pipe = PixelDiffusionPipeline.from_pretrained(tmp_path / "whole", unet=None)
+    with pytest.raises(ValueError, match="has no `unet` to push"):
+        pipe.push_to_hub("user/empty", token="hf_token")
+    with pytest.raises(ValueError, match="was saved without its `unet`"):
+        pipe.save_pretrained(tmp_path / "empty")
+        pipeline_files(tmp_path / "empty")
+    pipe.unet = unet
+    pipe.save_pretrained(tmp_path / "set")
+    loaded = PixelDiffusionPipeline.from_pretrained(tmp_path / "set").unet
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in unet.state_dict().items())
+
+
+def test_a_subclass_that_passes_its_arguments_on_is_taken_for_what_it_is(tiny_pipe):
+    class MyDDPM(diffusers.DDPMScheduler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.DDPMScheduler(**ZERO_SNR))
+    pipe.scheduler = MyDDPM(**ZERO_SNR)
+    unet = OptimizedUNet2DModel(**TINY, out_channels=2)
+    pipe = PixelDiffusionPipeline(unet, MyDDPM(variance_type="learned_range"))
+    assert pipe(1, 2, output_type="pt").images.isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [50, 61])
+def test_inversion_never_starts_at_the_noisiest_timestep(tiny_pipe, steps):
+    """In 61 steps "trailing" spacing has a timestep -1, which would index the last."""
+    trained = diffusers.DDPMScheduler(timestep_spacing="trailing")
+    pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.DDIMInverseScheduler.from_config(trained.config))
+    pipe.unet.forward = lambda sample, timestep: UNet2DOutput(sample=torch.zeros_like(sample))  # no noise
+    latents = torch.ones(1, 1, 8, 8)
+    images = pipe(1, steps, latents=latents, output_type="latent").images
+    assert pipe.scheduler.timesteps.min() >= 0
+    torch.testing.assert_close(images, latents * pipe.scheduler.alphas_cumprod[-1].sqrt(), rtol=0.2, atol=0)
 
 
 def test_what_is_saved_names_no_path_of_this_machine(tmp_path):

@@ -352,10 +352,12 @@ def test_group_offloading(offload_type):
 def test_compile_repeated_blocks():
     torch._dynamo.reset()
     sample, timestep = inputs(2, 1, 16, 16)
-    model = make(block_out_channels=(8, 8, 16, 16), sample_size=16, up_layers_per_block=1, mid_block_layers=1)
+    model = make(block_out_channels=(8, 8, 16, 16), sample_size=16, up_layers_per_block=1, mid_block_layers=2)
     expected = model(sample, timestep).sample
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    assert all(block._compiled_call_impl is not None for block in [*model.down_blocks, *model.up_blocks])
+    assert all(
+        block._compiled_call_impl is not None for block in [*model.down_blocks, model.mid_block, *model.up_blocks]
+    )
     with torch.no_grad():
         torch.testing.assert_close(model(sample, timestep).sample, expected)
 

@@ -22,10 +22,10 @@ import huggingface_hub
 import numpy as np
 import safetensors.torch
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -109,14 +109,15 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     Args:
         unet (`ModelMixin`): `OptimizedUNet2DModel`, diffusers' `UNet2DModel` or any other model that is called as
-            `unet(sample, timestep).sample` and has `in_channels` and `sample_size` in its config; in eval mode, as
+            `unet(sample, timestep).sample`, with `in_channels` and `sample_size` in its config; in eval mode, as
             `from_pretrained` leaves it.
         scheduler (`SchedulerMixin`): A scheduler with the noise schedule and prediction type that the U-Net was
             trained with. Swap it with `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`. One
             that lacks `init_noise_sigma` or `scale_model_input` (`FlowMatchEulerDiscreteScheduler`, ...), or cannot
             be called as `step(model_output, timestep, sample)` (`RePaintScheduler`, ...), or put in place of
             another, cannot take over its noise schedule (`IPNDMScheduler`, `EDMEulerScheduler`, ...), raises a
-            ValueError; one put in place of another that was given another noise schedule is logged.
+            ValueError; one put in place of another that was given another noise schedule is logged. So is one given
+            to `from_pretrained`, in place of that saved beside the network.
     """
 
     model_cpu_offload_seq = "unet"
@@ -124,22 +125,29 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
+        # a `scheduler` given to `from_pretrained` takes the place of the one saved beside the network
+        saved = Path(unet.config.get("_name_or_path") or "" if unet is not None else "").parent / "scheduler"
+        if (saved / DDPMScheduler.config_name).is_file():
+            check_scheduler(scheduler, DDPMScheduler.load_config(saved))
         self.register_modules(unet=unet, scheduler=scheduler)
 
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler":
-            check_scheduler(value, self.__dict__.get("scheduler"))
+            in_place = self.__dict__.get("scheduler")
+            check_scheduler(value, None if in_place is None else in_place.config)
             # `from_config` drops the arguments listed here, so the next class would use its own noise schedule
             defaults = value.config.get("_use_default_values", [])
             value.register_to_config(_use_default_values=[key for key in defaults if key not in CARRIED_OVER])
         super().__setattr__(name, value)
+        if name == "unet" and value is not None and self.config.unet[0] is None:
+            self.register_modules(unet=value)  # diffusers leaves an entry that was None as it is
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PixelDiffusionPipeline":
         """diffusers' method, for a U-Net of any class; by itself, it accepts only the annotated class."""
         unet = {"unet": pipeline.unet} if "unet" in pipeline.components else {}
         if "scheduler" in kwargs and "scheduler" in pipeline.components:
-            check_scheduler(kwargs["scheduler"], pipeline.scheduler)
+            check_scheduler(kwargs["scheduler"], pipeline.scheduler.config)
         return super().from_pipe(pipeline, **{**unet, **kwargs})
 
     @property
@@ -182,7 +190,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": latents})` after each step;
                 the "latents" that it returns replace the current ones, and setting `pipe._interrupt = True` in it
-                stops the sampling.
+                stops the sampling. May be a `PipelineCallback`, whose `tensor_inputs` then hold.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets: `["latents"]` or `[]`.
 
         Returns:
@@ -191,6 +199,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         Raises:
             ValueError, TypeError: If an argument is invalid, before any sampling.
         """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         shape = self.check_inputs(
             batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
         )
@@ -266,12 +276,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 " `DDIMScheduler`."
             )
         predicted, channels = self.unet.config.get("out_channels"), self.unet.config.in_channels
-        takes_variance = "variance_type" in inspect.signature(type(self.scheduler).__init__).parameters
-        # others take it apart after channel 3, and only if noise is predicted
-        simple = channels == 3 and self.scheduler.config.get("prediction_type") == "epsilon"
-        takes_variance &= simple or isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler))
-        learned = takes_variance and "learned" in str(self.scheduler.config.variance_type)
-        if predicted not in (None, 2 * channels if learned else channels):
+        expected = 2 * channels if splits_off_a_variance(self.scheduler, channels) else channels
+        if predicted not in (None, expected):
             raise ValueError(
                 f"The U-Net has {channels} `in_channels` and {predicted} `out_channels`; these must be as many, or"
                 " twice as many with a scheduler of a learned `variance_type`, which such a network predicts, too"
@@ -313,7 +319,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         step_kwargs = {"generator": generator} if "generator" in parameters else {}
         if "eta" in parameters:
             step_kwargs["eta"] = eta
-        if "noise_sampler_seed" in inspect.signature(type(self.scheduler).__init__).parameters:
+        if "noise_sampler_seed" in init_parameters(self.scheduler):
             # DPM-Solver SDE draws its own Brownian path: from one seed, from one per image, or from none
             seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in as_list(generator)]
             single = seeds[0] if seeds else self.scheduler.config.noise_sampler_seed
@@ -331,7 +337,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         It is not copied if the weights are no longer the source's, since its figures are of these. A card that is in
         the folder already is left as it is. With `push_to_hub`, the index, the code, the components' files, and a card
         as in `push_to_hub()` are then uploaded to `repo_id`, by default the folder's name; other files in the folder
-        are not. If the repository has no card, the snippets of that in the folder are made to load it.
+        are not. If the repository has no card, the snippets of that in the folder are made to load it; into a
+        `subfolder`, no card is uploaded.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         for config in (Path(save_directory, name, "config.json") for name in self.components):
@@ -345,6 +352,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if not push_to_hub:
             return None
         check_token(token)
+        if self.unet is None:
+            raise ValueError("The pipeline has no `unet` to push: set `pipe.unet` first.")
         repo_id = repo_id or Path(save_directory).name
         repo_id = create_repo(repo_id, private, token).repo_id
         files = ["model_index.json", f"{class_name_in_index(type(self))[0]}.py"]
@@ -415,10 +424,13 @@ def check_positive(**values) -> None:
             raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
 
 
-def check_scheduler(scheduler: SchedulerMixin, replaced: SchedulerMixin | None) -> None:
-    """Raise a ValueError if the pipeline cannot use the scheduler; warn if its noise is not that of the `replaced`."""
+def check_scheduler(scheduler: SchedulerMixin, replaced: dict | None) -> None:
+    """Raise a ValueError if the pipeline cannot use the scheduler; warn if its noise is not that of the `replaced`.
+
+    `replaced` is the config of the scheduler whose place it takes, None if there is none.
+    """
     name = type(scheduler).__name__
-    trained = replaced.config if replaced is not None and "beta_schedule" in replaced.config else {}
+    trained = replaced if replaced is not None and "beta_schedule" in replaced else {}
     reason = refusal(scheduler, trained)
     if reason is None and replaced is not None and not trained and "beta_schedule" in scheduler.config:
         reason = "the one in place has no discrete noise schedule that it could take over"
@@ -427,7 +439,8 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: SchedulerMixin | None) 
             f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one that the loop can call and that"
             " follows the noise schedule which the network was trained with, such as `make_scheduler` makes."
         )
-    if changed := other_noise(trained, scheduler.config) if trained else []:
+    changed = other_noise(trained, scheduler.config) if trained else []
+    if changed:
         was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
         logger.warning(
             f"The new {name} has {now} where the scheduler in place had {was}. If the network was trained with the"
@@ -453,13 +466,29 @@ def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
     # UnCLIPScheduler can do without `prev_timestep`, but then goes back by a single timestep whatever their number
     if more := [p.name for p in more if p.default is p.empty or p.name == "prev_timestep"]:
         return f"its step needs {', '.join(more)}, too"
-    taken = inspect.signature(type(scheduler).__init__).parameters
+    taken = init_parameters(scheduler)
     if trained and "beta_schedule" not in taken:
         return "it has a noise schedule of its own, and cannot take that of the scheduler in place"
     for key in MUST_BE_KNOWN:
         if trained.get(key) and key not in taken:
             return f"it cannot follow a schedule with `{key}=True`, as that of the scheduler in place"
     return None
+
+
+def init_parameters(scheduler: SchedulerMixin) -> set[str]:
+    """Names of the arguments that its class takes, also of those that a subclass passes on as `**kwargs`."""
+    inits = [vars(base)["__init__"] for base in type(scheduler).__mro__ if "__init__" in vars(base)]
+    return {name for init in inits for name in inspect.signature(init).parameters}
+
+
+def splits_off_a_variance(scheduler: SchedulerMixin, channels: int) -> bool:
+    """Whether it takes a learned variance from the second half of the network's output channels."""
+    if "variance_type" not in init_parameters(scheduler) or "learned" not in str(scheduler.config.variance_type):
+        return False
+    if isinstance(scheduler, DDPMScheduler):
+        return True
+    # DPM-Solver and its kin cut after channel 3, and only if noise is predicted
+    return channels == 3 and scheduler.config.get("prediction_type") == "epsilon"
 
 
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=None) -> torch.Tensor:
@@ -469,20 +498,20 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=No
         scheduler.set_timesteps(num_inference_steps, device=device)
     except Exception as error:  # some have a minimum or maximum number of steps, and raise various errors
         raise ValueError(f"{refused}: {error}.") from error
-    train_steps, first = scheduler.config.num_train_timesteps, scheduler.timesteps[0]
-    if "beta_schedule" in scheduler.config and not hasattr(scheduler, "sigmas") and first >= train_steps:
+    discrete, by_sigmas = "beta_schedule" in scheduler.config, hasattr(scheduler, "sigmas")
+    last, ends = scheduler.config.num_train_timesteps - 1, scheduler.timesteps[[0, -1]]  # inversion goes upwards
+    if discrete and not by_sigmas and ends.max() > last:
         raise ValueError(
-            f"{refused}: with a `steps_offset` of {scheduler.config.steps_offset} they start at timestep {first}, and"
-            f" the last of its noise schedule is {train_steps - 1}. Take fewer steps."
+            f"{refused}: with a `steps_offset` of {scheduler.config.steps_offset} they reach timestep {ends.max()},"
+            f" and the last of its noise schedule is {last}. Take fewer steps."
         )
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it looks its place up by timestep, and Karras noise levels may share one
-    if "beta_schedule" in scheduler.config and scheduler.timesteps[-1] == -1:
-        # in 61 steps of 1,000, for one, "trailing" spacing rounds to a timestep too many
-        if hasattr(scheduler, "sigmas"):
+    if discrete and -1 in ends:  # "trailing" spacing rounds to a timestep too many, in 61 steps of 1,000, for one
+        if by_sigmas:
             scheduler.timesteps = scheduler.timesteps.clamp(min=0)  # the noise level that it has there is that of 0
         else:
-            scheduler.timesteps = scheduler.timesteps[:-1]  # for it -1 is the last timestep, all noise
+            scheduler.timesteps = scheduler.timesteps[scheduler.timesteps >= 0]  # for it -1 is the last, all noise
     return scheduler.timesteps
 
 

@@ -247,7 +247,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ConvStem", "DownBlock", "MidBlock", "UpBlock", "OutBlock"]
-    _repeated_blocks = ["DownBlock", "UpBlock"]
+    _repeated_blocks = ["DownBlock", "MidBlock", "UpBlock"]
     _skip_layerwise_casting_patterns = ["norm", "time_proj"]
 
     @register_to_config
