@@ -21,7 +21,7 @@ from .image_decoding import decode_images, pixel_table, size_of_all
 from .pipeline_pixel_diffusion import check_positive
 from .synthetic_fashion import SYNTHETIC
 
-SYNTHETIC_SIZE = 20_000
+SYNTHETIC_SPLITS = {"train": (20_000, 0), "test": (10_000, 1)}  # their number of images, and the seed
 CHUNK_BYTES = 2**26  # per record batch: large, so that a batch gathers from few; bounded, to bound memory
 
 
@@ -123,14 +123,13 @@ def load_images(
     image_column: str = "image",
     center_crop: bool = False,
     max_samples: int | None = None,
-    seed: int = 0,
     cache_dir: str | None = None,
 ) -> Dataset:
     """Load a data set, decoded to one resolution. Transparency becomes black; 16-bit grey is scaled to 8 bits.
 
     Args:
         dataset_name: A data set on the Hub, a local folder (parquet, images or zip archives of them, or Arrow from
-            `save_to_disk`), or `"synthetic-fashion"`, the built-in set of drawn garments.
+            `save_to_disk`), or `"synthetic-fashion"`, the built-in set of drawn garments (splits "train", "test").
         resolution: Height and width to resize to (bilinear, antialiased).
         channels: 1 for grey, 3 for RGB.
         dataset_config_name: Configuration to use, if the data set has several.
@@ -140,7 +139,6 @@ def load_images(
         image_column: Column that holds the images.
         center_crop: Crop each image to its central square first. Without it, all must be square and of one size.
         max_samples: Use only this many images, the first ones; of the built-in set, draw this many.
-        seed: Seed of the built-in set.
         cache_dir: Cache folder of `datasets` and of the decoded images.
 
     Returns:
@@ -155,9 +153,10 @@ def load_images(
     if channels not in (1, 3):
         raise ValueError(f"`channels` is {channels!r}; it must be 1 (grey) or 3 (RGB).")
     if dataset_name == SYNTHETIC and train_data_dir is None:
-        if split != "train":
-            raise ValueError(f"`split` is {split!r}; {SYNTHETIC} has 'train' alone: draw others with another `seed`.")
-        return draw_synthetic(max_samples or SYNTHETIC_SIZE, seed, resolution, channels, cache_dir)
+        if split not in SYNTHETIC_SPLITS:
+            raise ValueError(f"`split` is {split!r}; {SYNTHETIC} has {' and '.join(SYNTHETIC_SPLITS)}.")
+        size, seed = SYNTHETIC_SPLITS[split]
+        return draw_synthetic(max_samples or size, seed, resolution, channels, cache_dir)
 
     source = open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache_dir)
     check_image_column(source.features, image_column)
@@ -166,7 +165,8 @@ def load_images(
     if max_samples is not None:
         source = source.select(range(min(max_samples, len(source))))
 
-    label = {"label": source.features["label"]} if "label" in source.features else {}
+    has_label = "label" in source.features and image_column != "label"
+    label = {"label": source.features["label"]} if has_label else {}
     first = source.with_format("arrow")[:1].select([image_column])
     size = size_of_all(first, channels, center_crop)
     settings = {"image_column": image_column, "resolution": resolution, "channels": channels, "size": size}

@@ -29,10 +29,8 @@ def decode_images(table: pa.Table, indices: list[int], image_column, resolution,
     for row, (index, encoded) in enumerate(zip(indices, images, strict=True)):
         encoded = encoded.as_py()
         image = decode_image(encoded, index)
-        side = min(image.size)
         if size is None:
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
+            image = central_square(image)
         elif image.size != (size[0], size[0]):
             raise ValueError(
                 f"{called(encoded, index)} is {image.width}x{image.height}; images must be square and of one size (the"
@@ -42,7 +40,7 @@ def decode_images(table: pa.Table, indices: list[int], image_column, resolution,
             image = image.convert("L" if channels == 1 else "RGB")
         except ValueError as error:
             raise ValueError(f"{called(encoded, index)} cannot be used ({error}): convert it.") from error
-        if side != resolution:
+        if image.width != resolution:
             image = image.resize((resolution, resolution), PILImage.Resampling.BILINEAR)
         pixels[row] = np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1)
     return pixel_table(pixels, table.drop_columns([image_column]))
@@ -96,11 +94,21 @@ def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
     return image
 
 
+def central_square(image: PILImage.Image) -> PILImage.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def has_colour(image: PILImage.Image) -> bool:
+    pixels = np.asarray(image.convert("RGB"))
+    return bool((pixels != pixels[..., :1]).any())
+
+
 def size_of_all(first: pa.Table, channels: int, center_crop: bool) -> tuple[int, int] | None:
     """The size of a data set's first image, which all must have; None if each is cropped. Warns if colour is lost."""
     image = decode_image(with_content(first).column(0)[0].as_py(), 0)
-    pixels = np.asarray(image.convert("RGB"))
-    if channels == 1 and (pixels != pixels[..., :1]).any():
+    if channels == 1 and has_colour(image):
         logger.warning("The images are in colour and are made grey; for colour, use a network with 3 `in_channels`.")
     return None if center_crop else image.size
 

@@ -632,9 +632,16 @@ def test_a_single_saved_data_set_has_no_other_split(tmp_path):
         load_images(**source, resolution=8, split="test", cache_dir=str(tmp_path / "cache"))
 
 
+def test_the_images_may_be_in_a_column_named_label(tmp_path, cache):
+    rows = {"image": random_images(3), "label": random_images(3, seed=1)}
+    Dataset.from_dict(rows, Features({"image": Image(), "label": Image()})).save_to_disk(tmp_path / "s")
+    decoded = load_images(str(tmp_path / "s"), resolution=8, image_column="label", cache_dir=cache)
+    np.testing.assert_array_equal(read(decoded, 8), reference(rows["label"], 8))
+
+
 def test_the_synthetic_set_has_no_other_split():
-    with pytest.raises(ValueError, match="`split` is 'test'; synthetic-fashion has 'train' alone"):
-        load_images("synthetic-fashion", resolution=8, split="test")
+    with pytest.raises(ValueError, match="`split` is 'validation'; synthetic-fashion has train and test"):
+        load_images("synthetic-fashion", resolution=8, split="validation")
 
 
 # the Hub: in a process of its own, since its address is read once, at import

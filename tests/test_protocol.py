@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ddpm_diffusers import PixelDiffusionPipeline
-from ddpm_diffusers.data import ImageArrays, load_images
+from ddpm_diffusers.data import ImageArrays, draw_synthetic
 from ddpm_diffusers.evaluation import Reference, evaluate_images, evaluate_pipeline, protocol
 from ddpm_diffusers.evaluation.damage import DAMAGE
 from ddpm_diffusers.evaluation.features import FeatureExtractor, extract_features
@@ -51,7 +51,7 @@ def extractor(tmp_path) -> FeatureExtractor:
 
 
 def garments(count: int, seed: int = 0, resolution: int = 8, channels: int = 1) -> ImageArrays:
-    dataset = load_images("synthetic-fashion", resolution=resolution, channels=channels, max_samples=count, seed=seed)
+    dataset = draw_synthetic(count, seed, resolution, channels)
     return ImageArrays(dataset, (channels, resolution, resolution))
 
 

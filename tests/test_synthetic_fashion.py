@@ -92,16 +92,16 @@ def test_edges_are_antialiased():
 )
 def test_errors_name_the_value_and_the_rule(arguments, message):
     with pytest.raises(ValueError, match=message):
-        load_images("synthetic-fashion", **{"resolution": 8, "max_samples": 1, **arguments})
+        draw_garments([0], **arguments)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_as_a_data_set_it_has_the_columns_and_rows_of_any_other(channels, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("channels", "split", "seed"), [(1, "train", 0), (3, "test", 1)])
+def test_as_a_data_set_it_has_the_columns_and_rows_of_any_other(channels, split, seed, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CHUNK_BYTES", channels * 100 * 11)  # 11 rows a chunk
     drawn = load_images(
-        "synthetic-fashion", resolution=10, channels=channels, max_samples=35, seed=4, cache_dir=tmp_path
+        "synthetic-fashion", resolution=10, channels=channels, max_samples=35, split=split, cache_dir=tmp_path
     )
-    images, labels = draw_garments(range(35), seed=4, resolution=10, channels=channels)
+    images, labels = draw_garments(range(35), seed=seed, resolution=10, channels=channels)
     np.testing.assert_array_equal(ImageArrays(drawn, (channels, 10, 10)).__getitems__(range(35)), images)
     assert drawn["label"][:] == labels.tolist() and tuple(drawn.features["label"].names) == CLASS_NAMES
 

@@ -431,6 +431,13 @@ def test_a_config_for_another_size_is_told(train, tmp_path, caplog):
     assert "was for images of `sample_size` 12; this one is for `--resolution` 8." in caplog.text
 
 
+def test_a_schedule_that_does_not_reach_noise_is_told(train, caplog):
+    train("--ddpm_num_steps", "1000")
+    assert "of the image is left" not in caplog.text
+    train("--ddpm_num_steps", "100", "--overwrite_output_dir")  # the square root of the last alpha_bar is 0.697
+    assert "After 100 timesteps of `--ddpm_beta_schedule` scaled_linear, 70% of the image is left" in caplog.text
+
+
 def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(train):
     train("--checkpointing_steps", "3")
     with pytest.raises(ValueError, match="is at step 3, beyond the 2 steps of this run"):
@@ -496,6 +503,8 @@ def test_a_run_with_anything_that_defines_it_changed_is_not_a_resumed_one(train,
     (["--gradient_checkpointing", "--unet_config", '{"norm_type": "batch"}'], "would be updated twice a step"),
     (["--ddpm_num_inference_steps", "2000"], "`--ddpm_num_inference_steps` is 2000; it must not exceed"),
     (["--seed", "-1"], "`--seed` is -1"),
+    (["--num_epochs=5"], "`--num_epochs` is 5 and `--max_train_steps` 3.*: give one alone"),
+    (["--train_data_dir", ".", "--output_dir", "run"], "`--output_dir` run lies in ., where the images are"),
     (["--dataloader_num_workers", "-1"], "`--dataloader_num_workers` is -1; it must be a whole number of at least 0"),
     (["--unet_config", str(SCRIPT.parent / "configs" / "stock.json"), "--resolution", "10"],
      "cannot take images of `--resolution` 10"),
@@ -514,6 +523,9 @@ def test_arguments_come_from_a_file_and_flags_win(tmp_path):
     args = parse(str(tmp_path / "run.yaml"), "--learning_rate", "0.002")
     assert (args.resolution, args.learning_rate, args.use_ema, args.num_epochs) == (28, 0.002, False, 5)
     assert script.make_unet(args.unet_config, 28, 500).config.num_train_timesteps == 500
+    assert parse(f"--unet_config={tmp_path / 'unet.json'}").unet_config == str(tmp_path / "unet.json")  # no such file
+    (tmp_path / "run.json").write_text('{"unet_config": {"norm_eps": 1e-05}}')
+    assert parse(str(tmp_path / "run.json")).unet_config == {"norm_eps": 1e-05}  # for YAML, a string
     saved = str(Path(__file__).parent / "checkpoint_v0.1" / "unet" / "config.json")
     assert script.make_unet(saved, 8, 1000).config.mid_block_layers == 2  # as when it is loaded
     for text, message in (

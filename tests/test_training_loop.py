@@ -30,9 +30,7 @@ FLAGS = {
 
 def train_in_plain_torch(cache: str) -> tuple[dict, dict, list[dict]]:
     """The weights, their average, and the lines of metrics for two steps each."""
-    source = load_images(
-        "synthetic-fashion", max_samples=IMAGES, seed=0, resolution=RESOLUTION, channels=1, cache_dir=cache
-    )
+    source = load_images("synthetic-fashion", max_samples=IMAGES, resolution=RESOLUTION, channels=1, cache_dir=cache)
     images = ImageArrays(source, (1, RESOLUTION, RESOLUTION))
     batches = iter(ShuffledBatches(IMAGES, BATCH, SEED, range(STEPS * PARTS)))
     torch.manual_seed(SEED)

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from command_line import arg, check
 from launch import PRECISIONS
@@ -46,10 +47,12 @@ class TrainingArguments:
     snr_gamma: float | None = arg(None, "gamma of Min-SNR loss weighting, 5.0 in its paper; no weighting by default")
     # optimization
     output_dir: str = arg("ddpm-model", "folder for the pipeline, checkpoints and logs")
-    overwrite_output_dir: bool = arg(False, "delete an earlier training's weights, checkpoints, samples, logs there")
+    overwrite_output_dir: bool = arg(
+        False, "delete an earlier training's files there, unless --resume_from_checkpoint goes on"
+    )
     seed: int = arg(0, "seed for weights, data order, noise and timesteps")
     train_batch_size: int = arg(64, "batch size per process")
-    num_epochs: int = arg(5, "passes over the data")
+    num_epochs: int | None = arg(None, "passes over the data, 5 by default")
     max_train_steps: int | None = arg(None, "total optimizer steps, in place of --num_epochs")
     gradient_accumulation_steps: int = arg(1, "batches per optimizer step")
     learning_rate: float = arg(2e-3, "peak learning rate of AdamW")
@@ -89,7 +92,9 @@ class TrainingArguments:
     # the Hub
     push_to_hub: bool = arg(False, "push the pipeline and its model card after training")
     hub_model_id: str | None = arg(None, "repository to push to; the name of --output_dir by default")
-    hub_token: str | None = arg(None, "Hub token; prefer `hf auth login` or HF_TOKEN: others can see a command line")
+    hub_token: str | None = arg(
+        None, "token for the push; prefer `hf auth login` or HF_TOKEN, which serve private data, too"
+    )
     hub_private_repo: bool = arg(False, "create the repository as private")
     hub_license: str | None = arg(None, "license of the model for its card, as the Hub abbreviates it, such as mit")
 
@@ -126,6 +131,19 @@ class TrainingArguments:
             raise ValueError(
                 f"`--dataset_id` is {self.dataset_id!r}; it must be owner/name on the Hub, of what `--dataset_name` is"
                 " a local copy of."
+            )
+        if self.num_epochs is not None and self.max_train_steps is not None:
+            raise ValueError(
+                f"`--num_epochs` is {self.num_epochs} and `--max_train_steps` {self.max_train_steps}, one of them"
+                " perhaps in the file of arguments: give one alone."
+            )
+        if self.num_epochs is None and self.max_train_steps is None:
+            self.num_epochs = 5
+        source = Path(self.train_data_dir or self.dataset_name)
+        if source.is_dir() and Path(self.output_dir).resolve().is_relative_to(source.resolve()):
+            raise ValueError(
+                f"`--output_dir` {self.output_dir} lies in {source}, where the images are, and its samples would join"
+                " them: choose another."
             )
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`--streaming` needs `--max_train_steps`: how long an epoch is cannot be known.")

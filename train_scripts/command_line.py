@@ -1,5 +1,6 @@
 """Flags of the scripts, from a dataclass, the command line and an optional YAML or JSON file."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -34,10 +35,11 @@ def run_script(main: Callable, arguments_class: type, doc: str) -> None:
 def parse_arguments(arguments_class: type, argv: list[str], doc: str):
     """Parse an optional YAML or JSON file of arguments, then flags, which override it, into an `arguments_class`."""
     parser = HfArgumentParser(arguments_class, description=doc.splitlines()[0], allow_abbrev=False)
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+    if argv and not argv[0].startswith("-") and argv[0].endswith((".yaml", ".yml", ".json")):
         if not Path(argv[0]).is_file():
             raise ValueError(f"There is no file {argv[0]}; what stands first may be a YAML or JSON file of arguments.")
-        values = yaml.safe_load(Path(argv[0]).read_text()) or {}  # JSON is YAML
+        read = json.loads if argv[0].endswith(".json") else yaml.safe_load  # for YAML, 1e-05 is a string
+        values = read(Path(argv[0]).read_text()) or {}
         if not isinstance(values, dict):
             raise ValueError(f"{argv[0]} holds a {type(values).__name__}; it must hold arguments by name.")
         if values.get("mixed_precision") is False:

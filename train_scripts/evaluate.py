@@ -42,7 +42,7 @@ from ddpm_diffusers.evaluation.protocol import (
 )
 from ddpm_diffusers.grid import image_grid
 from ddpm_diffusers.hub import add_figures, is_hub_id
-from ddpm_diffusers.image_decoding import decode_image
+from ddpm_diffusers.image_decoding import central_square, decode_image, has_colour
 from ddpm_diffusers.pipeline_pixel_diffusion import README
 from ddpm_diffusers.sampling import to_pil
 from ddpm_diffusers.schedulers import count_evaluations
@@ -69,7 +69,7 @@ class EvaluateArguments(EvaluationArguments):
     images: str | None = arg(None, "in place of --model: a folder of images, or the data set's split train or test")
     resolution: int = arg(28, "with --images train or test: height and width to resize the images to")
     damage: str | None = arg(None, f"with --images: damage to apply, one of {', '.join(DAMAGE)}")
-    damage_amount: float = arg(0.1, "amount in [0, 1]: share of the full blur, or of the range of pixel values")
+    damage_amount: float | None = arg(None, "in [0, 1]: share of the full blur, or of the range of pixel values")
     # output
     name: str | None = arg(None, "name of the table row; the last part of --model or --images by default")
     write_card: bool = arg(False, "write the figures into the model card in the --model folder")
@@ -81,10 +81,18 @@ class EvaluateArguments(EvaluationArguments):
         for name in ("scheduler", "scheduler_config", "variant") if self.images is not None else ():
             if getattr(self, name) is not None:
                 raise ValueError(f"`--{name}` is for a `--model`; `--images` are judged as they are: leave it out.")
+        if self.images is not None and len(self.seeds) > 1:
+            raise ValueError(
+                "`--seeds` are those of a `--model`'s samples; `--images` are judged once: leave them out."
+            )
         check(self, self.num_inference_steps >= 1, "num_inference_steps", "be at least 1")
+        even = self.resolution >= 6 and self.resolution % 2 == 0
+        check(self, even, "resolution", "be even, and at least 6")
         if self.damage is not None and (self.images is None or self.damage not in DAMAGE):
             raise ValueError(f"`--damage` is {self.damage!r}; it must be one of {', '.join(DAMAGE)}, with `--images`.")
-        check(self, 0 <= self.damage_amount <= 1, "damage_amount", "be in [0, 1]")
+        if (self.damage is None) != (self.damage_amount is None):
+            raise ValueError("Give `--damage` and `--damage_amount`, or neither.")
+        check(self, self.damage is None or 0 <= self.damage_amount <= 1, "damage_amount", "be in [0, 1]")
         if self.write_card and not is_hub_id(self.dataset_id or self.dataset_name):
             raise ValueError(
                 f"`--write_card` needs the data set's id on the Hub, which {self.dataset_id or self.dataset_name} is"
@@ -178,7 +186,9 @@ def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
             f" {args.train_split} and {args.test_split}."
         )
     images = [decode_image({"bytes": None, "path": str(path)}, i) for i, path in enumerate(files)]
-    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
+    if args.center_crop:
+        images = [central_square(image) for image in images]
+    mode = "RGB" if any(map(has_colour, images)) else "L"
     for path, image in zip(files, images, strict=True):
         if image.size != images[0].size or image.width != image.height:
             raise ValueError(

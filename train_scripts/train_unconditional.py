@@ -49,6 +49,7 @@ logger = get_logger(__name__, log_level="INFO")
 
 
 def seed_of(*numbers: int) -> int:
+    """A 64-bit seed from these numbers. A trailing 0 does not count: (1, 2) and (1, 2, 0) give the same."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -74,10 +75,6 @@ def main(args: TrainingArguments) -> None:
     resume_path, goes_on = claimed
     check_agreement(resume_path, goes_on)
 
-    repo_id = args.hub_model_id or output_dir.resolve().name
-    if args.push_to_hub and accelerator.is_main_process:
-        repo_id = prepare_repo(repo_id, args.hub_token, args.hub_private_repo or None, args.hub_license)
-
     # model, noise schedule, data
     set_seed(args.seed)
     scheduler = DDPMScheduler(
@@ -86,6 +83,13 @@ def main(args: TrainingArguments) -> None:
         prediction_type=args.prediction_type,
         timestep_spacing="trailing",
     )
+    left = scheduler.alphas_cumprod[-1].item()  # of the image's variance, at the last timestep
+    if left > 0.01:
+        logger.warning(
+            f"After {args.ddpm_num_steps} timesteps of `--ddpm_beta_schedule` {args.ddpm_beta_schedule},"
+            f" {left**0.5:.0%} of the image is left, and sampling starts from pure noise, which the network never saw:"
+            " give more `--ddpm_num_steps`, or squaredcos_cap_v2."
+        )
     pretrained = args.pretrained_model_name_or_path
     if pretrained is None:
         model = make_unet(args.unet_config, args.resolution, args.ddpm_num_steps, args.gradient_checkpointing)
@@ -121,7 +125,8 @@ def main(args: TrainingArguments) -> None:
 
     # resume
     step = 0
-    window = torch.zeros(2, 5, device=device)  # sums and counts of losses since the last line of metrics, see below
+    # (2, 5): sums and counts of losses since the last line of metrics; of all timesteps, then of each quarter of them
+    window = torch.zeros(2, 5, device=device)
     run = {
         **settings_of(args),
         "max_train_steps": max_train_steps,
@@ -148,14 +153,19 @@ def main(args: TrainingArguments) -> None:
 
     batches = make_batches(images, args, image_shape, accelerator, range(step, max_train_steps), stream_state)
 
-    # the run may have stopped before sampling the grid of this step
-    sample_first = args.validation_steps and step % args.validation_steps == 0 and 0 < step < max_train_steps
-    sample_first = sample_first and not (goes_on and samples_path(output_dir, step).exists())
-    [sample_first] = broadcast_object_list([sample_first])  # all sample or none
+    # a run that was killed between a checkpoint and its grid makes that grid first
+    due = bool(args.validation_steps) and 0 < step < max_train_steps and step % args.validation_steps == 0
+    made = goes_on and samples_path(output_dir, step).exists()
+    [sample_first] = broadcast_object_list([due and not made])  # all processes sample, or none
+
+    repo_id = args.hub_model_id or output_dir.resolve().name
+    if args.push_to_hub and accelerator.is_main_process:  # what could be wrong with the arguments has shown by now
+        repo_id = prepare_repo(repo_id, args.hub_token, args.hub_private_repo or None, args.hub_license)
 
     accelerator.wait_for_everyone()  # no process writes before all have checked the folder
     if accelerator.is_main_process:
         folder_lock = lock(output_dir)  # noqa: F841 (held until the run ends, however it does)
+        # another run may have begun here between the first look and the lock
         if claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir) != claimed:
             raise ValueError(f"`--output_dir` {output_dir} has changed while this run started: start it again.")
         configs = {"arguments": run, "unet": config_of(model)}
@@ -182,15 +192,15 @@ def main(args: TrainingArguments) -> None:
     def write_samples() -> Path:
         pipe = PixelDiffusionPipeline(averaged_unet(), make_scheduler("dpmsolver++", scheduler)).to(device)
         pipe.set_progress_bar_config(disable=True)
-        images = sample_images(pipe, args.eval_batch_size, args.ddpm_num_inference_steps)
+        samples = sample_images(pipe, args.eval_batch_size, args.ddpm_num_inference_steps)
         path = samples_path(output_dir, step)
         if accelerator.is_main_process:
-            grid = image_grid(to_pil(images))
+            grid = image_grid(to_pil(samples))
             write_file(path, grid.save)
             log_image(accelerator.trackers, "samples", grid, step)
         return path
 
-    quartiles = torch.arange(4, device=device)[:, None]  # (4, 1)
+    quarters = torch.arange(4, device=device)[:, None]  # (4, 1)
 
     def train_on(
         batch: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, flips: torch.Tensor
@@ -212,10 +222,9 @@ def main(args: TrainingArguments) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        # sum and count of the losses, over all timesteps and over each quarter of them
-        in_quartile = timesteps * 4 // args.ddpm_num_steps == quartiles  # (4, B)
-        members = torch.cat([torch.ones_like(losses)[None], in_quartile])  # (5, B)
-        window.add_(torch.stack([members @ losses.detach(), members.sum(1)]))
+        in_quarter = timesteps * 4 // args.ddpm_num_steps == quarters  # (4, B)
+        counted = torch.cat([torch.ones_like(losses)[None], in_quarter])  # (5, B): 1 where an image counts
+        window.add_(torch.stack([counted @ losses.detach(), counted.sum(1)]))
         return grad_norm
 
     train_step = GraphedStep(train_on, optimizer) if graphed else train_on
@@ -237,12 +246,14 @@ def main(args: TrainingArguments) -> None:
             if part == 0:
                 # for the whole global batch, a function of (seed, step)
                 generator.manual_seed(seed_of(args.seed, step))
-                draws = draw_noise_and_timesteps((global_batch_size, *image_shape), args.ddpm_num_steps, generator)
+                noise, timesteps = draw_noise_and_timesteps(
+                    (global_batch_size, *image_shape), args.ddpm_num_steps, generator
+                )
                 flips = torch.rand(global_batch_size, 1, 1, 1, generator=generator, device=device) < 0.5
             first = (part * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
             rows = slice(first, first + args.train_batch_size)  # of this batch within the global one
-            torch.manual_seed(seed_of(args.seed, step, 1 + first))  # for dropout; a trailing 0 would not count
-            grad_norm = train_step(batch, draws[0][rows], draws[1][rows], flips[rows])
+            torch.manual_seed(seed_of(args.seed, step, 1 + first))  # for dropout
+            grad_norm = train_step(batch, noise[rows], timesteps[rows], flips[rows])
 
         images_seen += args.train_batch_size * accelerator.num_processes
         if not accelerator.sync_gradients:
@@ -260,15 +271,15 @@ def main(args: TrainingArguments) -> None:
         every = args.checkpointing_steps
         # a run that went on must end with a checkpoint: else the same command would do its end again
         checkpoint = stopped or (last and (every or goes_on)) or (every and step % every == 0)
-        if log or checkpoint:
+        if log or checkpoint or sample:
             sums, counts = accelerator.reduce(window, "sum").tolist()
             norm = float(grad_norm)
             # under fp16 the scaler skips a step whose gradients overflow
             if not math.isfinite(sums[0]) or (accelerator.scaler is None and not math.isfinite(norm)):
                 failed = (
                     f"At step {step} the loss is {sums[0] / counts[0]} and the gradient's norm {norm}: stopped,"
-                    " nothing was written after the last checkpoint. Lower `--learning_rate`, raise"
-                    " `--lr_warmup_steps`, or use `--mixed_precision` no or bf16."
+                    " nothing was written after the last checkpoint. Start a new run (`--overwrite_output_dir` and no"
+                    " `--resume_from_checkpoint`) with a lower `--learning_rate` or `--mixed_precision` no or bf16."
                 )
                 break
         if log:
@@ -290,16 +301,8 @@ def main(args: TrainingArguments) -> None:
             state = {"arguments": run, **epoch(step), **gather_state(accelerator, lr_scheduler, window, batches)}
             if accelerator.is_main_process:
                 metrics_file.flush()
-            path = save_checkpoint(
-                output_dir,
-                step,
-                model,
-                ema,
-                optimizer,
-                state,
-                args.checkpoints_total_limit,
-                accelerator.is_main_process,
-            )
+            keep, is_main = args.checkpoints_total_limit, accelerator.is_main_process
+            path = save_checkpoint(output_dir, step, model, ema, optimizer, state, keep, is_main)
         if sample:
             write_samples()
         if stopped:

@@ -6,6 +6,7 @@ figures = evaluate_images(images, reference)  # uint8 (N, C, H, W)
 record = evaluate_pipeline(pipe, reference, num_images=10_000, num_inference_steps=20, seeds=(0, 1, 2))
 """
 
+import contextlib
 import hashlib
 import math
 import statistics
@@ -60,10 +61,9 @@ class Statistics:
             digest.update(part.numpy())
         folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / "ddpm-diffusers"
         path = folder / f"statistics-{digest.hexdigest()[:32]}.safetensors"
-        try:
+        with contextlib.suppress(FileNotFoundError, SafetensorError):  # not there yet, or cut off by a full disk
             return cls(**load_file(path))
-        except (FileNotFoundError, SafetensorError):  # not there yet, or cut off by a full disk
-            made = cls.of_images(images, extractor)
+        made = cls.of_images(images, extractor)
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{uuid.uuid4().hex}")
         save_file({"features": made.features, "power": made.power}, partial)
@@ -126,6 +126,8 @@ class Reference:
         **load_images_kwargs,
     ) -> "Reference":
         """Reference from a data set on the Hub or in a local folder; other arguments are passed to `load_images`."""
+        if resolution < 6 or resolution % 2:  # before anything is decoded
+            raise ValueError(f"`resolution` is {resolution}; it must be even, and at least 6, for the spectra.")
         test, train = (  # in this order: a test split that is missing shows before the larger one is decoded
             ImageArrays(
                 load_images(dataset_name, resolution=resolution, channels=channels, split=split, cache_dir=cache_dir,
