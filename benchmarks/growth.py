@@ -128,6 +128,8 @@ def train_with(num_processes: int, args, output_dir: Path, cache: Path, device: 
         "logger": "none",
     }
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", num_processes)
+    if num_processes == 1:
+        launcher = ()  # as a user starts it: with a launcher, it would take no CUDA graph
     threads = max(1, torch.get_num_threads() // num_processes)
     return speed_of_training(values, output_dir, device, launcher, OMP_NUM_THREADS=str(threads))
 

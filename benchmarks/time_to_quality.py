@@ -18,6 +18,7 @@ from run_folder import write_text
 
 from ddpm_diffusers.checkpointing import config_of
 from ddpm_diffusers.data import load_images
+from ddpm_diffusers.evaluation import load_feature_extractor
 
 RESOLUTION, SEED = 16, 0
 STOCK_EPOCHS, STOCK_BATCH_SIZE, STOCK_LEARNING_RATE = 5.0, 64, 2e-3
@@ -28,39 +29,55 @@ def measure(args, device: torch.device) -> dict:
     # decoded, and known to be there, before the first training
     load_images(args.dataset_name, resolution=RESOLUTION, split="test")
     num_images = len(load_images(args.dataset_name, resolution=RESOLUTION))
-    rows = []
     of_default = args.quality_batch_size, args.quality_learning_rate
+    runs = []
     for name, epochs, batch_size, rate in (
         ("stock", STOCK_EPOCHS, STOCK_BATCH_SIZE, STOCK_LEARNING_RATE),
         *(("default", epochs, *of_default) for epochs in args.epochs),
     ):
         steps = max(1, round(epochs * num_images / batch_size))
         budget = {"max_train_steps": steps, "train_batch_size": batch_size, "learning_rate": rate}
-        row = train_and_judge(name, budget, Path(args.work_dir, f"{name}-{steps}x{batch_size}-{rate:g}"), args, device)
-        rows.append(row | {"epochs": epochs, "images_seen": steps * batch_size})
+        runs.append((name, epochs, budget, Path(args.work_dir, f"{name}-{steps}x{batch_size}-{rate:g}")))
+    for name, _, budget, folder in runs:  # all of them before the first training
+        trained_before(folder, settings_of(name, budget, args, device))
+    rows = []
+    for name, epochs, budget, folder in runs:
+        row = train_and_judge(name, budget, folder, args, device)
+        rows.append(row | {"epochs": epochs, "images_seen": budget["max_train_steps"] * budget["train_batch_size"]})
         print(f"{name}, {epochs:g} epochs: {row['seconds']:,.0f} s, distance {row['distance']:.3f}", flush=True)
     return {"dataset": args.dataset_id or Path(args.dataset_name).name, "num_images": args.num_images, "rows": rows}
 
 
-def train_and_judge(name: str, budget: dict, folder: Path, args, device: torch.device) -> dict:
-    record, trained = folder / "time_to_quality.json", folder / "trained.json"
-    settings = {
+def settings_of(name: str, budget: dict, args, device: torch.device) -> dict:
+    """What the seconds and weights of a training depend on."""
+    return {
         "network": config_of(make_network(name, RESOLUTION)),
         "budget": budget,
         "dataset": args.dataset_id or Path(args.dataset_name).name,
         "mixed_precision": args.precisions[-1],
-        "num_images": args.num_images,
         **{name: describe(device)[name] for name in ("device", "threads", "versions")},
     }
-    of_training = {name: value for name, value in settings.items() if name != "num_images"}
-    known = json.loads(trained.read_text()) if trained.is_file() else None
-    if known is not None and known["settings"] != of_training:
+
+
+def trained_before(folder: Path, settings: dict) -> dict | None:
+    """The record of the folder's training, None if it has none; ValueError if it is of other settings."""
+    path = folder / "trained.json"
+    known = json.loads(path.read_text()) if path.is_file() else None
+    if known is not None and known["settings"] != settings:
         raise ValueError(
-            f"{folder} is of {known['settings']}, and {of_training} is asked for: give another `--work_dir`."
+            f"{folder} is of {known['settings']}, and {settings} is asked for: give another `--work_dir`."
         )
+    return known
+
+
+def train_and_judge(name: str, budget: dict, folder: Path, args, device: torch.device) -> dict:
+    settings = settings_of(name, budget, args, device)
+    record, known = folder / "time_to_quality.json", trained_before(folder, settings)
+    judged = {"num_images": args.num_images, "extractor": load_feature_extractor().digest, "scheduler": SCHEDULER,
+              "num_inference_steps": NUM_INFERENCE_STEPS}  # fmt: skip
     if record.is_file():  # else the evaluation was cut off
         row = json.loads(record.read_text())
-        if row.pop("settings") == settings:
+        if row.pop("judged", None) == judged:
             return row
     data = {"dataset_name": args.dataset_name, **({"dataset_id": args.dataset_id} if args.dataset_id else {})}
     training = {
@@ -77,8 +94,8 @@ def train_and_judge(name: str, budget: dict, folder: Path, args, device: torch.d
         start = time.perf_counter()
         run([ROOT / "train_scripts" / "train_unconditional.py", *flags(training), "--overwrite_output_dir"], device)
         seconds = time.perf_counter() - start
-        known = {"seconds": seconds, "seconds_of_steps": seconds_of_steps(folder, budget), "settings": of_training}
-        write_text(trained, json.dumps(known))
+        known = {"seconds": seconds, "seconds_of_steps": seconds_of_steps(folder, budget), "settings": settings}
+        write_text(folder / "trained.json", json.dumps(known))
     judging = {
         **data,
         "model": folder,
@@ -93,7 +110,7 @@ def train_and_judge(name: str, budget: dict, folder: Path, args, device: torch.d
     distance = figures["train"]["frechet_distance"]["mean"]
     row = {"network": name, **budget, "seconds": known["seconds"], "seconds_of_steps": known["seconds_of_steps"]}
     row |= {"distance": distance}
-    write_text(record, json.dumps(row | {"settings": settings}))
+    write_text(record, json.dumps(row | {"judged": judged}))
     return row
 
 
