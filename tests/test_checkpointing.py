@@ -25,11 +25,13 @@ from ddpm_diffusers.checkpointing import (
     resolve_checkpoint,
     save_checkpoint,
 )
+from ddpm_diffusers.muon import Muon
 
 SMALLEST = {"block_out_channels": (8, 8), "norm_num_groups": 2, "block_norm_num_groups": 2, "time_embedding_dim": 8}
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
     "amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, amsgrad=True, betas=(0.95, 0.99)),
+    "muon": lambda parameters: Muon(parameters, lr=3e-3),
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
     "stateless": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
 }
@@ -88,7 +90,7 @@ def assert_same(first, second):
 
 @pytest.mark.parametrize(
     ("optimizer", "with_ema"),
-    [("adamw", True), ("adamw", False), ("amsgrad", True), ("momentum", True), ("stateless", True)],
+    [("adamw", True), ("adamw", False), ("amsgrad", True), ("muon", True), ("momentum", True), ("stateless", True)],
 )
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(optimizer, with_ema, tmp_path):
     uninterrupted = Run(0, optimizer, with_ema).train(6)

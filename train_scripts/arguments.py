@@ -14,8 +14,8 @@ from ddpm_diffusers.hub import is_hub_id
 # must not change between a checkpoint and the run resumed from it; the script sets the first three itself
 DEFINES_THE_RUN = (
     "data", "global_batch_size", "mixed_precision", "resolution", "random_flip", "prediction_type", "ddpm_num_steps",
-    "ddpm_beta_schedule", "snr_gamma", "seed", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay",
-    "adam_epsilon", "max_grad_norm", "use_ema", "ema_max_decay",
+    "ddpm_beta_schedule", "snr_gamma", "seed", "optimizer", "learning_rate", "adam_beta1", "adam_beta2",
+    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "use_ema", "ema_max_decay",
 )  # fmt: skip
 
 
@@ -55,7 +55,8 @@ class TrainingArguments:
     num_epochs: int | None = arg(None, "passes over the data, 5 by default")
     max_train_steps: int | None = arg(None, "total optimizer steps, in place of --num_epochs")
     gradient_accumulation_steps: int = arg(1, "batches per optimizer step")
-    learning_rate: float = arg(2e-3, "peak learning rate of AdamW")
+    optimizer: str = arg("adamw", "adamw, or muon, which has Muon for the kernels of convolutions, AdamW for the rest")
+    learning_rate: float = arg(2e-3, "peak learning rate")
     lr_scheduler: str = arg(
         "cosine", "schedule over optimizer steps: cosine, linear, constant, constant_with_warmup or polynomial"
     )
@@ -64,7 +65,7 @@ class TrainingArguments:
     )
     adam_beta1: float = arg(0.9, "beta1 of AdamW")
     adam_beta2: float = arg(0.999, "beta2 of AdamW")
-    adam_weight_decay: float = arg(1e-2, "weight decay of AdamW")
+    adam_weight_decay: float = arg(1e-2, "weight decay of AdamW, and of Muon")
     adam_epsilon: float = arg(1e-8, "epsilon of AdamW")
     max_grad_norm: float = arg(1.0, "clip gradients to this norm")
     use_ema: bool = arg(True, "keep an exponential moving average (EMA) of the weights, and save it in the pipeline")
@@ -116,6 +117,7 @@ class TrainingArguments:
             "prediction_type": ("epsilon", "v_prediction", "sample"),
             "ddpm_beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
             "lr_scheduler": ("cosine", "linear", "constant", "constant_with_warmup", "polynomial"),
+            "optimizer": ("adamw", "muon"),
             "mixed_precision": PRECISIONS,
             "logger": (*TRACKERS, "none"),
         }.items():

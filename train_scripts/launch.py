@@ -74,8 +74,8 @@ def check_agreement(resume_path: Path | None, goes_on: bool) -> None:
         )
 
 
-def check_sharding(accelerator: Accelerator) -> None:
-    """Raises ValueError if the parameters would be sharded in a way from which no process can save them whole."""
+def check_sharding(accelerator: Accelerator, optimizer: str) -> None:
+    """Raises ValueError if no process could save the sharded parameters whole, or the optimizer update them."""
     kind, advice = accelerator.distributed_type, None
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         advice = "FSDP 1, which the config asks for: set `fsdp_version: 2`, as in train_scripts/accelerate/fsdp2.yaml"
@@ -83,6 +83,8 @@ def check_sharding(accelerator: Accelerator) -> None:
         advice = "ZeRO-3, which the config asks for: use stage 2, as in train_scripts/accelerate/deepspeed_zero2.yaml"
     if advice:
         raise ValueError(f"The network could not be saved under {advice}.")
+    if optimizer == "muon" and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError("`--optimizer muon` needs whole kernels, which FSDP and DeepSpeed cut up: use adamw.")
 
 
 def let_go(accelerator: Accelerator) -> None:

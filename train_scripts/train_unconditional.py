@@ -41,6 +41,7 @@ from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.checkpointing import config_of, load_checkpoint, plain_copy, save_checkpoint
 from ddpm_diffusers.grid import image_grid
 from ddpm_diffusers.hub import is_hub_id, model_card, prepare_repo
+from ddpm_diffusers.muon import Muon
 from ddpm_diffusers.objectives import draw_noise_and_timesteps, loss_weights, training_target
 from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
 from ddpm_diffusers.sampling import sample_images, to_pil
@@ -69,7 +70,7 @@ def main(args: TrainingArguments) -> None:
     )
     level = logging.WARNING if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level)
-    check_sharding(accelerator)
+    check_sharding(accelerator, args.optimizer)
     output_dir, device = Path(args.output_dir), accelerator.device
     claimed = claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     resume_path, goes_on = claimed
@@ -104,7 +105,7 @@ def main(args: TrainingArguments) -> None:
         images, num_images, data = open_images(args, image_shape)
 
     # optimization
-    optimizer = torch.optim.AdamW(
+    optimizer = {"adamw": torch.optim.AdamW, "muon": Muon}[args.optimizer](
         model.parameters(),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
