@@ -49,7 +49,7 @@ class Muon(torch.optim.AdamW):
         for shape, pairs in of_shape.items():
             matrices = torch.stack([gradient.flatten(1) for _, gradient in pairs])  # (N, C_out, C_in * k * k)
             scale = 0.2 * max(matrices.shape[1:]) ** 0.5
-            updates = orthogonalized(matrices) * (scale * group["lr"])
+            updates = orthogonalized(matrices, scale * group["lr"])
             torch._foreach_sub_([kernel for kernel, _ in pairs], list(updates.view(-1, *shape).unbind()))
 
         for kernel in kernels:
@@ -61,20 +61,27 @@ def is_inner_kernel(parameter: torch.Tensor) -> bool:
     return parameter.ndim == 4 and min(parameter.shape[:2]) > IMAGE_CHANNELS
 
 
-def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (N, R, C) with nearly the same singular vectors, and singular values near 1, by Newton and Schulz.
+def orthogonalized(matrices: torch.Tensor, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
+    """Matrices (N, R, C) with nearly the same singular vectors, and singular values near `scale`, by Newton and Schulz.
 
-    X <- (a + b X X' + c (X X')^2) X, repeated, is P X with P a polynomial of X X'. With P and X X' alone, of the
-    shorter side, it takes a third of the operations.
+    X <- (a + b X X' + c (X X')^2) X, repeated, is P X with P a polynomial in X X'. With these two alone, of the shorter
+    side, and X only at the end, it takes a third of the operations.
     """
     if matrices.shape[1] > matrices.shape[2]:
-        return orthogonalized(matrices.mT).mT
-    a, b, c = COEFFICIENTS
-    matrices = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        return orthogonalized(matrices.mT, scale).mT
     squares = matrices @ matrices.mT  # (N, R, R)
-    product = torch.eye(squares.shape[1], device=squares.device, dtype=squares.dtype)
-    for _ in range(REPETITIONS):
-        factor = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product, squares = factor @ product, factor @ squares @ factor
-    return product @ matrices
+    norms = squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-14)  # squared
+    squares = squares / norms
+    product = factor = polynomial(squares)
+    for _ in range(REPETITIONS - 1):
+        squares = factor @ squares @ factor
+        factor = polynomial(squares)
+        product = factor @ product
+    return (product * (scale / norms.sqrt())) @ matrices
+
+
+def polynomial(squares: torch.Tensor) -> torch.Tensor:
+    a, b, c = COEFFICIENTS
+    result = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
+    result.diagonal(dim1=1, dim2=2).add_(a)
+    return result
