@@ -62,10 +62,10 @@ def is_inner_kernel(parameter: torch.Tensor) -> bool:
 
 
 def orthogonalized(matrices: torch.Tensor, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
-    """Matrices (N, R, C) with nearly the same singular vectors, and singular values near `scale`, by Newton and Schulz.
+    """Matrices (N, R, C) with nearly the same singular vectors, and singular values near `scale` (Newton-Schulz).
 
-    X <- (a + b X X' + c (X X')^2) X, repeated, is P X with P a polynomial in X X'. With these two alone, of the shorter
-    side, and X only at the end, it takes a third of the operations.
+    X <- (a + b X X' + c (X X')^2) X, repeated, is P X with P a polynomial in X X'. With these two alone, of the
+    shorter side, and X only at the end, it takes a third of the operations.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalized(matrices.mT, scale).mT
