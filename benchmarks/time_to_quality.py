@@ -29,15 +29,17 @@ def measure(args, device: torch.device) -> dict:
     # decoded, and known to be there, before the first training
     load_images(args.dataset_name, resolution=RESOLUTION, split="test")
     num_images = len(load_images(args.dataset_name, resolution=RESOLUTION))
-    of_default = args.quality_batch_size, args.quality_learning_rate
+    of_default = args.quality_batch_size, args.quality_learning_rate, args.quality_optimizer
     runs = []
-    for name, epochs, batch_size, rate in (
-        ("stock", STOCK_EPOCHS, STOCK_BATCH_SIZE, STOCK_LEARNING_RATE),
+    for name, epochs, batch_size, rate, optimizer in (
+        ("stock", STOCK_EPOCHS, STOCK_BATCH_SIZE, STOCK_LEARNING_RATE, "adamw"),
         *(("default", epochs, *of_default) for epochs in args.epochs),
     ):
         steps = max(1, round(epochs * num_images / batch_size))
         budget = {"max_train_steps": steps, "train_batch_size": batch_size, "learning_rate": rate}
-        runs.append((name, epochs, budget, Path(args.work_dir, f"{name}-{steps}x{batch_size}-{rate:g}")))
+        budget |= {"optimizer": optimizer}
+        folder = f"{name}-{steps}x{batch_size}-{rate:g}-{optimizer}"
+        runs.append((name, epochs, budget, Path(args.work_dir, folder)))
     for name, _, budget, folder in runs:  # all of them before the first training
         trained_before(folder, settings_of(name, budget, args, device))
     rows = []
@@ -129,6 +131,7 @@ def report(result: dict) -> str:
         (
             row["network"],
             f"{row['epochs']:g}",
+            row.get("optimizer", "adamw"),  # older records have none
             row["train_batch_size"],
             f"{row['learning_rate']:g}",
             f"{row['seconds']:,.{digits}f}",
@@ -139,7 +142,7 @@ def report(result: dict) -> str:
         )
         for row in (stock, *others)
     ]
-    head = ("network", "epochs", "batch size", "learning rate", "seconds of the script", "of them in its loop",
-            "x stock's", "distance", "reached")  # fmt: skip
+    head = ("network", "epochs", "optimizer", "batch size", "learning rate", "seconds of the script",
+            "of them in its loop", "x stock's", "distance", "reached")  # fmt: skip
     caption = f"{result['num_images']:,} samples by DDIM in 50 steps, one training each (seed {SEED})."
     return f"{caption}\n\n{table(head, lines)}"

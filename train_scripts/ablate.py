@@ -55,7 +55,8 @@ class AblateArguments:
     num_epochs: int = arg(5, "passes over the data")
     max_train_steps: int | None = arg(None, "optimizer steps, in place of --num_epochs")
     train_batch_size: int = arg(64, "batch size per process")
-    learning_rate: float = arg(2e-3, "peak learning rate of AdamW")
+    optimizer: str = arg("adamw", "adamw or muon, as in train_unconditional.py")
+    learning_rate: float = arg(2e-3, "peak learning rate")
     mixed_precision: str = arg("no", "auto, no, fp16 or bf16, for training and sampling")
     # the evaluation
     num_images: int = arg(5000, "number of samples per trained network")
@@ -177,6 +178,7 @@ def training_arguments(args: AblateArguments, seed: int) -> dict:
         "resolution": args.resolution,
         **length,
         "train_batch_size": args.train_batch_size,
+        **({} if args.optimizer == "adamw" else {"optimizer": args.optimizer}),  # older records have none
         "learning_rate": args.learning_rate,
         "mixed_precision": args.mixed_precision,
         "seed": seed,
