@@ -69,8 +69,8 @@ class ImageArrays(torch.utils.data.Dataset):
         which = np.searchsorted(self.ends, indices, side="right")
         batch = np.empty((len(indices), *self.shape), np.uint8)
         for i in np.unique(which):
-            rows = which == i
-            batch[rows] = self.chunks[i][indices[rows] - self.ends[i] + len(self.chunks[i])]
+            rows, start = which == i, self.ends[i] - len(self.chunks[i])  # the first image of chunk i
+            batch[rows] = self.chunks[i][indices[rows] - start]
         return torch.from_numpy(batch)
 
 
@@ -94,15 +94,16 @@ class ShuffledBatches(torch.utils.data.Sampler):
         return len(self.batches)
 
     def __iter__(self):
-        order_of, order = None, None
+        shuffled_epoch, order = None, None
         for i in self.batches:
-            parts, place = [], i * self.batch_size
-            while place < (i + 1) * self.batch_size:
+            place, end, parts = i * self.batch_size, (i + 1) * self.batch_size, []  # in the concatenated epochs
+            while place < end:
                 epoch, first = divmod(place, self.num_images)
-                if epoch != order_of:
+                if epoch != shuffled_epoch:
                     order = None  # freed before the next is made: one takes 8 bytes an image
-                    order_of, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-                parts.append(order[first : first + (i + 1) * self.batch_size - place].copy())
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+                    shuffled_epoch = epoch
+                parts.append(order[first : first + end - place].copy())  # a view would keep the whole order
                 place += len(parts[-1])
             yield np.concatenate(parts)
 

@@ -13,15 +13,16 @@ def draw_noise_and_timesteps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise of variance 1, float32 (B, C, H, W), and timesteps, int64 (B,), stratified over [0, num_train_timesteps).
 
-    One timestep falls in each B-th of the range, in random order, so that a batch's loss varies less than with
-    independent draws, while every timestep is equally likely for each image. Both are on the generator's device.
+    The range is cut into B equal parts, and each image gets a timestep from another part, in random order: a batch's
+    loss varies less than with independent draws, while every timestep is equally likely for each image. Both are on
+    the generator's device.
     """
-    noise = torch.randn(shape, generator=generator, device=generator.device)
-    strata = torch.arange(shape[0], device=generator.device) + torch.rand(
-        shape[0], generator=generator, device=generator.device
-    )
-    strata = strata[torch.randperm(shape[0], generator=generator, device=generator.device)]
-    timesteps = (strata * (num_train_timesteps / shape[0])).long().clamp_(max=num_train_timesteps - 1)
+    count, device = shape[0], generator.device
+    noise = torch.randn(shape, generator=generator, device=device)
+    places = torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)
+    places = places[torch.randperm(count, generator=generator, device=device)]
+    # rounding may reach the end of the range
+    timesteps = (places * (num_train_timesteps / count)).long().clamp_(max=num_train_timesteps - 1)
     return noise, timesteps
 
 

@@ -101,7 +101,7 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
 
 
 def name_and_options(scheduler: SchedulerMixin, followed: SchedulerMixin) -> tuple[str, dict]:
-    """With what `make_scheduler(name, followed, **options)` makes the like of `scheduler`.
+    """The name and options from which `make_scheduler(name, followed, **options)` rebuilds `scheduler`.
 
     Raises:
         ValueError: If its class is not in `SCHEDULERS`.

@@ -184,18 +184,20 @@ class Parts(torch.utils.data.IterableDataset):
         own = (run.batches + (worker.id if worker else 0)) % run.num_parts
         part, num_parts = run.rank * run.num_parts + own, run.world_size * run.num_parts
         batch, filled = np.empty((run.batch_size, *run.shape), np.uint8), 0
-        block, order, used, position = None, (), 0, None
-        for following, start, full in self.blocks(part, num_parts, run.positions[own]):
-            ready = len(order) if full else min(len(following), len(order))  # as many as were decoded meanwhile
-            while used < ready:
-                taken = order[used:ready][: run.batch_size - filled]
+        # a block is handed out in random order while the next is decoded: for each image of that, one of this
+        block, order, used, position = None, (), 0, None  # its images, their order, how many are out, its start
+        for next_block, next_position, complete in self.blocks(part, num_parts, run.positions[own]):
+            allowed = len(order) if complete else min(len(next_block), len(order))
+            while used < allowed:
+                taken = order[used:allowed][: run.batch_size - filled]
                 batch[filled : filled + len(taken)] = block[taken]
                 used, filled = used + len(taken), filled + len(taken)
                 if filled == run.batch_size:
-                    yield torch.from_numpy(batch), {**position, "used": used} if used < len(order) else start
+                    resume_at = {**position, "used": used} if used < len(order) else next_position
+                    yield torch.from_numpy(batch), resume_at
                     batch, filled = np.empty_like(batch), 0
-            if full:
-                block, position, used = following, start, start["used"]
+            if complete:
+                block, position, used = next_block, next_position, next_position["used"]
                 seed = (run.seed, part, position["pass"], position["block"])
                 order = np.random.default_rng(seed).permutation(len(block))
 

@@ -328,15 +328,17 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         last = block_out_channels[-1]
         self.mid_block = MidBlock(layers(previous, last, mid_block_layers))
 
-        # up
+        # up, the lowest resolution first: from a width `below` to that of the level
         self.up_blocks = nn.ModuleList()
-        counts = layers_by_level(up_layers_per_block, len(widths))[::-1]
-        for below, width, count in zip(block_out_channels[:0:-1], block_out_channels[-2::-1], counts, strict=True):
+        counts = layers_by_level(up_layers_per_block, len(widths))
+        levels = list(zip(block_out_channels[1:], block_out_channels[:-1], counts, strict=True))
+        for below, width, count in reversed(levels):
             embedding = TimestepEmbedding(time_embedding_dim, below, act_fn) if time_injection == "decoder" else None
-            up = upsample(2 * below if skip_type == "after_pool" else below, width)
-            joined = width if skip_type == "after_pool" else 2 * width
-            block = UpBlock(up, layers(joined, width, count), skip_type, embedding)
-            self.up_blocks.append(block)
+            if skip_type == "after_pool":  # as in the guide: joined, then upsampled
+                up, joined = upsample(2 * below, width), width
+            else:  # upsampled, then joined
+                up, joined = upsample(below, width), 2 * width
+            self.up_blocks.append(UpBlock(up, layers(joined, width, count), skip_type, embedding))
 
         # out
         width = 2 * first if global_skip else first

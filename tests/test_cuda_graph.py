@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType, TorchDynamoPlugin
-from arguments import TrainingArguments
-from command_line import parse_arguments
 from cuda_graph import GraphedStep, can_capture
 from safetensors.torch import load_file
 
@@ -140,8 +138,3 @@ def test_only_whole_steps_on_one_gpu_are_captured(change):
     } | change
     checkpointing = accelerator.pop("gradient_checkpointing")
     assert can_capture(SimpleNamespace(**accelerator), checkpointing) == (not change)
-
-
-def test_the_flag():
-    assert TrainingArguments().cuda_graph
-    assert not parse_arguments(TrainingArguments, ["--no_cuda_graph"], "?").cuda_graph

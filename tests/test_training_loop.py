@@ -28,7 +28,7 @@ FLAGS = {
 }  # fmt: skip
 
 
-def train_in_plain_torch(cache: str) -> tuple[dict, dict, list[dict]]:
+def train_in_plain_torch(cache: str, prediction_type: str) -> tuple[dict, dict, list[dict]]:
     """The weights, their average, and the lines of metrics for two steps each."""
     source = load_images("synthetic-fashion", max_samples=IMAGES, resolution=RESOLUTION, channels=1, cache_dir=cache)
     images = ImageArrays(source, (1, RESOLUTION, RESOLUTION))
@@ -46,9 +46,13 @@ def train_in_plain_torch(cache: str) -> tuple[dict, dict, list[dict]]:
         clean = torch.cat([images.__getitems__(next(batches)) for _ in range(PARTS)]) / 127.5 - 1
         clean = torch.where(flipped, clean.flip(-1), clean)
         kept = signal[timesteps][:, None, None, None]
-        errors = (unet(kept.sqrt() * clean + (1 - kept).sqrt() * noise, timesteps).sample - noise).square()
+        target = {
+            "epsilon": noise, "v_prediction": kept.sqrt() * noise - (1 - kept).sqrt() * clean, "sample": clean
+        }[prediction_type]  # fmt: skip
+        errors = (unet(kept.sqrt() * clean + (1 - kept).sqrt() * noise, timesteps).sample - target).square()
         snr = (kept / (1 - kept)).flatten()
-        loss = errors.mean(dim=(1, 2, 3)) * snr.clamp(max=SNR_GAMMA) / snr
+        unweighted = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
+        loss = errors.mean(dim=(1, 2, 3)) * snr.clamp(max=SNR_GAMMA) / unweighted
         losses.append(loss.detach())
         drawn.append(timesteps)
         optimizer.zero_grad()
@@ -70,12 +74,13 @@ def train_in_plain_torch(cache: str) -> tuple[dict, dict, list[dict]]:
     return weights, average, metrics
 
 
-def test_the_script_trains_as_plain_torch_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_script_trains_as_plain_torch_does(prediction_type, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     reset_accelerate()
-    script.main(script.TrainingArguments(output_dir=str(tmp_path / "run"), **FLAGS))
+    script.main(script.TrainingArguments(output_dir=str(tmp_path / "run"), prediction_type=prediction_type, **FLAGS))
 
-    weights, average, metrics = train_in_plain_torch(str(tmp_path / "cache"))
+    weights, average, metrics = train_in_plain_torch(str(tmp_path / "cache"), prediction_type)
     assert min(line["grad_norm"] for line in metrics) > 2 * NORM  # so that clipping shows
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for line, expected in zip(lines, metrics, strict=True):
