@@ -89,7 +89,10 @@ def times_to_quality(record: dict) -> Iterator[tuple]:
         if row["distance"] > stock["distance"]:
             break
         reached = row
-    how, stocks = (f"batch {row['train_batch_size']}, rate {row['learning_rate']:g}" for row in (others[0], stock))
+    how, stocks = (
+        f"{row.get('optimizer', 'adamw')}, batch {row['train_batch_size']}, rate {row['learning_rate']:g}"
+        for row in (others[0], stock)
+    )
     how += f"; stock: {stocks}" if how != stocks else ""
     what = f"training at 16x16 ({how}) until stock's distance after {stock['epochs']:g} epochs, seconds"
     if reached is None:
