@@ -37,8 +37,9 @@ def measure(args, device: torch.device) -> dict:
     ):
         steps = max(1, round(epochs * num_images / batch_size))
         budget = {"max_train_steps": steps, "train_batch_size": batch_size, "learning_rate": rate}
-        budget |= {"optimizer": optimizer}
-        folder = f"{name}-{steps}x{batch_size}-{rate:g}-{optimizer}"
+        folder = f"{name}-{steps}x{batch_size}-{rate:g}"
+        if optimizer != "adamw":  # older records have none
+            budget, folder = budget | {"optimizer": optimizer}, f"{folder}-{optimizer}"
         runs.append((name, epochs, budget, Path(args.work_dir, folder)))
     for name, _, budget, folder in runs:  # all of them before the first training
         trained_before(folder, settings_of(name, budget, args, device))

@@ -17,7 +17,7 @@ IMAGE_CHANNELS = 4  # what reads from images or writes them, of so many channels
 
 
 class Muon(torch.optim.AdamW):
-    """Optimizer of a network's parameters, in one group. No closures.
+    """Optimizer of a network's parameters, in one group, without closures and step hooks.
 
     Args:
         params: The parameters.
@@ -65,7 +65,7 @@ def orthogonalized(matrices: torch.Tensor, scale: float | torch.Tensor = 1.0) ->
     """Matrices (N, R, C) with nearly the same singular vectors, and singular values near `scale` (Newton-Schulz).
 
     X <- (a + b X X' + c (X X')^2) X, repeated, is P X with P a polynomial in X X'. With these two alone, of the
-    shorter side, and X only at the end, it takes a third of the operations.
+    shorter side, and X only at the end, it takes a third of the operations for 3x3 kernels.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalized(matrices.mT, scale).mT

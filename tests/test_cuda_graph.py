@@ -59,8 +59,8 @@ def distance(result: dict, reference: dict) -> float:
     (), ("--random_flip", "--snr_gamma", "5", "--prediction_type", "v_prediction"),
     ("--dataloader_num_workers", "2", "--validation_steps", "5"), ("--mixed_precision", "bf16"),
     ("--unet_config", json.dumps({**UNET, "norm_type": "batch"})),
-    ("--unet_config", json.dumps(STOCK)),
-], ids=["plain", "objective", "pinned elsewhere, sampled between", "bf16", "BatchNorm", "dropout"])  # fmt: skip
+    ("--unet_config", json.dumps(STOCK)), ("--optimizer", "muon"),
+], ids=["plain", "objective", "pinned, samples between", "bf16", "BatchNorm", "dropout", "Muon"])  # fmt: skip
 def test_the_training_is_the_same(tmp_path, flags):
     assert "each a CUDA graph" in train(tmp_path / "graphed", *flags)
     assert "each a CUDA graph" not in train(tmp_path / "plain", *flags, "--no_cuda_graph")

@@ -24,6 +24,7 @@ def set_gradients(network: torch.nn.Module, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 is the first with Muon")
 def test_kernels_move_as_by_torchs_muon_and_all_else_as_by_adamw():
     ours, kernels_of, others_of = networks(3)
     optimizer = Muon(ours.parameters(), betas=(0.8, 0.9), eps=1e-6, **SETTINGS)
@@ -64,6 +65,28 @@ def test_singular_vectors_stay_and_singular_values_become_nearly_1(shape):
     diagonal = inner.diagonal(dim1=1, dim2=2)
     assert diagonal.min() > 0.6 and diagonal.max() < 1.3
     torch.testing.assert_close(left @ torch.diag_embed(diagonal) @ right.mT, made, atol=1e-4, rtol=0)
+
+
+def test_a_step_whose_gradients_overflow_moves_nothing():
+    (network,) = networks(1)
+    optimizer, scaler = Muon(network.parameters(), fused=True, **SETTINGS), torch.amp.GradScaler("cpu", init_scale=2.0)
+    start = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for overflow in (True, False):
+        scaler.scale(torch.ones(()))  # sets it up
+        set_gradients(network, 0)
+        if overflow:
+            network.stem.weight.grad[0] = torch.inf  # AdamW's, but the kernels must not move either
+        scaler.step(optimizer)
+        scaler.update()
+        moved = [name for name, p in network.named_parameters() if not torch.equal(p, start[name])]
+        assert moved == ([] if overflow else list(start))
+
+
+def test_a_network_without_inner_kernels_is_adamws():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    Muon([parameter], lr=0.5, weight_decay=0.0).step()
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.5))
 
 
 def test_a_gradient_of_zero_moves_nothing():

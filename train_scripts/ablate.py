@@ -90,7 +90,10 @@ class AblateArguments:
               "be no, bf16 or auto on a CPU, where accelerate has no fp16")  # fmt: skip
         for seed in self.train_seeds:
             # raises what the training would
-            TrainingArguments(**training_arguments(self, seed), dataset_id=self.dataset_id, logger="none")
+            output_dir = str(run_folder(self, "row", seed))
+            TrainingArguments(
+                **training_arguments(self, seed), dataset_id=self.dataset_id, logger="none", output_dir=output_dir
+            )
 
 
 def main(args: AblateArguments) -> None:
@@ -240,11 +243,12 @@ def check_training(args: AblateArguments, name: str, seed: int, row: dict) -> No
         return
     run = json.loads(path.read_text())
     asked = training_arguments(args, seed)
-    asked["global_batch_size"] = args.train_batch_size * num_processes(args)
+    asked |= {"global_batch_size": args.train_batch_size * num_processes(args), "optimizer": args.optimizer}
     if epochs := asked.pop("num_epochs", None):
         images = int(run["arguments"]["data"].partition(" ")[0])
         asked["max_train_steps"] = math.ceil(epochs * images / asked["global_batch_size"])
-    differences = [key for key, value in asked.items() if run["arguments"][key] != value]
+    arguments = {"optimizer": "adamw", **run["arguments"]}  # older runs have none
+    differences = [key for key, value in asked.items() if arguments[key] != value]
     differences += [key for key, value in row["unet"].items() if run["unet"].get(key) != value]
     if differences:
         raise ValueError(

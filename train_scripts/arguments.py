@@ -136,13 +136,13 @@ class TrainingArguments:
             )
         if self.num_epochs is not None and self.max_train_steps is not None:
             raise ValueError(
-                f"`--num_epochs` is {self.num_epochs} and `--max_train_steps` {self.max_train_steps}, one of them"
-                " perhaps in the file of arguments: give one alone."
+                f"`--num_epochs` is {self.num_epochs} and `--max_train_steps` {self.max_train_steps}: give one alone."
             )
         if self.num_epochs is None and self.max_train_steps is None:
             self.num_epochs = 5
         source = Path(self.train_data_dir or self.dataset_name)
-        if source.is_dir() and Path(self.output_dir).resolve().is_relative_to(source.resolve()):
+        drawn = self.train_data_dir is None and self.dataset_name == "synthetic-fashion"
+        if not drawn and source.is_dir() and Path(self.output_dir).resolve().is_relative_to(source.resolve()):
             raise ValueError(
                 f"`--output_dir` {self.output_dir} lies in {source}, where the images are, and its samples would join"
                 " them: choose another."
@@ -151,7 +151,7 @@ class TrainingArguments:
             raise ValueError("`--streaming` needs `--max_train_steps`: how long an epoch is cannot be known.")
         if self.streaming and self.max_train_samples is not None:
             raise ValueError("`--streaming` reads a whole data set, of the Hub or of files: no `--max_train_samples`.")
-        if self.streaming and self.dataset_name == "synthetic-fashion" and self.train_data_dir is None:
+        if self.streaming and drawn:
             raise ValueError(
                 "`--streaming` needs a `--dataset_name` or `--train_data_dir`: synthetic-fashion is drawn."
             )

@@ -48,6 +48,10 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
         if unknown:
             raise ValueError(f"{argv[0]} holds {sorted(unknown)}, which are no arguments (see --help).")
         check_types(arguments_class, values, argv[0])
+        flags = {text.partition("=")[0] for text in argv[1:]}
+        for given, other in (("num_epochs", "max_train_steps"), ("max_train_steps", "num_epochs")):
+            if f"--{given}" in flags:  # one length replaces the other
+                values.pop(other, None)
         values = {name: with_home(value) if isinstance(value, str) else value for name, value in values.items()}
         parser.set_defaults(**values)
         for action in parser._actions:

@@ -188,7 +188,8 @@ def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
     images = [decode_image({"bytes": None, "path": str(path)}, i) for i, path in enumerate(files)]
     if args.center_crop:
         images = [central_square(image) for image in images]
-    mode = "RGB" if any(map(has_colour, images)) else "L"
+    grey = all(image.mode == "L" for image in images) or (channels == 1 and not any(map(has_colour, images)))
+    mode = "L" if grey else "RGB"
     for path, image in zip(files, images, strict=True):
         if image.size != images[0].size or image.width != image.height:
             raise ValueError(

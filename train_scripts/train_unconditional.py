@@ -160,7 +160,7 @@ def main(args: TrainingArguments) -> None:
     [sample_first] = broadcast_object_list([due and not made])  # all processes sample, or none
 
     repo_id = args.hub_model_id or output_dir.resolve().name
-    if args.push_to_hub and accelerator.is_main_process:  # what could be wrong with the arguments has shown by now
+    if args.push_to_hub and accelerator.is_main_process:  # most of what can be wrong with the arguments has shown
         repo_id = prepare_repo(repo_id, args.hub_token, args.hub_private_repo or None, args.hub_license)
 
     accelerator.wait_for_everyone()  # no process writes before all have checked the folder

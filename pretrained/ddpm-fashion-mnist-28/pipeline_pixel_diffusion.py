@@ -26,6 +26,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -117,7 +118,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             be called as `step(model_output, timestep, sample)` (`RePaintScheduler`, ...), or put in place of
             another, cannot take over its noise schedule (`IPNDMScheduler`, `EDMEulerScheduler`, ...), raises a
             ValueError; one put in place of another that was given another noise schedule is logged. So is one given
-            to `from_pretrained`, in place of that saved beside the network.
+            to `from_pretrained`, if that saved beside the network is in the folder or the cache.
     """
 
     model_cpu_offload_seq = "unet"
@@ -125,11 +126,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
-        # a `scheduler` given to `from_pretrained` takes the place of the one saved beside the network
-        saved = Path(unet.config.get("_name_or_path") or "" if unet is not None else "").parent / "scheduler"
-        if (saved / DDPMScheduler.config_name).is_file():
-            check_scheduler(scheduler, DDPMScheduler.load_config(saved))
         self.register_modules(unet=unet, scheduler=scheduler)
+        # a `scheduler` given to `from_pretrained` is not the one saved beside the network
+        source = Path("" if unet is None else unet.config.get("_name_or_path") or "")
+        saved = source.parent / "scheduler"
+        if source.name == "unet" and (saved / DDPMScheduler.config_name).is_file():
+            trained, advice = DDPMScheduler.load_config(saved), "load without it, then set `pipe.scheduler` to "
+            warn_of_other_noise(scheduler, trained, "saved with the network", advice)
 
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler":
@@ -147,7 +150,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """diffusers' method, for a U-Net of any class; by itself, it accepts only the annotated class."""
         unet = {"unet": pipeline.unet} if "unet" in pipeline.components else {}
         if "scheduler" in kwargs and "scheduler" in pipeline.components:
-            check_scheduler(kwargs["scheduler"], pipeline.scheduler.config)
+            in_place = pipeline.scheduler
+            check_scheduler(kwargs["scheduler"], None if in_place is None else in_place.config)
         return super().from_pipe(pipeline, **{**unet, **kwargs})
 
     @property
@@ -439,12 +443,19 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: dict | None) -> None:
             f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one that the loop can call and that"
             " follows the noise schedule which the network was trained with, such as `make_scheduler` makes."
         )
-    changed = other_noise(trained, scheduler.config) if trained else []
-    if changed:
+    if trained:
+        warn_of_other_noise(scheduler, trained, "in place", "use ")
+
+
+def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict, where: str, advice: str) -> None:
+    """Warn if its noise differs from that of a config: of which scheduler, and how to come by one that has it."""
+    name = type(scheduler).__name__
+    if changed := other_noise(trained, scheduler.config):
         was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
         logger.warning(
-            f"The new {name} has {now} where the scheduler in place had {was}. If the network was trained with the"
-            f" latter, samples will be poor: use `{name}.from_config(pipe.scheduler.config)` or `make_scheduler`."
+            f"The new {name} has {now} where the scheduler {where} had {was}. If the network was trained with the"
+            f" latter, samples will be poor: {advice}`{name}.from_config(pipe.scheduler.config)` or one of"
+            " `make_scheduler`."
         )
 
 
@@ -485,7 +496,7 @@ def splits_off_a_variance(scheduler: SchedulerMixin, channels: int) -> bool:
     """Whether it takes a learned variance from the second half of the network's output channels."""
     if "variance_type" not in init_parameters(scheduler) or "learned" not in str(scheduler.config.variance_type):
         return False
-    if isinstance(scheduler, DDPMScheduler):
+    if isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler)):
         return True
     # DPM-Solver and its kin cut after channel 3, and only if noise is predicted
     return channels == 3 and scheduler.config.get("prediction_type") == "epsilon"
