@@ -32,7 +32,7 @@ RESULTS = ROOT / "train_scripts" / "results"
 
 
 @pytest.mark.parametrize("folder", ["ladder_16", "ladder_16_gpu", "ladder_28", "coarser_layers_16", "equal_time_16",
-                                    "equal_time_28", "switches_16"])  # fmt: skip
+                                    "equal_time_28", "switches_16", "muon_16", "muon_28"])  # fmt: skip
 def test_the_table_of_a_ladder_is_of_its_records(folder):
     names = yaml.safe_load((ROOT / "train_scripts" / "configs" / "ladder.yaml").read_text())
     files = [RESULTS / folder / f"{name}.json" for name in names]
