@@ -536,6 +536,7 @@ def test_arguments_come_from_a_file_and_flags_win(tmp_path):
     for text, message in (
         ('{"resolutoin": 28}', "resolutoin"),
         ("[1]", "holds a list; it must hold arguments by name"),
+        ("{seed: 1}", r"run\.json cannot be read \(Expecting property name"),
         ('{"train_batch_size": 16.0}', "`train_batch_size` in .*run.json is 16.0; it must be of type int"),
         ('{"learning_rate": null}', "`learning_rate` in .* is None; it must be of type float"),
         ('{"use_ema": 1}', "`use_ema` in .* is 1; it must be of type bool"),

@@ -27,7 +27,7 @@ def run_script(main: Callable, arguments_class: type, doc: str) -> None:
     """Run `main` with the command line's flags; those that break a rule end the script with one line, no traceback."""
     try:
         args = parse_arguments(arguments_class, sys.argv[1:], doc)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}") from None  # YAML's has several
     main(args)
 
@@ -39,7 +39,10 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
         if not Path(argv[0]).is_file():
             raise ValueError(f"There is no file {argv[0]}; what stands first may be a YAML or JSON file of arguments.")
         read = json.loads if argv[0].endswith(".json") else yaml.safe_load  # for YAML, 1e-05 is a string
-        values = read(Path(argv[0]).read_text()) or {}
+        try:
+            values = read(Path(argv[0]).read_text()) or {}
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{argv[0]} cannot be read ({error}): give flags by name.") from error
         if not isinstance(values, dict):
             raise ValueError(f"{argv[0]} holds a {type(values).__name__}; it must hold arguments by name.")
         if values.get("mixed_precision") is False:
