@@ -37,9 +37,6 @@ REFUSED = {
 
 REHEARSAL_STEPS = 20  # every scheduler can take this many
 
-# their step raises an error for prediction_type "sample"
-NO_SAMPLE_PREDICTION = ("pndm", "euler_ancestral", "dpmsolver_sde", "kdpm2", "kdpm2_ancestral")
-
 
 def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> SchedulerMixin:
     """A scheduler of another class with the noise schedule and prediction type of `scheduler`.
@@ -84,8 +81,6 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
             raise ValueError(
                 f"`{key}` is {trained!r} in the scheduler that the network was trained with; it cannot change."
             )
-    if name in NO_SAMPLE_PREDICTION and config["prediction_type"] == "sample":
-        raise ValueError(f"{scheduler_class.__name__} knows no `prediction_type` 'sample'; use another scheduler.")
     if name == "tcd":  # by default it takes only the 50 steps of its distillation
         config["original_inference_steps"] = config["num_train_timesteps"]
     try:
@@ -95,7 +90,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     if reason := refusal(made, scheduler.config):
         raise ValueError(f"{scheduler_class.__name__} cannot be used: {reason}.")
     # what this class cannot use is kept for a class that may replace it, as `from_config` does
-    kept = {key: scheduler.config[key] for key in CARRIED_OVER if key in scheduler.config and key not in taken}
+    of_network = (*CARRIED_OVER, *(["variance_type"] if "learned" in str(variance_type) else []))
+    kept = {key: scheduler.config[key] for key in of_network if key in scheduler.config and key not in taken}
     made.register_to_config(**kept)
     return made
 

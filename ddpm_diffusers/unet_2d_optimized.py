@@ -9,9 +9,7 @@ References: the guide "From Pixelated to Crisp" (cells of its notebook are named
 (arXiv:1606.08415); ICNR, Aitken et al. 2017 (arXiv:1707.02937).
 """
 
-import contextlib
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -67,10 +65,10 @@ class ConvBlock(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """input + (norm - act - conv 3x3 - norm - (scale and shift) - act - conv 3x3), which starts as the identity.
+    """input + (norm - act - conv 3x3 - norm - (scale and shift) - act - conv 3x3). (B, C_in, H, W) -> (B, C_out, H, W)
 
-    Without `residual`, the plain stack, whose last convolution keeps torch's initialization: zeros would block every
-    gradient.
+    It starts as the identity, or, where the width changes, as a 1x1 convolution. Without `residual`, the plain stack,
+    whose last convolution keeps torch's initialization: zeros would block every gradient.
     """
 
     def __init__(self, in_channels, out_channels, norm_type, groups, act_fn, temb_channels=None, residual=True):
@@ -110,7 +108,10 @@ class ConvStem(nn.Module):
 
 
 class LinearTimesteps(nn.Module):
-    """t/T through a linear layer: the time features before the guide's change. (B,) -> (B, dim)."""
+    """t/T through a linear layer: the time features before the guide's change. (B,) -> (B, dim).
+
+    In bfloat16, as under autocast, t/T has steps of 1/256 near 1, so that of 1,000 timesteps four are the same there.
+    """
 
     def __init__(self, dim, num_train_timesteps):
         super().__init__()
@@ -153,7 +154,8 @@ class DownBlock(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, temb)
         pooled = self.pool(hidden)
-        return pooled, hidden if self.skip_type == "before_pool" else pooled
+        skip = hidden if self.skip_type == "before_pool" else pooled
+        return pooled, skip
 
 
 class MidBlock(nn.Module):
@@ -245,6 +247,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         ValueError: If the configuration is invalid; the message names argument, value and rule.
     """
 
+    _code = Path(__file__).read_bytes()  # as it runs; by the time of saving, the file may be another
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ConvStem", "DownBlock", "MidBlock", "UpBlock", "OutBlock"]
     _repeated_blocks = ["DownBlock", "MidBlock", "UpBlock"]
@@ -403,8 +406,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         """Write `config.json`, and this file: then a `PixelDiffusionPipeline` with it loads without the package."""
         if type(self).__module__ == __name__:  # a user's subclass is not in this file
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(shutil.SameFileError):  # a copy that saves beside itself
-                shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
+            Path(save_directory, f"{__name__.rpartition('.')[2]}.py").write_bytes(self._code)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:

@@ -335,4 +335,4 @@ def test_of_all_schedulers_those_that_cannot_follow_the_network_are_left_out_wit
     kept, left_out = script.usable([(name, {}) for name in list(SCHEDULERS)], predicts_samples)
     assert ("ddim", {}) in kept and len(kept) + len(left_out) == len(list(SCHEDULERS))
     reasons = {record["name"]: record["left_out"] for record in left_out}
-    assert "PNDMScheduler knows no `prediction_type` 'sample'" in reasons["pndm"]
+    assert "PNDMScheduler cannot be used: its step knows no `prediction_type` 'sample'" in reasons["pndm"]

@@ -1,10 +1,14 @@
 """The pipeline's call: noise, scheduler arguments, outputs, callbacks, errors before any work."""
 
+import importlib
+import json
+import sys
+
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, randomize
+from conftest import ROOT, TINY, randomize
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -12,6 +16,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.evaluation.protocol import image_shape
 from ddpm_diffusers.hub import pipeline_files
+from ddpm_diffusers.pipeline_pixel_diffusion import NO_SAMPLE_PREDICTION
 
 
 def generators(*seeds):
@@ -80,6 +85,15 @@ def test_given_latents_are_the_starting_noise(tiny_pipe):
     drawn = tiny_pipe(2, 3, torch.Generator().manual_seed(3), output_type="pt").images
     assert torch.equal(given, drawn)
     assert torch.equal(noise, torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3)))  # left alone
+
+
+def test_a_callback_may_ask_for_nothing(tiny_pipe):
+    seen = []
+    for names in ([], None):
+        tiny_pipe(
+            1, 2, callback_on_step_end=lambda *args: seen.append(args[3]), callback_on_step_end_tensor_inputs=names
+        )
+    assert seen == [{}] * 4
 
 
 def test_callback_sees_every_step_and_can_change_the_latents(tiny_pipe):
@@ -230,6 +244,15 @@ def test_a_scheduler_that_the_loop_cannot_call_is_refused(tiny_pipe, scheduler, 
     assert type(tiny_pipe.scheduler).__name__ == "DDPMScheduler"
 
 
+@pytest.mark.parametrize("name", sorted(NO_SAMPLE_PREDICTION))
+def test_a_scheduler_that_knows_no_predicted_images_is_refused_for_such_a_network(tiny_pipe, name):
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.DDPMScheduler(prediction_type="sample"))
+    with pytest.raises(ValueError, match=f"{name} cannot be .*: its step knows no `prediction_type` 'sample'"):
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+
+
 def test_a_noise_schedule_that_is_not_discrete_is_not_exchanged_for_one_that_is(tiny_pipe):
     pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.EDMEulerScheduler())
     pipe.scheduler = diffusers.EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
@@ -277,6 +300,13 @@ def test_a_scheduler_given_at_load_is_looked_at_as_an_exchange_is(tiny_pipe, tmp
     DiffusionPipeline.from_pretrained(tmp_path, scheduler=diffusers.DDIMScheduler(beta_end=0.01))
     assert "DDIMScheduler has {'beta_end': 0.01}" in caplog.text and "saved with the network" in caplog.text
     assert "load without it, then set `pipe.scheduler` to `DDIMScheduler.from_config(" in caplog.text
+    DiffusionPipeline.from_pretrained(tmp_path, scheduler=diffusers.EDMEulerScheduler())
+    assert "EDMEulerScheduler has {'beta_schedule': None} where the scheduler saved" in caplog.messages[-1]
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    del config["prediction_type"]  # as in those of long ago
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    DiffusionPipeline.from_pretrained(tmp_path, scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction"))
+    assert "DDIMScheduler has {'prediction_type': 'v_prediction'}" in caplog.messages[-1]
 
 
 def test_a_network_set_in_place_of_none_is_saved_and_none_is_not_pushed(tiny_pipe, tmp_path):
@@ -285,6 +315,8 @@ def test_a_network_set_in_place_of_none_is_saved_and_none_is_not_pushed(tiny_pip
     pipe = PixelDiffusionPipeline.from_pretrained(tmp_path / "whole", unet=None)
     with pytest.raises(ValueError, match="has no `unet` to push"):
         pipe.push_to_hub("user/empty", token="hf_token")
+    with pytest.raises(ValueError, match="has no `unet`: set `pipe.unet` first"):
+        pipe()
     with pytest.raises(ValueError, match="was saved without its `unet`"):
         pipe.save_pretrained(tmp_path / "empty")
         pipeline_files(tmp_path / "empty")
@@ -408,6 +440,24 @@ def test_from_pipe_takes_a_network_of_any_class(tiny_pipe, network):
     transformer = diffusers.DiTTransformer2DModel(2, 8, num_layers=1, sample_size=8, norm_num_groups=4)
     other = diffusers.DiTPipeline(transformer, diffusers.AutoencoderKL(), tiny_pipe.scheduler)  # it has no `unet`
     assert PixelDiffusionPipeline.from_pipe(other, unet=tiny_pipe.unet).unet is tiny_pipe.unet
+
+
+@pytest.mark.parametrize("name, class_name", [
+    ("pipeline_pixel_diffusion", "PixelDiffusionPipeline"), ("unet_2d_optimized", "OptimizedUNet2DModel"),
+])  # fmt: skip
+def test_the_code_that_is_saved_is_what_runs(tiny_pipe, tmp_path, monkeypatch, name, class_name):
+    code = (ROOT / "ddpm_diffusers" / f"{name}.py").read_text()
+    file = tmp_path / f"{name}.py"
+    file.write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    copied = getattr(importlib.import_module(name), class_name)
+    file.write_text("changed while it ran")
+    made = copied(**tiny_pipe.components) if class_name == "PixelDiffusionPipeline" else copied()
+    made.save_config(tmp_path / "saved")
+    assert (tmp_path / "saved" / f"{name}.py").read_text() == code
+    made.save_config(tmp_path)  # beside itself
+    assert file.read_text() == code
+    del sys.modules[name]
 
 
 def test_progress_bar_settings_are_used(tiny_pipe, capsys):

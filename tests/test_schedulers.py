@@ -305,6 +305,8 @@ def test_the_variance_is_of_the_network_if_learned_and_else_of_the_class():
     learned = make_scheduler("dpmsolver++", diffusers.DDPMScheduler(variance_type="learned_range"))
     assert make_scheduler("ddpm", learned).config.variance_type == learned.config.variance_type == "learned_range"
     rehearse(learned, "dpmsolver++")
+    without = make_scheduler("ddim", learned)  # which knows none, and hands it on
+    assert make_scheduler("ddpm", without).config.variance_type == "learned_range"
 
 
 def test_overrides_reach_the_scheduler():

@@ -46,6 +46,10 @@ SAMPLED_WITH = (
     "dynamic_thresholding_ratio", "sample_max_value",
 )  # fmt: skip
 CARRIED_OVER = TRAINED_WITH + SAMPLED_WITH
+NO_SAMPLE_PREDICTION = {
+    "PNDMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverSDEScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+}  # fmt: skip
 MUST_BE_KNOWN = ("rescale_betas_zero_snr", "use_flow_sigmas")  # a class without these has another noise schedule
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -121,6 +125,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             to `from_pretrained`, if that saved beside the network is in the folder or the cache.
     """
 
+    _code = Path(__file__).read_bytes()  # as it runs; by the time of saving, the file may be another
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
@@ -131,7 +136,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         source = Path("" if unet is None else unet.config.get("_name_or_path") or "")
         saved = source.parent / "scheduler"
         if source.name == "unet" and (saved / DDPMScheduler.config_name).is_file():
-            trained, advice = DDPMScheduler.load_config(saved), "load without it, then set `pipe.scheduler` to "
+            # schedulers saved long ago have no `prediction_type`
+            trained = {"prediction_type": "epsilon", **DDPMScheduler.load_config(saved)}
+            advice = "load without it, then set `pipe.scheduler` to "
             warn_of_other_noise(scheduler, trained, "saved with the network", advice)
 
     def __setattr__(self, name: str, value) -> None:
@@ -147,7 +154,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PixelDiffusionPipeline":
-        """diffusers' method, for a U-Net of any class; by itself, it accepts only the annotated class."""
+        """diffusers' method, for a U-Net of any class; by itself, it accepts only the annotated class.
+
+        Give `dtype=` for anything but float32, since the U-Net, which both then share, is converted.
+
+        Raises:
+            ValueError: If a `scheduler` among the arguments cannot take the place of the pipeline's.
+        """
         unet = {"unet": pipeline.unet} if "unet" in pipeline.components else {}
         if "scheduler" in kwargs and "scheduler" in pipeline.components:
             in_place = pipeline.scheduler
@@ -192,9 +205,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             output_type: `"pil"` images (grey ones in mode "L"), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1],
                 or `"latent"`: (B, C, H, W) as the last step left it, roughly in [-1, 1].
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": latents})` after each step;
-                the "latents" that it returns replace the current ones, and setting `pipe._interrupt = True` in it
-                stops the sampling. May be a `PipelineCallback`, whose `tensor_inputs` then hold.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": latents})` after each
+                evaluation of the network, with `step` from 0 to `num_timesteps` - 1; the "latents" that it returns
+                replace the current ones, and setting `pipe._interrupt = True` in it stops the sampling. May be a
+                `PipelineCallback`, whose `tensor_inputs` then hold.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets: `["latents"]` or `[]`.
 
         Returns:
@@ -230,7 +244,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                     latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
 
                     if callback_on_step_end is not None:
-                        tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
+                        tensors = {name: latents for name in callback_on_step_end_tensor_inputs or []}
                         latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
                     progress_bar.update()
         finally:
@@ -252,6 +266,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
     ) -> tuple[int, int, int, int]:
         """Check the arguments and return the shape to sample, (batch_size, in_channels, height, width)."""
+        if self.unet is None:
+            raise ValueError("The pipeline has no `unet`: set `pipe.unet` first.")
         check_positive(batch_size=batch_size, num_inference_steps=num_inference_steps)
         train_steps = self.scheduler.config.num_train_timesteps
         if num_inference_steps > train_steps:
@@ -292,7 +308,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 f"The U-Net makes images of {channels} channels, which PIL has no mode for: pass `output_type` 'np',"
                 " 'pt' or 'latent'."
             )
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        unknown = set(callback_on_step_end_tensor_inputs or []) - set(self._callback_tensor_inputs)
         if unknown:
             allowed = self._callback_tensor_inputs
             raise ValueError(f"`callback_on_step_end_tensor_inputs` holds {sorted(unknown)}; it may hold {allowed}.")
@@ -360,7 +376,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             raise ValueError("The pipeline has no `unet` to push: set `pipe.unet` first.")
         repo_id = repo_id or Path(save_directory).name
         repo_id = create_repo(repo_id, private, token).repo_id
-        files = ["model_index.json", f"{class_name_in_index(type(self))[0]}.py"]
+        files = ["model_index.json"]
+        if type(self).__module__ == __name__:
+            files.append(f"{class_name_in_index(type(self))[0]}.py")
         for folder in (Path(save_directory, name) for name in self.components):
             files += [f"{folder.name}/{file}" for file in component_files(folder, safe_serialization)]
         if not subfolder and not huggingface_hub.file_exists(repo_id, README, token=token):
@@ -403,8 +421,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """Write `model_index.json` and, beside it, this file, so that it loads where the package is not installed."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         if type(self).__module__ == __name__:  # a user's subclass is not in this file
-            with contextlib.suppress(shutil.SameFileError):  # a copy that saves beside itself
-                shutil.copyfile(__file__, Path(save_directory) / f"{class_name_in_index(type(self))[0]}.py")
+            Path(save_directory, f"{class_name_in_index(type(self))[0]}.py").write_bytes(self._code)
         for name, (library, class_name) in ((name, self.config[name]) for name in self.components):
             # a component that saved its code in its folder is loaded from there
             module = (library or "").rpartition(".")[2]
@@ -449,8 +466,11 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: dict | None) -> None:
 
 def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict, where: str, advice: str) -> None:
     """Warn if its noise differs from that of a config: of which scheduler, and how to come by one that has it."""
-    name = type(scheduler).__name__
-    if changed := other_noise(trained, scheduler.config):
+    name, discrete = type(scheduler).__name__, "beta_schedule"
+    changed = other_noise(trained, scheduler.config)
+    if discrete in trained and discrete not in scheduler.config:
+        changed = [discrete]
+    if changed:
         was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
         logger.warning(
             f"The new {name} has {now} where the scheduler {where} had {was}. If the network was trained with the"
@@ -477,6 +497,9 @@ def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
     # UnCLIPScheduler can do without `prev_timestep`, but then goes back by a single timestep whatever their number
     if more := [p.name for p in more if p.default is p.empty or p.name == "prev_timestep"]:
         return f"its step needs {', '.join(more)}, too"
+    classes = {base.__name__ for base in type(scheduler).__mro__}
+    if scheduler.config.get("prediction_type") == "sample" and classes & NO_SAMPLE_PREDICTION:
+        return "its step knows no `prediction_type` 'sample'"
     taken = init_parameters(scheduler)
     if trained and "beta_schedule" not in taken:
         return "it has a noise schedule of its own, and cannot take that of the scheduler in place"
@@ -621,8 +644,11 @@ def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | No
         for name in (README, SAMPLES):
             path = Path(source, name)
             if not is_local:  # the cache's folder is models--OWNER--NAME/snapshots/REVISION/unet
-                revision = loaded.parts[loaded.parts.index(in_cache) + 2]
-                path = huggingface_hub.hf_hub_download(source, name, revision=revision, token=token)
+                place = loaded.parts.index(in_cache)
+                cache_dir, revision = Path(*loaded.parts[:place]), loaded.parts[place + 2]
+                path = huggingface_hub.hf_hub_download(
+                    source, name, revision=revision, cache_dir=cache_dir, token=token
+                )
             if not Path(folder, name).exists():
                 shutil.copyfile(path, Path(folder, name))
 
