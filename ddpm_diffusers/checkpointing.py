@@ -293,7 +293,6 @@ def config_of(unet) -> dict:
 
 
 def list_differences(saved: dict, current: dict) -> list[str]:
-    saved = {"optimizer": "adamw", **saved}  # of runs from before there was a choice
     current = json.loads(json.dumps(current))  # tuples become lists, as in the file
     differing = {key: value for key, value in current.items() if saved.get(key) != value}
     return [f"{key}: {saved.get(key)!r} there, {value!r} here" for key, value in differing.items()]

@@ -293,7 +293,9 @@ def eval_result(figure: dict) -> EvalResult:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form of a Hub id and is not a local path."""
+    """Whether `name` has the form of a Hub id, and is neither a local path nor the built-in set."""
+    if name == SYNTHETIC:
+        return False
     try:
         validate_repo_id(name)
     except HFValidationError:

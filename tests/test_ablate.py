@@ -10,6 +10,7 @@ import pytest
 import yaml
 from command_line import parse_arguments
 from conftest import ROOT
+from datasets import DatasetDict
 from PIL import Image
 
 from ddpm_diffusers import OptimizedUNet2DModel
@@ -60,6 +61,15 @@ def test_a_ladder_that_cannot_be_climbed_is_refused(tmp_path):
     path.write_text("a: 3\n")
     with pytest.raises(ValueError, match="row 'a' holds 3; it must hold arguments of a U-Net by name"):
         script.read_ladder(path)
+    for text, message in (
+        ("- a", r"holds \['a'\]; it must hold rows by name"),
+        ("a: {b", "ladder.yaml cannot be read"),
+        ("64: {}", "row 64 must have another name"),
+        ("rings: {}", "row 'rings' must have another name: text, and not grids, radial, rings"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            script.read_ladder(path)
     path.write_text("a: {widths: 3}\n")
     for flags, message in (
         ([], "'widths'.*no arguments of OptimizedUNet2DModel"),
@@ -126,7 +136,11 @@ def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(garment
     ladder["stock"] = {**tiny, "global_skip": False, "act_fn": "relu"}
     ladder["third"] = {**ladder["stock"], "mid_block_layers": 1}
     (tmp_path / "third.yaml").write_text(yaml.safe_dump(ladder))
-    third = ablate("--ladder", str(tmp_path / "third.yaml"), "--rows", "third")
+    to_third = ("--ladder", str(tmp_path / "third.yaml"), "--rows", "third")
+    DatasetDict.load_from_disk(garments)["train"].train_test_split(120).save_to_disk(tmp_path / "garments")
+    other = ablate(*to_third, "--dataset_name", str(tmp_path / "garments"))
+    assert other.returncode != 0 and "'default' was compared with other images" in other.stderr
+    third = ablate(*to_third)
     assert third.returncode == 0 and "| third | 1 |" in third.stdout and "| default | 3 |" in third.stdout
     assert "stock.json was made with other settings, or of another network" in third.stderr
     assert "| stock |" not in third.stdout

@@ -13,7 +13,7 @@ from command_line import parse_arguments
 from conftest import ROOT, randomize, reset_accelerate, torchrun
 from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.evaluation import Reference, evaluate_images, evaluate_pipeline, load_feature_extractor
@@ -145,10 +145,19 @@ def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, garments, tmp_
     fewer = evaluate("--images", str(folder), "--num_images", "120", "--overwrite")  # spread over all, as if sorted
     spread = images[np.linspace(0, 159, 120).round().astype(int)]
     assert fewer["per_seed"] == [evaluate_images(spread, reference)]
+    (tmp_path / "wide").mkdir()
+    for path in folder.glob("0*.png"):
+        ImageOps.expand(Image.open(path), (2, 0)).save(tmp_path / "wide" / path.name)
+    wide = evaluate("--images", str(tmp_path / "wide"), "--num_images", "1000", "--center_crop", "--overwrite")
+    assert wide["per_seed"] == [expected]
 
     Image.new("RGB", (16, 16), "red").save(folder / "000400.png")  # all are read in colour, and refused for it
     with pytest.raises(ValueError, match="The images are RGB, but .* is for grey ones"):
         evaluate("--images", str(folder), "--num_images", "1000", "--overwrite")
+    (folder / "000401.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"000401.png of `--images` cannot be read \(.*\): repair or remove it"):
+        evaluate("--images", str(folder), "--num_images", "1000", "--overwrite")
+    (folder / "000401.png").unlink()
     Image.new("L", (20, 16)).save(folder / "000500.png")
     with pytest.raises(ValueError, match=r"000500.png is 20x16 and .*000000.png 16x16; all images must be square"):
         evaluate("--images", str(folder), "--num_images", "1000", "--overwrite")
@@ -203,6 +212,10 @@ def test_nothing_is_overwritten_and_nan_is_not_judged(evaluate, model, tmp_path)
     (tmp_path / "evaluation" / "mine.txt").touch()
     with pytest.raises(ValueError, match="is not empty: choose another, or pass `--overwrite`"):
         evaluate("--model", str(model))
+    (tmp_path / "evaluation" / "evaluation.json").write_text("{}")  # of an earlier one
+    with pytest.raises(ValueError, match="made images with NaN"):
+        evaluate("--model", str(tmp_path / "broken"), "--num_inference_steps", "2", "--overwrite")
+    assert {path.name for path in (tmp_path / "evaluation").iterdir()} == {".lock", "mine.txt"}
 
 
 @pytest.mark.slow

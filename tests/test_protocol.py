@@ -1,5 +1,6 @@
 """The protocol: cached statistics, floors, and the record of a pipeline."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -95,6 +96,18 @@ def test_a_damaged_cache_file_is_made_anew(extractor, tmp_path, kept):
         again = Statistics.cached(garments(40), extractor, tmp_path)
         assert torch.equal(again.features, made.features) and torch.equal(again.power, made.power)
     assert extractor.network.images == 80
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_leaves_no_rest(extractor, tmp_path, monkeypatch, caplog):
+    def fails(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(protocol, "save_file", fails)
+    made = Statistics.cached(garments(40), extractor, tmp_path)
+    assert torch.equal(made.power, Statistics.of_images(garment_images(40), extractor).power)
+    assert "are not cached: [Errno 28] No space left" in caplog.text
+    assert not list((tmp_path / "ddpm-diffusers").iterdir())
 
 
 def test_a_spread_takes_evenly_from_first_to_last():
@@ -290,7 +303,7 @@ def untouched_pipe(tiny_pipe) -> PixelDiffusionPipeline:
     assert not calls
 
 
-@pytest.mark.parametrize("seeds", [(0, 1, 0), (), (0, -1), (0.5,)])
+@pytest.mark.parametrize("seeds", [(0, 1, 0), (), (0, -1), (0.5,), ("0",)])
 def test_seeds_that_are_not_different_numbers_are_refused(untouched_pipe, reference, seeds):
     with pytest.raises(ValueError, match="`seeds` is .*; it must hold different whole numbers from 0"):
         evaluate_pipeline(untouched_pipe, reference, 20, 3, seeds=seeds)

@@ -288,6 +288,21 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_by_the_same_comma
     assert (output_dir / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_nor_from_other_weights_than_it_began_with(train, tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path / "pretrained")
+    pretrained = ["--pretrained_model_name_or_path", str(tmp_path / "pretrained"), "--ddpm_beta_schedule", "linear"]
+    output_dir = train(*pretrained)
+    as_if_killed_before_its_first_checkpoint(output_dir)
+    with pytest.raises(ValueError, match=r"another run \(pretrained_model_name_or_path: '.*' there, None here\)"):
+        train("--resume_from_checkpoint", "latest", "--ddpm_beta_schedule", "linear")
+    train(*pretrained, "--resume_from_checkpoint", "latest")
+    checkpoint = train("--output_dir", str(tmp_path / "first"), "--checkpointing_steps", "1") / "checkpoint-1"
+    output_dir = train("--overwrite_output_dir", "--resume_from_checkpoint", str(checkpoint))
+    as_if_killed_before_its_first_checkpoint(output_dir)
+    with pytest.raises(ValueError, match="it began at .*checkpoint-1 and has no checkpoint yet"):
+        train("--resume_from_checkpoint", "latest")
+
+
 def test_latest_does_not_take_over_the_folder_of_another_run(train):
     output_dir = train()
     as_if_killed_before_its_first_checkpoint(output_dir)
@@ -510,6 +525,8 @@ def test_a_run_with_anything_that_defines_it_changed_is_not_a_resumed_one(train,
     (["--dataloader_num_workers", "-1"], "`--dataloader_num_workers` is -1; it must be a whole number of at least 0"),
     (["--unet_config", str(SCRIPT.parent / "configs" / "stock.json"), "--resolution", "10"],
      "cannot take images of `--resolution` 10"),
+    (["--unet_config", '{"_class_name": "UNet2DModel", "block_out_channels": [8, 12, 16, 16], "norm_num_groups": 8}'],
+     r"`--unet_config` describes no UNet2DModel \(num_channels"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_before_anything_is_written(train, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
@@ -528,6 +545,7 @@ def test_arguments_come_from_a_file_and_flags_win(tmp_path):
     (tmp_path / "length.yaml").write_text("max_train_steps: 600")
     args = parse(str(tmp_path / "length.yaml"), "--num_epochs", "2")
     assert (args.num_epochs, args.max_train_steps) == (2, None)  # one length replaces the other
+    assert parse(str(tmp_path / "length.yaml"), "--num-epochs=2").max_train_steps is None
     assert parse(f"--unet_config={tmp_path / 'unet.json'}").unet_config == str(tmp_path / "unet.json")  # no such file
     (tmp_path / "run.json").write_text('{"unet_config": {"norm_eps": 1e-05}}')
     assert parse(str(tmp_path / "run.json")).unet_config == {"norm_eps": 1e-05}  # for YAML, a string

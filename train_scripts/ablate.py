@@ -39,6 +39,7 @@ from ddpm_diffusers.schedulers import count_evaluations
 logger = logging.getLogger(__name__)
 
 SCRIPTS = Path(__file__).parent
+PICTURES = ("grids", *FREQUENCIES)  # beside the strips of the rows
 PICTURED = ("baseline", "residual_blocks", "guide", "coarser_layers", "default", "stock")
 
 
@@ -118,7 +119,8 @@ def main(args: AblateArguments) -> None:
     for channels in {unets[name].config.in_channels for name, _ in todo}:
         extractor.check_channels(channels)
         # fills the caches for the evaluations, and raises what they would after the trainings
-        Reference.of_dataset(args.dataset_name, extractor, resolution=args.resolution, channels=channels)
+        reference = Reference.of_dataset(args.dataset_name, extractor, resolution=args.resolution, channels=channels)
+        check_data(reference, args.num_images, [row for row in (*rows.values(), *others.values()) if row["seeds"]])
 
     failures = []
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -150,7 +152,15 @@ def main(args: AblateArguments) -> None:
 
 def read_ladder(path: Path) -> dict[str, dict]:
     """The U-Net arguments of each row, including those it inherits by `from`."""
-    rows = yaml.safe_load(path.read_text())
+    try:
+        rows = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"`--ladder` {path} cannot be read ({error}): give rows by name.") from error
+    if not isinstance(rows, dict):
+        raise ValueError(f"`--ladder` {path} holds {rows!r}; it must hold rows by name.")
+    for name in rows:
+        if not isinstance(name, str) or name in PICTURES:
+            raise ValueError(f"{path}: row {name!r} must have another name: text, and not {', '.join(PICTURES)}.")
 
     def resolve(name: str, followed: tuple[str, ...] = ()) -> dict:
         if name in followed:
@@ -210,9 +220,10 @@ def open_row(results_dir: Path, name: str, unet: ModelMixin, settings: dict) -> 
         return {"name": name, "num_parameters": unet.num_parameters(), **settings, "seeds": {}}
     row = json.loads(path.read_text())
     for part, asked in settings.items():
-        if differ := [key for key in asked | row[part] if asked.get(key) != row[part].get(key)]:
+        kept = row.get(part, {})
+        if differ := [key for key in asked | kept if asked.get(key) != kept.get(key)]:
             raise ValueError(
-                f"{path} was made with {show_some(row[part], differ)}, and {show_some(asked, differ)} is asked for:"
+                f"{path} was made with {show_some(kept, differ)}, and {show_some(asked, differ)} is asked for:"
                 " choose another `--results_dir`."
             )
     return row
@@ -247,13 +258,26 @@ def check_training(args: AblateArguments, name: str, seed: int, row: dict) -> No
     if epochs := asked.pop("num_epochs", None):
         images = int(run["arguments"]["data"].partition(" ")[0])
         asked["max_train_steps"] = math.ceil(epochs * images / asked["global_batch_size"])
-    arguments = {"optimizer": "adamw", **run["arguments"]}  # older runs have none
-    differences = [key for key, value in asked.items() if arguments[key] != value]
+    differences = [key for key, value in asked.items() if run["arguments"].get(key) != value]
     differences += [key for key, value in row["unet"].items() if run["unet"].get(key) != value]
     if differences:
         raise ValueError(
             f"{path.parent} is of another training: {', '.join(differences)} differ. Choose another `--output_dir`."
         )
+
+
+def check_data(reference: Reference, num_images: int, kept: list[dict]) -> None:
+    """Raises ValueError if rows were measured against other images, which have another floor."""
+    floor = reference.floor(num_images)["frechet_distance"]
+    for row in kept:
+        measured = row["figures"]["floor"]["frechet_distance"]["mean"]
+        of_such_images = row["unet"]["in_channels"] == reference.image_shape[0]
+        # a GPU's rounding moves it by 0.02 %
+        if of_such_images and not math.isclose(measured, floor, rel_tol=0.01, abs_tol=1e-6):
+            raise ValueError(
+                f"Row {row['name']!r} was compared with other images: as many test images had a distance of"
+                f" {measured:.4f} there, and have {floor:.4f} here. Choose another `--results_dir`."
+            )
 
 
 def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config: dict) -> None:

@@ -34,7 +34,9 @@ class TrainingArguments:
     random_flip: bool = arg(False, "flip images horizontally at random; hurts if objects face one way, as shoes do")
     cache_dir: str | None = arg(None, "cache folder for data sets and decoded images")
     streaming: bool = arg(False, "stream the data set, for one that does not fit on disk; needs --max_train_steps")
-    shuffle_buffer_size: int = arg(10_000, "with --streaming: images shuffled at a time, per process and worker")
+    shuffle_buffer_size: int = arg(
+        10_000, "with --streaming: images shuffled at a time, per process and worker; twice as many are in memory"
+    )
     dataloader_num_workers: int = arg(0, "data-loading worker processes; 0 is usually fastest without --streaming")
     # model and noise schedule
     unet_config: str | None = arg(None, "U-Net arguments, as a JSON file (see train_scripts/configs) or JSON text")

@@ -51,9 +51,9 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
         if unknown:
             raise ValueError(f"{argv[0]} holds {sorted(unknown)}, which are no arguments (see --help).")
         check_types(arguments_class, values, argv[0])
-        flags = {text.partition("=")[0] for text in argv[1:]}
+        flags = {text.partition("=")[0].replace("-", "_") for text in argv[1:]}  # argparse takes --num-epochs, too
         for given, other in (("num_epochs", "max_train_steps"), ("max_train_steps", "num_epochs")):
-            if f"--{given}" in flags:  # one length replaces the other
+            if f"__{given}" in flags:  # one length replaces the other
                 values.pop(other, None)
         values = {name: with_home(value) if isinstance(value, str) else value for name, value in values.items()}
         parser.set_defaults(**values)
@@ -85,6 +85,8 @@ def check_types(arguments_class: type, values: dict, path: str) -> None:
         kinds |= {int} if float in kinds else set()
         kinds |= {str} if list not in kinds else set()
         kinds |= {dict} if name == "unet_config" else set()
-        if type(value) not in kinds:
-            kind = getattr(hints[name], "__name__", hints[name])
+        hint = next((kind for kind in (hints[name], *get_args(hints[name])) if get_origin(kind) is list), None)
+        wrong_parts = type(value) is list and (not value or {type(part) for part in value} - {*get_args(hint)})
+        if type(value) not in kinds or wrong_parts:
+            kind = hints[name] if get_args(hints[name]) else hints[name].__name__
             raise ValueError(f"`{name}` in {path} is {value!r}; it must be of type {kind}.")

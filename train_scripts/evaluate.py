@@ -120,6 +120,8 @@ def main(args: EvaluateArguments) -> None:
             images = DAMAGE[args.damage](images, args.damage_amount)
         side, channels = images.shape[-1], images.shape[1]
     folder_lock = lock(output_dir) if accelerator.is_main_process else None
+    if accelerator.is_main_process:  # with `--overwrite`: it would mean that all is there
+        (output_dir / "evaluation.json").unlink(missing_ok=True)
     reference = open_reference(args, accelerator, extractor, side, channels)
 
     if pipe is not None:
@@ -185,7 +187,13 @@ def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
             f"`--images` {args.images} is no folder with images ({', '.join(IMAGE_SUFFIXES)}), nor one of the splits"
             f" {args.train_split} and {args.test_split}."
         )
-    images = [decode_image({"bytes": None, "path": str(path)}, i) for i, path in enumerate(files)]
+    images = []
+    for i, path in enumerate(files):
+        try:
+            images.append(decode_image({"bytes": None, "path": str(path)}, i))
+        except ValueError as error:
+            reason = error.__cause__ or error
+            raise ValueError(f"{path} of `--images` cannot be read ({reason}): repair or remove it.") from error
     if args.center_crop:
         images = [central_square(image) for image in images]
     grey = all(image.mode == "L" for image in images) or (channels == 1 and not any(map(has_colour, images)))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from command_line import arg, check, run_script
 from launch import make_accelerator
-from run_folder import check_empty
+from run_folder import check_empty, lock
 from samplers import swap_scheduler
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline
@@ -53,8 +53,7 @@ def main(args: GenerateArguments) -> None:
     pipe.to(args.device or accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     swap_scheduler(pipe, args.scheduler, args.scheduler_config)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)  # if it fails, then before the sampling
+    folder_lock = lock(output_dir) if accelerator.is_main_process else None  # if it fails, then before the sampling
 
     start = time.perf_counter()
     images = sample_images(
@@ -75,6 +74,7 @@ def main(args: GenerateArguments) -> None:
     image_grid(images[:GRID_IMAGES]).save(output_dir / "grid.png")  # first: it marks the numbered ones as samples
     for i, image in enumerate(images):
         image.save(output_dir / f"{args.seed + i:06d}.png")
+    folder_lock.release()
     print(
         f"{args.num_images} images by {type(pipe.scheduler).__name__}, {args.num_inference_steps} steps,"
         f" {time.perf_counter() - start:.1f} s"

@@ -113,13 +113,18 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
     with clear_write_errors(f"{RUN_FILE} cannot be written to {output_dir}"):
         if goes_on and (output_dir / RUN_FILE).is_file():
             run = json.loads((output_dir / RUN_FILE).read_text())
-            arguments = {name: record["arguments"][name] for name in defines_the_run}
-            differences = list_differences(run["arguments"], arguments) + list_differences(run["unet"], record["unet"])
+            saved, names = run["arguments"], defines_the_run
+            if step == 0:  # it starts over, and must start from the same weights
+                names = (*names, "pretrained_model_name_or_path")
+            differences = list_differences(saved, {name: record["arguments"][name] for name in names})
+            differences += list_differences(run["unet"], record["unet"])
+            if step == 0 and saved["resume_from_checkpoint"] not in (None, "latest"):
+                differences.append(f"it began at {saved['resume_from_checkpoint']} and has no checkpoint yet")
             if differences:
                 raise ValueError(
                     f"`--output_dir` {output_dir} holds another run ({'; '.join(differences)}): give the same"
                     " arguments, choose another folder, or start again in this one with `--overwrite_output_dir` and"
-                    " without `--resume_from_checkpoint`."
+                    " without `--resume_from_checkpoint latest`."
                 )
         else:
             run = {"id": uuid.uuid4().hex[:8]}

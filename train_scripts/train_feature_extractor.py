@@ -30,6 +30,7 @@ from ddpm_diffusers.checkpointing import checksum, flush, versions
 from ddpm_diffusers.data import ImageArrays, ShuffledBatches, load_images
 from ddpm_diffusers.evaluation.features import to_input
 from ddpm_diffusers.hub import is_hub_id, table
+from ddpm_diffusers.synthetic_fashion import SYNTHETIC
 
 CARD = """
 # {name}
@@ -73,6 +74,7 @@ class FeatureExtractorArguments:
     lowest_resolution: int = arg(12, "lowest resolution to train on")
     image_size: int = arg(48, "height and width of the network's input, whatever the resolution")
     output_dir: str = arg("feature-extractor", "folder for the model and its card")
+    hub_license: str | None = arg(None, "license of the model, such as mit, for its card")
     seed: int = arg(0, "seed for weights, data order and resolutions")
     train_batch_size: int = arg(128, "batch size")
     num_epochs: int = arg(12, "passes over the data")
@@ -202,22 +204,23 @@ def model_card(
         value = getattr(args, field.name)
         if field.name == "output_dir":
             command += ["--output_dir", Path(value).resolve().name]
-        elif public if field.name == "dataset_name" else value != field.default:
+        elif field.name == "dataset_name":
+            command += ["--dataset_name", value if public or value == SYNTHETIC else "path/to/images"]
+        elif value != field.default:
             command += [f"--{field.name}", str(value)]
+    source = f"[{args.dataset_name}](https://huggingface.co/datasets/{args.dataset_name})" if public else "a local set"
     rows = {f"test accuracy at {size}x{size}": f"{value:.4f}" for size, value in accuracies.items()}
     rows |= {"features": config.hidden_sizes[-1], "seed": args.seed, "SHA-256 of model.safetensors": f"`{digest}`"}
     rows |= {"made with": ", ".join(f"{name} {value}" for name, value in versions().items())}
     data = ModelCardData(
-        license="mit",
+        license=args.hub_license,
         library_name="transformers",
         pipeline_tag="image-classification",
         datasets=[args.dataset_name] if public else None,
     )
     text = CARD.format(
         name=Path(args.output_dir).resolve().name,
-        data=f"[{args.dataset_name}](https://huggingface.co/datasets/{args.dataset_name})"
-        if public
-        else "a local set",
+        data=f"{SYNTHETIC}, which ddpm-diffusers draws itself" if args.dataset_name == SYNTHETIC else source,
         num_features=config.hidden_sizes[-1],
         image_size=args.image_size,
         channels=args.channels,

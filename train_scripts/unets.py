@@ -50,7 +50,11 @@ def make_unet(
     unknown = set(config) - set(inspect.signature(UNETS[class_name].__init__).parameters)
     if unknown:
         raise ValueError(f"`--unet_config` holds {sorted(unknown)}, which are no arguments of {class_name}.")
-    return ready(UNETS[class_name].from_config({**saved, **config}), "unet_config", resolution, gradient_checkpointing)
+    try:
+        unet = UNETS[class_name].from_config({**saved, **config})
+    except Exception as error:  # UNet2DModel leaves it to torch to find what does not fit
+        raise ValueError(f"`--unet_config` describes no {class_name} ({error}): change what it names.") from error
+    return ready(unet, "unet_config", resolution, gradient_checkpointing)
 
 
 def unet_of_checkpoint(checkpoint: Path, resolution: int, gradient_checkpointing: bool = False) -> ModelMixin:

@@ -8,7 +8,9 @@ record = evaluate_pipeline(pipe, reference, num_images=10_000, num_inference_ste
 
 import contextlib
 import hashlib
+import logging
 import math
+import numbers
 import statistics
 import time
 import uuid
@@ -30,6 +32,8 @@ from ..schedulers import count_evaluations
 from .features import FeatureExtractor, extract_features
 from .metrics import frechet_distance, kernel_distance, precision_recall
 from .spectrum import checkerboard, power_spectrum, radial_spectrum, ring_spectrum, sharpness
+
+logger = logging.getLogger(__name__)
 
 IMAGES_AT_A_TIME = 10_000  # read from a data set
 IMAGES_KEPT = 64  # in a record, for a grid
@@ -64,10 +68,14 @@ class Statistics:
         with contextlib.suppress(FileNotFoundError, SafetensorError):  # not there yet, or cut off by a full disk
             return cls(**load_file(path))
         made = cls.of_images(images, extractor)
-        folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{uuid.uuid4().hex}")
-        save_file({"features": made.features, "power": made.power}, partial)
-        partial.replace(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({"features": made.features, "power": made.power}, partial)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:  # a full disk must not end an evaluation
+            logger.warning("The statistics of the real images are not cached: %s", error)
+            partial.unlink(missing_ok=True)
         return made
 
     def spread(self, count: int) -> torch.Tensor:
@@ -231,6 +239,7 @@ def evaluate_pipeline(
         ValueError: If an argument cannot be used, before any sampling, or if the samples are not finite.
     """
     check_run(pipe, reference, num_images, seeds, batch_size)
+    seeds = [int(seed) for seed in seeds]
     evaluations = count_evaluations(pipe.scheduler, num_inference_steps)
     collected, seconds, kept = [], 0.0, None
     for seed in seeds:
@@ -251,7 +260,7 @@ def evaluate_pipeline(
         "num_inference_steps": num_inference_steps,
         "evaluations": evaluations,
         "num_images": num_images,
-        "seeds": list(seeds),
+        "seeds": seeds,
         "batch_size": batch_size,
         "seconds_per_image": seconds / (count_sampled(num_images, batch_size) * len(seeds)),
         "images": kept,
@@ -260,7 +269,8 @@ def evaluate_pipeline(
 
 def check_run(pipe, reference: Reference | None, num_images: int, seeds: Sequence[int], batch_size: int) -> None:
     """Raise a ValueError for what `evaluate_pipeline` cannot measure with any scheduler."""
-    if len(set(seeds)) != len(seeds) or not len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
+    whole = all(isinstance(s, numbers.Integral) and s >= 0 for s in seeds)
+    if len(set(seeds)) != len(seeds) or not len(seeds) or not whole:
         raise ValueError(f"`seeds` is {list(seeds)}; it must hold different whole numbers from 0.")
     check_positive(num_images=num_images, batch_size=batch_size)
     shape = image_shape(pipe)
