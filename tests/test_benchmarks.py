@@ -2,11 +2,11 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
 
-import memory
 import pytest
 import summary
 import torch
@@ -27,9 +27,9 @@ def test_each_round_starts_with_another_arm():
 def test_arms_are_timed_in_turn():
     called = []
     arms = {
-        name: lambda name=name, s=s: (called.append(name), time.sleep(s)) for name, s in (("a", 0.002), ("b", 0.02))
+        name: lambda name=name, s=s: (called.append(name), time.sleep(s)) for name, s in (("a", 0.002), ("b", 0.05))
     }
-    results = windows.time_arms(arms, windows=3, window_seconds=0.01)
+    results = windows.time_arms(arms, windows=3, window_seconds=0.05)
     assert results["a"]["calls"] > 1 == results["b"]["calls"]
     assert 0.002 <= results["a"]["median"] < results["b"]["median"]
     assert len(called) == 2 * 2 + 3 * (results["a"]["calls"] + 1)
@@ -37,12 +37,22 @@ def test_arms_are_timed_in_turn():
     assert [name for before, name in zip([None, *timed], timed, strict=False) if name != before] == list("abab")
 
 
-def test_the_peak_of_memory_is_seen():
-    with memory.Peak(torch.device("cpu")) as peak:
-        block = torch.ones(2**26)  # 256 MiB
-        time.sleep(0.1)
-        del block
-    assert 2**27 < peak.bytes < 2**29
+PEAK = """
+import time
+import memory, torch
+with memory.Peak(torch.device("cpu")) as peak:
+    block = torch.ones(2**26)  # 256 MiB
+    time.sleep(0.1)
+    del block
+print(peak.bytes)
+"""
+
+
+def test_the_peak_of_memory_is_seen():  # in a process of its own: one that has kept freed memory grows by less
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    done = subprocess.run([sys.executable, "-c", PEAK], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 2**27 < int(done.stdout) < 2**29
 
 
 @pytest.mark.slow
@@ -54,7 +64,9 @@ def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "a" / "b" / "training_step.json").read_text())
     assert [row["network"] for row in record["rows"]] == ["default", "stock"]
-    assert record["rows"][1]["times_reference"]["median"] == 1 and record["machine"]["versions"]["torch"]
+    default, stock = (row["seconds_per_step"]["windows"] for row in record["rows"])
+    assert record["rows"][0]["times_reference"] == windows.ratio(stock, default)
+    assert record["machine"]["versions"]["torch"]
     assert (tmp_path / "a" / "b" / "training_step.md").read_text().strip() in done.stdout
     assert "| training step, 8x8, batch 2, float32, images/s |" in (tmp_path / "a" / "b" / "summary.md").read_text()
     rows = json.loads((tmp_path / "a" / "b" / "memory.json").read_text())["rows"]

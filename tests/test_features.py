@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,30 @@ def test_a_hub_id_is_loaded_without_its_code_and_pickles_and_an_unknown_one_is_r
         assert load_feature_extractor("user/small").digest == loaded.digest  # from the cache
         with pytest.raises(ConnectionError, match="'user/third' is no local folder, and the Hub cannot be asked"):
             load_feature_extractor("user/third")
+
+
+class Touching:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_given_as_inception_is_refused_and_not_run(tmp_path, monkeypatch):
+    constants = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")  # all that is asked of it before
+    constants.URL_INCEPTION_V3 = "https://github.com/weights-inception.pth"
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, constants.__name__, constants)
+    file, made = tmp_path / "weights.pth", tmp_path / "made"
+    torch.save({"weight": Touching(made)}, file)
+    with pytest.raises(ValueError, match="cannot be read as .* Inception weights .*: give the file that is at https"):
+        load_feature_extractor(f"inception:{file}")
+    assert not made.exists()
+    torch.load(file, weights_only=False)
+    assert made.exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")

@@ -1,11 +1,15 @@
 """The released models: small, whole, in step with the code, and what they draw are garments of every kind."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT
 from diffusers import DiffusionPipeline
+from evaluate import CARD_FIGURES
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification
@@ -35,8 +39,13 @@ def test_it_carries_the_code_of_the_package(folder):
 def test_its_card_says_what_it_was_trained_on_and_how_it_was_judged(folder):
     card = ModelCard.load(folder / "README.md")
     assert card.data.datasets == ["zalando-datasets/fashion_mnist"] and card.data.license == "mit"
-    figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert figures["frechet_distance"] > 0 and figures["precision"] > 0.8 and figures["recall"] > 0.8
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    size = folder.name.rpartition("-")[2]
+    record = json.loads((ROOT / "train_scripts" / "results" / f"released_{size}" / "evaluation.json").read_text())
+    for metric, (_, group, name) in CARD_FIGURES.items():
+        assert found[metric] == round(record["figures"][group][name]["mean"], 5)
+    weights = safetensors.torch.save(DiffusionPipeline.from_pretrained(str(folder)).unet.state_dict())
+    assert record["weights"] == hashlib.sha256(weights).hexdigest()[:12]
     assert f'from_pretrained("./pretrained/{folder.name}")' in card.text
     assert min(Image.open(folder / "samples.png").size) > 100
 

@@ -87,6 +87,16 @@ def test_statistics_are_computed_once_for_an_images_content_and_an_extractor(ext
     assert len(cached) == 4 and all(name.endswith(".safetensors") for name in cached)
 
 
+def test_statistics_are_computed_again_by_other_code(extractor, tmp_path, monkeypatch):
+    Statistics.cached(garments(40), extractor, tmp_path)
+    for name in ("features.py", "spectrum.py"):
+        code = Path(protocol.__file__).with_name(name).read_text()
+        (tmp_path / name).write_text(code + ("\n" if name == "spectrum.py" else ""))
+    monkeypatch.setattr(protocol, "__file__", str(tmp_path / "protocol.py"))
+    Statistics.cached(garments(40), extractor, tmp_path)
+    assert extractor.network.images == 80
+
+
 @pytest.mark.parametrize("kept", [0, 100, -1])
 def test_a_damaged_cache_file_is_made_anew(extractor, tmp_path, kept):
     made = Statistics.cached(garments(40), extractor, tmp_path)

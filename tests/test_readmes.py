@@ -31,14 +31,27 @@ ARGUMENTS = {
 RESULTS = ROOT / "train_scripts" / "results"
 
 
-@pytest.mark.parametrize("folder", ["ladder_16", "ladder_16_gpu", "ladder_28", "coarser_layers_16", "equal_time_16",
-                                    "equal_time_28", "switches_16", "muon_16", "muon_28"])  # fmt: skip
+LADDERS = sorted({path.parent.name for path in RESULTS.glob("*/*.json") if '"judging": {' in path.read_text("utf-8")})
+
+
+@pytest.mark.parametrize("folder", LADDERS)
 def test_the_table_of_a_ladder_is_of_its_records(folder):
     names = yaml.safe_load((ROOT / "train_scripts" / "configs" / "ladder.yaml").read_text())
     files = [RESULTS / folder / f"{name}.json" for name in names]
     rows = [json.loads(file.read_text()) for file in files if file.is_file()]
     assert len(rows) == len(list((RESULTS / folder).glob("*.json")))
     assert ablate.markdown(rows) + "\n" == (RESULTS / folder / "table.md").read_text()
+
+
+@pytest.mark.parametrize("folder", ["damage", "objectives_16", "released_16", "released_28"])
+def test_rows_are_of_the_records_beside_them(folder):
+    records = [path for path in (RESULTS / folder).rglob("*.json") if not path.stem.endswith("-sde")]  # in no table
+    rows = {line for path in (RESULTS / folder).rglob("*.md") for line in path.read_text("utf-8").splitlines()}
+    for path in records:
+        record = json.loads(path.read_text("utf-8"))
+        assert evaluate.figures_table([(evaluate.leading_cells(record), record["figures"])]).splitlines()[2] in rows
+    heads = {line for line in rows if line.startswith(("|  |", "| ---"))}
+    assert len([line for line in rows - heads if line.startswith("|")]) == len(records) > 0
 
 
 @pytest.mark.parametrize("readme", ["README.md", "train_scripts/README.md", "benchmarks/README.md"])

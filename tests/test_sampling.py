@@ -63,3 +63,33 @@ def test_processes_share_the_batches_and_give_the_same_bits(tiny_pipe, tmp_path)
     assert result.stdout.count("21 images by DDPMScheduler") == 1  # by the main process alone
     found = [np.asarray(Image.open(tmp_path / "images" / f"{i:06d}.png")) for i in range(21)]
     np.testing.assert_array_equal(found, expected)
+
+
+NAN_IN_ONE = """
+import sys
+import torch
+from accelerate import PartialState
+from ddpm_diffusers import PixelDiffusionPipeline
+from ddpm_diffusers.sampling import NotFiniteError, sample_images
+
+state = PartialState(cpu=True)
+pipe = PixelDiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+pipe.scheduler.register_to_config(clip_sample=False)
+if state.process_index == 1:
+    torch.nn.init.constant_(pipe.unet.out_block.layers[-1].bias, float("nan"))
+try:
+    sample_images(pipe, 4, 1, batch_size=2)
+except NotFiniteError:
+    open(f"{sys.argv[1]}/told-{state.process_index}", "w").close()
+"""
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_in_one_process_is_an_error_in_all(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path / "pipe")
+    (tmp_path / "script.py").write_text(NAN_IN_ONE)
+    command = [*torchrun(2), str(tmp_path / "script.py"), str(tmp_path / "pipe")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "pipe").glob("told-*")) == ["told-0", "told-1"]
