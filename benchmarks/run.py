@@ -23,7 +23,7 @@ from summary import write_summary
 
 from command_line import arg, run_script  # isort: skip
 from launch import choose_precision  # isort: skip
-from run_folder import write_text  # isort: skip
+from files import write_text  # isort: skip
 
 SECTIONS = (
     "training_step",

@@ -16,7 +16,7 @@ from startup import DIFFUSERS
 from training_script import AS_IT_COMES, RECIPE
 from windows import paired, quartiles
 
-from run_folder import write_text  # isort: skip
+from files import write_text  # isort: skip
 
 STOCK = "stock `UNet2DModel`"
 

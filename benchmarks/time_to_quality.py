@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from files import write_text
 from machine import describe
 from networks import CONFIGS, ROOT, make_network
 from processes import flags, run
 from report import table
-from run_folder import write_text
 
 from ddpm_diffusers.checkpointing import config_of
 from ddpm_diffusers.data import load_images

@@ -202,7 +202,7 @@ def test_a_network_in_colour_is_refused_by_a_grey_extractor_before_any_data_is_r
         evaluate("--model", str(tmp_path / "colour"), "--dataset_name", str(tmp_path / "absent"))
 
 
-def test_nothing_is_overwritten_and_nan_is_not_judged(evaluate, model, tmp_path):
+def test_nothing_is_overwritten_and_nan_is_not_judged(evaluate, model, tmp_path, monkeypatch):
     pipe = PixelDiffusionPipeline.from_pretrained(model)
     with torch.no_grad():
         next(pipe.unet.parameters()).fill_(float("nan"))
@@ -215,7 +215,11 @@ def test_nothing_is_overwritten_and_nan_is_not_judged(evaluate, model, tmp_path)
     (tmp_path / "evaluation" / "evaluation.json").write_text("{}")  # of an earlier one
     with pytest.raises(ValueError, match="made images with NaN"):
         evaluate("--model", str(tmp_path / "broken"), "--num_inference_steps", "2", "--overwrite")
-    assert {path.name for path in (tmp_path / "evaluation").iterdir()} == {".lock", "mine.txt"}
+    assert {path.name for path in (tmp_path / "evaluation").iterdir()} == {".lock", "mine.txt", "evaluation.json"}
+    monkeypatch.setattr(script, "plot_spectra", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate("--model", str(model), "--num_inference_steps", "2", "--overwrite")
+    assert not (tmp_path / "evaluation" / "evaluation.json").exists()  # it would stand for what is not there
 
 
 @pytest.mark.slow

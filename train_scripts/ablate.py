@@ -22,9 +22,9 @@ import yaml
 from arguments import TrainingArguments
 from command_line import arg, check, run_script
 from diffusers import DDPMScheduler, ModelMixin
+from files import lock, write_file, write_text
 from launch import choose_precision
 from PIL import Image
-from run_folder import lock, write_file, write_text
 from tables import caption, figures_table
 from tqdm.auto import tqdm
 from unets import make_unet
@@ -91,7 +91,7 @@ class AblateArguments:
               "be no, bf16 or auto on a CPU, where accelerate has no fp16")  # fmt: skip
         for seed in self.train_seeds:
             # raises what the training would
-            output_dir = str(run_folder(self, "row", seed))
+            output_dir = str(folder_of(self, "row", seed))
             TrainingArguments(
                 **training_arguments(self, seed), dataset_id=self.dataset_id, logger="none", output_dir=output_dir
             )
@@ -132,7 +132,7 @@ def main(args: AblateArguments) -> None:
                 name, seed = waiting[done]
                 try:
                     done.result()
-                    keep(results_dir, rows[name], seed, run_folder(args, name, seed))
+                    keep(results_dir, rows[name], seed, folder_of(args, name, seed))
                 except RuntimeError as error:  # the other rows go on
                     failures.append(str(error))
                     tqdm.write(failures[-1])
@@ -178,7 +178,7 @@ def read_ladder(path: Path) -> dict[str, dict]:
     return {name: resolve(name) for name in rows}
 
 
-def run_folder(args: AblateArguments, name: str, seed: int) -> Path:
+def folder_of(args: AblateArguments, name: str, seed: int) -> Path:
     return Path(args.output_dir, name, f"seed-{seed}")
 
 
@@ -249,7 +249,7 @@ def show_some(values: dict, keys: list[str]) -> str:
 
 def check_training(args: AblateArguments, name: str, seed: int, row: dict) -> None:
     """Raises ValueError if the run folder holds a training, finished or not, with other settings than asked for."""
-    path = run_folder(args, name, seed) / "run.json"
+    path = folder_of(args, name, seed) / "run.json"
     if not path.is_file():
         return
     run = json.loads(path.read_text())
@@ -281,7 +281,7 @@ def check_data(reference: Reference, num_images: int, kept: list[dict]) -> None:
 
 
 def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config: dict) -> None:
-    folder = run_folder(args, name, seed)
+    folder = folder_of(args, name, seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     dataset_id = {"dataset_id": args.dataset_id} if args.dataset_id else {}
     if not (folder / "model_index.json").is_file():

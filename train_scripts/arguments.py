@@ -10,6 +10,7 @@ from launch import PRECISIONS
 from trackers import TRACKERS
 
 from ddpm_diffusers.hub import is_hub_id
+from ddpm_diffusers.synthetic_fashion import SYNTHETIC
 
 # must not change between a checkpoint and the run resumed from it; the script sets the first three itself
 DEFINES_THE_RUN = (
@@ -143,7 +144,7 @@ class TrainingArguments:
         if self.num_epochs is None and self.max_train_steps is None:
             self.num_epochs = 5
         source = Path(self.train_data_dir or self.dataset_name)
-        drawn = self.train_data_dir is None and self.dataset_name == "synthetic-fashion"
+        drawn = self.train_data_dir is None and self.dataset_name == SYNTHETIC
         if not drawn and source.is_dir() and Path(self.output_dir).resolve().is_relative_to(source.resolve()):
             raise ValueError(
                 f"`--output_dir` {self.output_dir} lies in {source}, where the images are, and its samples would join"
@@ -154,9 +155,7 @@ class TrainingArguments:
         if self.streaming and self.max_train_samples is not None:
             raise ValueError("`--streaming` reads a whole data set, of the Hub or of files: no `--max_train_samples`.")
         if self.streaming and drawn:
-            raise ValueError(
-                "`--streaming` needs a `--dataset_name` or `--train_data_dir`: synthetic-fashion is drawn."
-            )
+            raise ValueError(f"`--streaming` needs a `--dataset_name` or `--train_data_dir`: {SYNTHETIC} is drawn.")
         if self.logger != "none" and importlib.util.find_spec(self.logger) is None:
             raise ValueError(f"`--logger {self.logger}` needs a package: pip install {self.logger}, or --logger none.")
 

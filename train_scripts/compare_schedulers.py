@@ -29,9 +29,9 @@ from evaluation_arguments import (
     open_reference,
     provenance,
 )
+from files import lock, write_file, write_text
 from launch import make_accelerator
 from PIL import Image
-from run_folder import lock, write_file, write_text
 from tables import caption, figures_table, show
 
 from ddpm_diffusers import SCHEDULERS, make_scheduler

@@ -20,8 +20,8 @@ from evaluation_arguments import (
     open_reference,
     provenance,
 )
+from files import lock, write_file, write_text
 from launch import make_accelerator
-from run_folder import lock, write_file, write_text
 from samplers import swap_scheduler
 from tables import caption, figures_table
 
@@ -34,7 +34,6 @@ from ddpm_diffusers.evaluation.protocol import (
     IMAGES_KEPT,
     Statistics,
     check_count,
-    check_images,
     check_run,
     evenly_spaced,
     image_shape,
@@ -120,8 +119,6 @@ def main(args: EvaluateArguments) -> None:
             images = DAMAGE[args.damage](images, args.damage_amount)
         side, channels = images.shape[-1], images.shape[1]
     folder_lock = lock(output_dir) if accelerator.is_main_process else None
-    if accelerator.is_main_process:  # with `--overwrite`: it would mean that all is there
-        (output_dir / "evaluation.json").unlink(missing_ok=True)
     reference = open_reference(args, accelerator, extractor, side, channels)
 
     if pipe is not None:
@@ -135,7 +132,6 @@ def main(args: EvaluateArguments) -> None:
             progress=True,
         )
     else:
-        check_images(images, reference)
         record = record_of([Statistics.of_images(images, reference.extractor)], reference)
         record["images"] = images[:IMAGES_KEPT]
     if not accelerator.is_main_process:
@@ -147,13 +143,14 @@ def main(args: EvaluateArguments) -> None:
     record = {"name": name, **provenance(args, accelerator, pipe), **split, **record}
     if pipe is not None:
         record["scheduler_options"] = options
+    (output_dir / "evaluation.json").unlink(missing_ok=True)  # with `--overwrite`: it means that all is there
     row = figures_table([(leading_cells(record), record["figures"])]) + "\n\n" + caption(record)
     write_text(output_dir / "row.md", row + "\n")
     write_file(output_dir / "grid.png", image_grid(to_pil(kept)).save)
     for kind, file in (("radial", "spectrum.png"), ("rings", "rings.png")):
         real, samples = (record["spectrum"][of][kind] for of in ("real", "samples"))
         write_file(output_dir / file, lambda path, r=real, s=samples, k=kind: plot_spectra({name: s}, r, path, k))
-    write_text(output_dir / "evaluation.json", json.dumps(record, indent=2) + "\n")  # last: it means that all is there
+    write_text(output_dir / "evaluation.json", json.dumps(record, indent=2) + "\n")  # last
     if args.write_card:
         card = Path(args.model, README)
         write_text(card, add_figures(card.read_text("utf-8"), card_figures(record, args)))

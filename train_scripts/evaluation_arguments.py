@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from command_line import arg, check
+from files import check_empty
 from launch import PRECISIONS
-from run_folder import check_empty
 
 from ddpm_diffusers import PixelDiffusionPipeline
 from ddpm_diffusers.evaluation import FASHION_MNIST, FeatureExtractor, Reference, load_feature_extractor

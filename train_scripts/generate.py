@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from command_line import arg, check, run_script
+from files import check_empty, lock
 from launch import make_accelerator
-from run_folder import check_empty, lock
 from samplers import swap_scheduler
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline

@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from files import holds_files, write_text
 
 from ddpm_diffusers.checkpointing import (
     clear_write_errors,
@@ -23,17 +22,6 @@ from ddpm_diffusers.checkpointing import (
 from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
 
 RUN_FILE = "run.json"
-
-
-def check_empty(folder: Path) -> None:
-    """Raise a ValueError if the folder holds anything but hidden files."""
-    if holds_files(folder):
-        raise ValueError(f"`--output_dir` {folder} is not empty: choose another, or pass `--overwrite`.")
-
-
-def holds_files(folder: Path) -> bool:
-    """Whether it is a folder that holds anything but hidden files."""
-    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> tuple[Path | None, bool]:
@@ -77,23 +65,6 @@ def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool)
             " training wrote, and this may be something else. Choose another, or empty it."
         )
     return resume_path, goes_on
-
-
-def lock(output_dir: Path) -> FileLock:
-    """Make the folder, and keep other processes from writing into it for as long as the returned lock lives.
-
-    Raises:
-        ValueError: If another process holds the lock.
-        OSError: If the folder cannot be written to.
-    """
-    with clear_write_errors(f"{output_dir} cannot be written to"):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        folder_lock = FileLock(output_dir / ".lock")
-        try:
-            folder_lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"Another process writes into {output_dir}: wait for it to end, or stop it.") from error
-    return folder_lock
 
 
 def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_the_run: tuple[str, ...]) -> dict:
@@ -193,18 +164,3 @@ def save_pipeline(pipe, output_dir: Path) -> None:
         for path in output_dir.glob("unet/*.safetensors*") if changed else ():
             if path.relative_to(output_dir) not in files:
                 path.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write the text to `path`, completely or not at all."""
-    write_file(path, lambda partial: partial.write_text(text, "utf-8"))
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make the file under a temporary name: it appears completely or not at all."""
-    partial = path.with_name(f".partial-{path.name}")  # with the suffix, from which PIL takes the format
-    with clear_write_errors(f"{path} cannot be written"):
-        path.parent.mkdir(exist_ok=True)
-        write(partial)
-        flush(partial)
-        os.replace(partial, path)

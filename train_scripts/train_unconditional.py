@@ -27,11 +27,12 @@ from command_line import run_script
 from cuda_graph import GraphedStep, can_capture
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
+from files import lock, write_file, write_text
 from huggingface_hub import ModelCard
 from interruption import StopRequest
 from launch import check_agreement, check_engine, check_sharding, let_go, make_accelerator
 from push_to_hub import push
-from run_folder import LogLines, claim, lock, open_run, save_pipeline, write_file, write_text
+from run_folder import LogLines, claim, open_run, save_pipeline
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
 from training_state import gather_state, make_lr_scheduler, restore
