@@ -4,6 +4,7 @@ Each budget of the default network is a training of its own, since the learning 
 It takes hours on a CPU, so it runs only if `--sections` names it. What `--work_dir` already has is not run again.
 """
 
+import hashlib
 import json
 import time
 from itertools import pairwise
@@ -40,12 +41,12 @@ def measure(args, device: torch.device) -> dict:
         folder = f"{name}-{steps}x{batch_size}-{rate:g}"
         if optimizer != "adamw":  # older records have none
             budget, folder = budget | {"optimizer": optimizer}, f"{folder}-{optimizer}"
-        runs.append((name, epochs, budget, Path(args.work_dir, folder)))
-    for name, _, budget, folder in runs:  # all of them before the first training
-        trained_before(folder, settings_of(name, budget, args, device))
+        runs.append((name, epochs, budget, Path(args.work_dir, folder), settings_of(name, budget, args, device)))
+    for *_, folder, settings in runs:  # all of them before the first training
+        trained_before(folder, settings)
     rows = []
-    for name, epochs, budget, folder in runs:
-        row = train_and_judge(name, budget, folder, args, device)
+    for name, epochs, budget, folder, settings in runs:
+        row = train_and_judge(name, budget, folder, settings, args, device)
         rows.append(row | {"epochs": epochs, "images_seen": budget["max_train_steps"] * budget["train_batch_size"]})
         print(f"{name}, {epochs:g} epochs: {row['seconds']:,.0f} s, distance {row['distance']:.3f}", flush=True)
     return {"dataset": args.dataset_id or Path(args.dataset_name).name, "num_images": args.num_images, "rows": rows}
@@ -53,12 +54,16 @@ def measure(args, device: torch.device) -> dict:
 
 def settings_of(name: str, budget: dict, args, device: torch.device) -> dict:
     """What the seconds and weights of a training depend on."""
+    machine = describe(device)
+    files = [*(ROOT / "ddpm_diffusers").glob("*.py"), *(ROOT / "train_scripts").glob("*.py")]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
     return {
         "network": config_of(make_network(name, RESOLUTION)),
         "budget": budget,
         "dataset": args.dataset_id or Path(args.dataset_name).name,
         "mixed_precision": args.precisions[-1],
-        **{name: describe(device)[name] for name in ("device", "threads", "versions")},
+        "code": code.hexdigest()[:12],
+        **{key: machine[key] for key in ("device", "threads", "versions")},
     }
 
 
@@ -73,8 +78,7 @@ def trained_before(folder: Path, settings: dict) -> dict | None:
     return known
 
 
-def train_and_judge(name: str, budget: dict, folder: Path, args, device: torch.device) -> dict:
-    settings = settings_of(name, budget, args, device)
+def train_and_judge(name: str, budget: dict, folder: Path, settings: dict, args, device: torch.device) -> dict:
     record, known = folder / "time_to_quality.json", trained_before(folder, settings)
     judged = {"num_images": args.num_images, "extractor": load_feature_extractor().digest, "scheduler": SCHEDULER,
               "num_inference_steps": NUM_INFERENCE_STEPS}  # fmt: skip

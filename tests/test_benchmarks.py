@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import summary
@@ -39,6 +40,7 @@ def test_arms_are_timed_in_turn():
 
 PEAK = """
 import time
+from pathlib import Path
 import memory, torch
 with memory.Peak(torch.device("cpu")) as peak:
     block = torch.ones(2**26)  # 256 MiB
@@ -136,3 +138,48 @@ def test_quality_is_reached_where_more_training_reaches_it_too(distances, line):
 ])  # fmt: skip
 def test_losses_are_marked(times, more_is_better, outcome):
     assert summary.compared("speed", 3, "peer", 2, times, more_is_better)[-1] == outcome
+
+
+@pytest.mark.slow
+def test_time_to_quality_trains_each_once_and_takes_none_of_other_settings(garments, tmp_path):
+    def measure(*flags: str) -> subprocess.CompletedProcess:
+        command = [
+            sys.executable,
+            ROOT / "benchmarks" / "run.py",
+            "--sections",
+            "time_to_quality",
+            "--overwrite",
+            "--dataset_name",
+            garments,
+            "--dataset_id",
+            "user/garments",
+            "--precisions",
+            "no",
+            "--epochs",
+            "1",
+            "--num_images",
+            "100",
+            "--work_dir",
+            tmp_path / "work",
+            "--output_dir",
+            tmp_path / "out",
+            *flags,
+        ]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True)  # fmt: skip
+
+    def weights() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*/unet/*.safetensors")}
+
+    first = measure()
+    assert first.returncode == 0, first.stderr
+    rows = json.loads((tmp_path / "out" / "time_to_quality.json").read_text())["rows"]
+    assert [(row["network"], row["max_train_steps"]) for row in rows] == [("stock", 23), ("default", 5)]
+    assert all(row["seconds"] > row["seconds_of_steps"] > 0 and row["distance"] > 0 for row in rows)
+    trained = weights()
+    (tmp_path / "work" / "default-5x64-0.002" / "time_to_quality.json").unlink()  # as if cut off: judged again
+    again = measure()
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "out" / "time_to_quality.json").read_text())["rows"] == rows
+    other = measure("--dataset_id", "user/others")
+    assert other.returncode != 0 and "give another `--work_dir`" in other.stderr
+    assert weights() == trained and len(trained) == 2
