@@ -143,29 +143,11 @@ def test_losses_are_marked(times, more_is_better, outcome):
 @pytest.mark.slow
 def test_time_to_quality_trains_each_once_and_takes_none_of_other_settings(garments, tmp_path):
     def measure(*flags: str) -> subprocess.CompletedProcess:
-        command = [
-            sys.executable,
-            ROOT / "benchmarks" / "run.py",
-            "--sections",
-            "time_to_quality",
-            "--overwrite",
-            "--dataset_name",
-            garments,
-            "--dataset_id",
-            "user/garments",
-            "--precisions",
-            "no",
-            "--epochs",
-            "1",
-            "--num_images",
-            "100",
-            "--work_dir",
-            tmp_path / "work",
-            "--output_dir",
-            tmp_path / "out",
-            *flags,
-        ]
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True)  # fmt: skip
+        command = [sys.executable, ROOT / "benchmarks" / "run.py", "--sections", "time_to_quality", "--overwrite",
+                   "--dataset_name", garments, "--dataset_id", "user/garments", "--precisions", "no", "--epochs", "1",
+                   "--num_images", "100", "--work_dir", tmp_path / "work", "--output_dir", tmp_path / "out",
+                   "--device", "cpu", *flags]  # fmt: skip
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
     def weights() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*/unet/*.safetensors")}
