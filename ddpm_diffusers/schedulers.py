@@ -9,7 +9,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import requires_backends
 
-from .pipeline_pixel_diffusion import CARRIED_OVER, TRAINED_WITH, refusal, set_timesteps
+from .pipeline_pixel_diffusion import CARRIED_OVER, TRAINED_WITH, refusal, set_timesteps, splits_off_a_variance
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -122,8 +122,7 @@ def count_evaluations(scheduler: SchedulerMixin, num_inference_steps: int) -> in
 def rehearse(scheduler: SchedulerMixin, name: str) -> None:
     """Raise a ValueError if the scheduler cannot sample with a network that outputs 0, e.g. due to a wrong option."""
     scheduler, sample = copy.deepcopy(scheduler), torch.zeros(1, 3, 8, 8)
-    learned = "learned" in str(scheduler.config.get("variance_type"))
-    output = torch.zeros(1, 6 if learned else 3, 8, 8)
+    output = torch.zeros(1, 6 if splits_off_a_variance(scheduler, 3) else 3, 8, 8)
     try:
         with torch.random.fork_rng(devices=[]):
             for t in set_timesteps(scheduler, min(REHEARSAL_STEPS, scheduler.config.num_train_timesteps)):

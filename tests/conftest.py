@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = str(ROOT)  # for the subprocesses
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, here and in the subprocesses
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # also where there is a GPU, but for test_cuda_graph.py
+os.environ["ACCELERATE_USE_CPU"] = "true"  # also where there is a GPU, but for what says otherwise
 for name in list(os.environ):  # a token, a mirror, a cache
     if name.startswith(("HF_", "HUGGING_FACE_", "TRANSFORMERS_")):
         del os.environ[name]

@@ -137,7 +137,7 @@ def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(garment
     ladder["third"] = {**ladder["stock"], "mid_block_layers": 1}
     (tmp_path / "third.yaml").write_text(yaml.safe_dump(ladder))
     to_third = ("--ladder", str(tmp_path / "third.yaml"), "--rows", "third")
-    DatasetDict.load_from_disk(garments)["train"].train_test_split(120).save_to_disk(tmp_path / "garments")
+    DatasetDict.load_from_disk(garments)["train"].train_test_split(120, seed=0).save_to_disk(tmp_path / "garments")
     other = ablate(*to_third, "--dataset_name", str(tmp_path / "garments"))
     assert other.returncode != 0 and "'default' was compared with other images" in other.stderr
     third = ablate(*to_third)

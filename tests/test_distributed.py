@@ -41,14 +41,12 @@ HUNDRED = ["--max_train_steps", "100", "--checkpointing_steps", "50"]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """A hundred steps of 64 images in one process, in float32, over 19 epochs."""
-    return trained(tmp_path_factory.mktemp("one") / "run", [sys.executable], *HUNDRED, "--train_batch_size", "64",
-                   ACCELERATE_USE_CPU="true")  # fmt: skip
+    return trained(tmp_path_factory.mktemp("one") / "run", [sys.executable], *HUNDRED, "--train_batch_size", "64")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    return trained(tmp_path_factory.mktemp("two") / "run", torchrun(2), *HUNDRED, "--train_batch_size", "32",
-                   ACCELERATE_USE_CPU="true")  # fmt: skip
+    return trained(tmp_path_factory.mktemp("two") / "run", torchrun(2), *HUNDRED, "--train_batch_size", "32")
 
 
 def losses(output_dir: Path) -> torch.Tensor:
@@ -74,14 +72,14 @@ def test_two_processes_follow_one(one, two):
 @pytest.mark.slow
 def test_any_split_of_the_global_batch_follows(one, processes, batch_size, accumulation, tmp_path):
     flags = ["--train_batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation)]
-    assert_follows(one, trained(tmp_path / "run", torchrun(processes), *HUNDRED, *flags, ACCELERATE_USE_CPU="true"))
+    assert_follows(one, trained(tmp_path / "run", torchrun(processes), *HUNDRED, *flags))
 
 
 def test_another_number_of_processes_goes_on(one, two, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copytree(two / "checkpoint-50", tmp_path / "run" / "checkpoint-50")
     flags = [*HUNDRED, "--train_batch_size", "64", "--resume_from_checkpoint", "latest"]
-    resumed = trained(tmp_path / "run", [sys.executable], *flags, ACCELERATE_USE_CPU="true")
+    resumed = trained(tmp_path / "run", [sys.executable], *flags)
     assert relative_difference(one / WEIGHTS, resumed / WEIGHTS) < 1e-5
     torch.testing.assert_close(losses(one)[7:], losses(resumed), rtol=1e-5, atol=0)  # the line that 50 falls into, too
 
@@ -104,7 +102,8 @@ def sharded(output_dir: Path, kind: str, *flags: str) -> Path:
         kind,
     ]
     flags = ["--max_train_steps", "20", "--checkpointing_steps", "8", "--train_batch_size", "32", *flags]
-    return trained(output_dir, launcher, *flags, DS_ACCELERATOR="cpu")
+    # accelerate is to take the processes for GPUs
+    return trained(output_dir, launcher, *flags, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false")
 
 
 @pytest.mark.slow
@@ -152,6 +151,6 @@ def test_sharding_that_could_not_be_saved_is_refused_before_the_training(tmp_pat
 def test_sharded_training_follows_one_process(tmp_path):
     shards = sharded(tmp_path / "fsdp", "fsdp", "--mixed_precision", "no")
     flags = ["--max_train_steps", "20", "--checkpointing_steps", "8", "--train_batch_size", "64"]
-    whole = trained(tmp_path / "one", [sys.executable], *flags, ACCELERATE_USE_CPU="true")
+    whole = trained(tmp_path / "one", [sys.executable], *flags)
     for name in (f"checkpoint-20/{WEIGHTS}", "checkpoint-20/optimizer.safetensors", WEIGHTS):
         assert relative_difference(whole / name, shards / name) < 1e-5

@@ -230,7 +230,6 @@ def drawn_data(tmp_path_factory) -> Path:
 @pytest.fixture
 def script(monkeypatch):
     """The script, to run here."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     reset_accelerate()
     return train_feature_extractor
 

@@ -17,7 +17,6 @@ from ddpm_diffusers import make_scheduler
 @pytest.fixture
 def generate(tiny_pipe, tmp_path, monkeypatch):
     """Run the script here on a tiny pipeline, with a file of flags and others; returns the folder of samples."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     tiny_pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "flags.yaml").write_text(f"model: {tmp_path / 'model'}\nscheduler: ddim\nnum_inference_steps: 4\n")
 

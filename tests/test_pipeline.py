@@ -302,6 +302,7 @@ def test_a_scheduler_given_at_load_is_looked_at_as_an_exchange_is(tiny_pipe, tmp
     assert "load without it, then set `pipe.scheduler` to `DDIMScheduler.from_config(" in caplog.text
     DiffusionPipeline.from_pretrained(tmp_path, scheduler=diffusers.EDMEulerScheduler())
     assert "EDMEulerScheduler has {'beta_schedule': None} where the scheduler saved" in caplog.messages[-1]
+    assert "then set `pipe.scheduler` to one of `make_scheduler`" in caplog.messages[-1]
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     del config["prediction_type"]  # as in those of long ago
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))

@@ -307,6 +307,7 @@ def test_the_variance_is_of_the_network_if_learned_and_else_of_the_class():
     rehearse(learned, "dpmsolver++")
     without = make_scheduler("ddim", learned)  # which knows none, and hands it on
     assert make_scheduler("ddpm", without).config.variance_type == "learned_range"
+    rehearse(without, "ddim")  # the pipeline refuses it for the network's channels, and says so better
 
 
 def test_overrides_reach_the_scheduler():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run
 import torch
 import train_unconditional as script
 from arguments import DEFINES_THE_RUN
@@ -551,6 +552,16 @@ def test_arguments_come_from_a_file_and_flags_win(tmp_path):
     assert parse(str(tmp_path / "run.json")).unet_config == {"norm_eps": 1e-05}  # for YAML, a string
     saved = str(Path(__file__).parent / "checkpoint_v0.1" / "unet" / "config.json")
     assert script.make_unet(saved, 8, 1000).config.mid_block_layers == 2  # as when it is loaded
+    (tmp_path / "list.yaml").write_text("epochs: [2, 0.5]\nsections: [operators]")
+    assert parse_arguments(run.BenchmarkArguments, [str(tmp_path / "list.yaml")], "?").epochs == [2, 0.5]
+    for wrong, message in (
+        ("epochs: ['2']", r"must be of type list\[float\]"),
+        ("epochs: []", "and not empty"),
+        ("sections: [1]", r"list\[str\]"),
+    ):
+        (tmp_path / "list.yaml").write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            parse_arguments(run.BenchmarkArguments, [str(tmp_path / "list.yaml")], "?")
     for text, message in (
         ('{"resolutoin": 28}', "resolutoin"),
         ("[1]", "holds a list; it must hold arguments by name"),

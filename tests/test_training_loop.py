@@ -76,7 +76,6 @@ def train_in_plain_torch(cache: str, prediction_type: str) -> tuple[dict, dict, 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_the_script_trains_as_plain_torch_does(prediction_type, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     reset_accelerate()
     script.main(script.TrainingArguments(output_dir=str(tmp_path / "run"), prediction_type=prediction_type, **FLAGS))
 

@@ -86,7 +86,9 @@ def check_types(arguments_class: type, values: dict, path: str) -> None:
         kinds |= {str} if list not in kinds else set()
         kinds |= {dict} if name == "unet_config" else set()
         hint = next((kind for kind in (hints[name], *get_args(hints[name])) if get_origin(kind) is list), None)
-        wrong_parts = type(value) is list and (not value or {type(part) for part in value} - {*get_args(hint)})
+        parts = {*get_args(hint)} | ({int} if float in get_args(hint) else set())
+        wrong_parts = type(value) is list and (not value or {type(part) for part in value} - parts)
         if type(value) not in kinds or wrong_parts:
+            rule = ", and not empty" if value == [] else ""
             kind = hints[name] if get_args(hints[name]) else hints[name].__name__
-            raise ValueError(f"`{name}` in {path} is {value!r}; it must be of type {kind}.")
+            raise ValueError(f"`{name}` in {path} is {value!r}; it must be of type {kind}{rule}.")

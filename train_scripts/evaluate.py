@@ -189,8 +189,11 @@ def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
         try:
             images.append(decode_image({"bytes": None, "path": str(path)}, i))
         except ValueError as error:
-            reason = error.__cause__ or error
-            raise ValueError(f"{path} of `--images` cannot be read ({reason}): repair or remove it.") from error
+            if error.__cause__ is None:  # what it is follows from the image, not from the file
+                raise
+            raise ValueError(
+                f"{path} of `--images` cannot be read ({error.__cause__}): repair or remove it."
+            ) from error
     if args.center_crop:
         images = [central_square(image) for image in images]
     grey = all(image.mode == "L" for image in images) or (channels == 1 and not any(map(has_colour, images)))

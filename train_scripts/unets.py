@@ -52,7 +52,10 @@ def make_unet(
         raise ValueError(f"`--unet_config` holds {sorted(unknown)}, which are no arguments of {class_name}.")
     try:
         unet = UNETS[class_name].from_config({**saved, **config})
-    except Exception as error:  # UNet2DModel leaves it to torch to find what does not fit
+    except Exception as error:
+        if class_name == "OptimizedUNet2DModel":
+            raise
+        # UNet2DModel leaves it to torch to find what does not fit
         raise ValueError(f"`--unet_config` describes no {class_name} ({error}): change what it names.") from error
     return ready(unet, "unet_config", resolution, gradient_checkpointing)
 

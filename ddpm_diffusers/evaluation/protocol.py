@@ -75,7 +75,8 @@ class Statistics:
             partial.replace(path)
         except (OSError, SafetensorError) as error:  # a full disk must not end an evaluation
             logger.warning("The statistics of the real images are not cached: %s", error)
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
         return made
 
     def spread(self, count: int) -> torch.Tensor:

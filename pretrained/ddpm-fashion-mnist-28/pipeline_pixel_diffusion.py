@@ -466,16 +466,15 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: dict | None) -> None:
 
 def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict, where: str, advice: str) -> None:
     """Warn if its noise differs from that of a config: of which scheduler, and how to come by one that has it."""
-    name, discrete = type(scheduler).__name__, "beta_schedule"
-    changed = other_noise(trained, scheduler.config)
-    if discrete in trained and discrete not in scheduler.config:
-        changed = [discrete]
+    name = type(scheduler).__name__
+    changed, better = other_noise(trained, scheduler.config), f"`{name}.from_config(pipe.scheduler.config)` or "
+    if ("beta_schedule" in trained) != ("beta_schedule" in scheduler.config):
+        changed, better = ["beta_schedule"], ""  # another kind of noise, which it cannot take over
     if changed:
         was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
         logger.warning(
             f"The new {name} has {now} where the scheduler {where} had {was}. If the network was trained with the"
-            f" latter, samples will be poor: {advice}`{name}.from_config(pipe.scheduler.config)` or one of"
-            " `make_scheduler`."
+            f" latter, samples will be poor: {advice}{better}one of `make_scheduler`."
         )
 
 
