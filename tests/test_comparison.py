@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import parse_arguments
-from conftest import ROOT, reset_accelerate
+from conftest import ROOT, reset_accelerate, torchrun
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
@@ -333,3 +333,23 @@ def test_of_all_schedulers_those_that_cannot_follow_the_network_are_left_out_wit
     assert ("ddim", {}) in kept and len(kept) + len(left_out) == len(list(SCHEDULERS))
     reasons = {record["name"]: record["left_out"] for record in left_out}
     assert "PNDMScheduler cannot be used: its step knows no `prediction_type` 'sample'" in reasons["pndm"]
+
+
+@pytest.mark.slow
+def test_two_processes_compare_as_one_does(tiny_pipe, extractor_folder, dataset_folder, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path / "model")
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        command = [*torchrun(processes), ROOT / "train_scripts" / "compare_schedulers.py",
+                   "--model", tmp_path / "model", "--dataset_name", dataset_folder, "--feature_extractor", extractor_folder, "--schedulers", "ddim",
+                   "heun", "--evaluations", "3", "--ddpm_steps", "10", "--num_images", "30", "--batch_size", "10",
+                   "--output_dir", out]  # fmt: skip
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        result = json.loads((out / "comparison.json").read_text())
+        assert result["settings"].pop("num_processes") == processes
+        assert all(record.pop("seconds_per_image") > 0 for record in result["records"])
+        strips = [(out / record["samples"]).read_bytes() for record in result["records"]]
+        results.append((result, strips))
+    assert results[0] == results[1] and len(results[0][1]) == 3
