@@ -342,9 +342,9 @@ def test_two_processes_compare_as_one_does(tiny_pipe, extractor_folder, dataset_
     for processes in (1, 2):
         out = tmp_path / str(processes)
         command = [*torchrun(processes), ROOT / "train_scripts" / "compare_schedulers.py",
-                   "--model", tmp_path / "model", "--dataset_name", dataset_folder,
-                   "--feature_extractor", extractor_folder, "--schedulers", "ddim", "heun", "--evaluations", "3", "--ddpm_steps", "10", "--num_images", "30", "--batch_size", "10",
-                   "--output_dir", out]  # fmt: skip
+                   "--model", tmp_path / "model", "--dataset_name", dataset_folder, "--output_dir", out,
+                   "--feature_extractor", extractor_folder, "--schedulers", "ddim", "heun", "--evaluations", "3",
+                   "--ddpm_steps", "10", "--num_images", "30", "--batch_size", "10"]  # fmt: skip
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         result = json.loads((out / "comparison.json").read_text())
