@@ -49,7 +49,13 @@ def measure(args, device: torch.device) -> dict:
         row = train_and_judge(name, budget, folder, settings, args, device)
         rows.append(row | {"epochs": epochs, "images_seen": budget["max_train_steps"] * budget["train_batch_size"]})
         print(f"{name}, {epochs:g} epochs: {row['seconds']:,.0f} s, distance {row['distance']:.3f}", flush=True)
-    return {"dataset": args.dataset_id or Path(args.dataset_name).name, "num_images": args.num_images, "rows": rows}
+    extractor = load_feature_extractor()
+    return {
+        "dataset": args.dataset_id or Path(args.dataset_name).name,
+        "num_images": args.num_images,
+        "feature_extractor": {"name": extractor.name, "digest": extractor.digest},
+        "rows": rows,
+    }
 
 
 def settings_of(name: str, budget: dict, args, device: torch.device) -> dict:
@@ -150,4 +156,6 @@ def report(result: dict) -> str:
     head = ("network", "epochs", "optimizer", "batch size", "learning rate", "seconds of the script",
             "of them in its loop", "x stock's", "distance", "reached")  # fmt: skip
     caption = f"{result['num_images']:,} samples by DDIM in 50 steps, one training each (seed {SEED})."
+    if extractor := result.get("feature_extractor"):  # older records have none
+        caption += f" Features of {extractor['name']} {extractor['digest']}."
     return f"{caption}\n\n{table(head, lines)}"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import ablate
@@ -52,6 +53,61 @@ def test_rows_are_of_the_records_beside_them(folder):
         assert evaluate.figures_table([(evaluate.leading_cells(record), record["figures"])]).splitlines()[2] in rows
     heads = {line for line in rows if line.startswith(("|  |", "| ---"))}
     assert len([line for line in rows - heads if line.startswith("|")]) == len(records) > 0
+
+
+def distances(row: str, *folders: str) -> dict[str, list[float]]:
+    """Of all trainings of a row in these folders in bf16, by seed."""
+    found = {}
+    for folder in folders:
+        for seed, record in json.loads((RESULTS / folder / f"{row}.json").read_text())["seeds"].items():
+            if record["mixed_precision"] == "bf16":
+                found.setdefault(seed, []).append(record["figures"]["train"]["frechet_distance"]["mean"])
+    return found
+
+
+def test_the_figures_of_the_front_page_are_of_the_records():
+    def cell(row: str, *folders: str) -> str:
+        values = sum(distances(row, *folders).values(), [])
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.2f}{spread}"
+
+    def line(label: str) -> list[str]:
+        [found] = re.findall(rf"^\| {re.escape(label)} \|(.*)\|$", text, re.M)
+        return [part.strip(" *") for part in found.split("|")]
+
+    text = (ROOT / "README.md").read_text("utf-8").replace("**", "")
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)  # links
+    steps = json.loads((ROOT / "benchmarks" / "results" / "training_step.json").read_text())["rows"]
+    speed = {row["network"]: f"{row['images_per_second']:.0f}" for row in steps if row["resolution"] == 16}
+    of_cpu, of_gpu = ("ladder_16",), ("ladder_28",)
+    assert line("the guide's baseline, without its changes") == [
+        cell("baseline", *of_cpu), cell("baseline", *of_gpu), speed["baseline"]]  # fmt: skip
+    assert line("the guide's network") == [cell("guide", *of_cpu), cell("guide", *of_gpu), speed["guide"]]
+    assert line("diffusers' UNet2DModel of the same widths".replace("UNet2DModel", "`UNet2DModel`")) == [
+        cell("stock", "ladder_16", "ladder_16_gpu"), cell("stock", *of_gpu), speed["stock"]]  # fmt: skip
+    assert line("our default network") == [
+        cell("default", "switches_16", "ladder_16_gpu"), cell("default", *of_gpu), speed["default"]]  # fmt: skip
+    assert line("the same with the optimizer Muon in place of AdamW")[:2] == [
+        cell("default", "muon_16"), cell("default", "muon_28")]  # fmt: skip
+    for size in ("16", "28"):
+        record = json.loads((RESULTS / f"released_{size}" / "evaluation.json").read_text())["figures"]
+        found, floor = ({name: figure["mean"] for name, figure in record[group].items() if figure}
+                        for group in ("train", "floor"))  # fmt: skip
+        assert line(f"{size}x{size}")[1:] == [
+            f"{found['frechet_distance']:.3f}", f"{record['to_floor']['frechet_distance']['mean']:.1f}",
+            *(f"{100 * found[name] / floor[name]:.0f} %" for name in ("precision", "recall"))]  # fmt: skip
+
+    rows = text.partition("| in the default |")[2].splitlines()[2:]
+    rows = [[part.strip() for part in row.strip("|").split("|")] for row in rows[: rows.index("")]]
+    switches = {}
+    for path in (RESULTS / "switches_16").glob("*.json"):
+        record = json.loads(path.read_text())
+        by_seed = distances(path.stem, "switches_16")
+        first = record["seeds"]["0"]
+        figures = [f"{first['figures']['train'][name]['mean']:+.2f}" for name in ("cb2_db", "hf_db")]
+        seeds = tuple(f"{by_seed[seed][0]:.2f}" if seed in by_seed else "" for seed in "012")
+        switches[seeds] = [f"{first['loss']:.4f}", *figures]
+    assert {tuple(row[1:4]): row[4:] for row in rows} == switches and len(rows) == len(switches)
 
 
 @pytest.mark.parametrize("readme", ["README.md", "train_scripts/README.md", "benchmarks/README.md"])
