@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from counts import count
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -68,6 +69,22 @@ def make_network(name: str, resolution: int) -> nn.Module:
 def installed(names: tuple[str, ...]) -> list[str]:
     """The names that can be measured here: only benchmarks/requirements.txt asks for the peer's package."""
     return [name for name in names if name != PEER or find_spec("denoising_diffusion_pytorch")]
+
+
+def sizes(names: list[str], resolutions: list[int]) -> dict[str, dict]:
+    """Parameters of the networks, and operations of their training step for an image, by resolution."""
+    cpu = torch.device("cpu")
+    made = {name: {size: make_network(name, size) for size in resolutions} for name in names}
+    return {
+        name: {
+            "parameters": sum(parameter.numel() for parameter in next(iter(of_size.values())).parameters()),
+            "operations_per_image": {
+                size: count(training_step(network, 1, size, "no", cpu))["operations"]
+                for size, network in of_size.items()
+            },
+        }
+        for name, of_size in made.items()
+    }
 
 
 def training_step(

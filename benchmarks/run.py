@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from machine import describe, set_up  # this import makes train_scripts importable
-from networks import CONFIGS, NETWORKS, PEER, installed
+from networks import CONFIGS, NETWORKS, PEER, installed, sizes
 from summary import SECTIONS as COMPARED
 from summary import write_summary
 
@@ -124,7 +124,7 @@ def main(args: BenchmarkArguments) -> None:
     set_up()
     arguments = {key: value for key, value in dataclasses.asdict(args).items()
                  if key not in ("output_dir", "overwrite", "work_dir", "dataset_name")}  # fmt: skip
-    failures = []
+    networks, failures = sizes(installed(args.networks), args.resolutions), []
     for name in args.sections:
         section, start = importlib.import_module(name), time.perf_counter()
         for suffix in (".json", ".md"):  # of an earlier run: this one may fail
@@ -137,6 +137,7 @@ def main(args: BenchmarkArguments) -> None:
         record = {
             "machine": describe(device),
             "arguments": arguments,
+            "networks": networks,
             "seconds": time.perf_counter() - start,
             **result,
         }

@@ -12,16 +12,18 @@ import torch
 from networks import ROOT
 from processes import environment_for, flags, run
 from report import table, with_quartiles
-from windows import ratio, time_arms
+from windows import quartiles, ratio, time_arms
 
 DIFFUSERS = "import diffusers with what it needs"  # what our modules import from it, and its own network
+LOAD = f"DiffusionPipeline.from_pretrained({str(ROOT / 'pretrained' / 'ddpm-fashion-mnist-28')!r})"
 CODE = {
     "import torch": "import torch",
     DIFFUSERS: "import einops.layers.torch; from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel",
     "import ddpm_diffusers": "import ddpm_diffusers",
-    "and load the released model": "import ddpm_diffusers; from diffusers import DiffusionPipeline;"
-    f" DiffusionPipeline.from_pretrained({str(ROOT / 'pretrained' / 'ddpm-fashion-mnist-28')!r})",
+    "and load the released model": f"import ddpm_diffusers; from diffusers import DiffusionPipeline; {LOAD}",
 }
+LOAD_ALONE = "import time, ddpm_diffusers; from diffusers import DiffusionPipeline; start = time.perf_counter();"
+LOAD_ALONE += f" {LOAD}; print(time.perf_counter() - start)"
 
 
 def measure(args, device: torch.device) -> dict:
@@ -31,6 +33,8 @@ def measure(args, device: torch.device) -> dict:
         arms = {name: lambda code=code: run(["-c", code + end], device) for name, code in CODE.items()}
         arms["first step of the training script, cached data"] = first_step(Path(folder), device)
         times = time_arms(arms, args.windows, window_seconds=0)  # one start per window
+        loads = [float(run(["-c", LOAD_ALONE], device).splitlines()[-1]) for _ in range(args.windows)]
+    times["`from_pretrained` of the released model alone"] = {"windows": loads, **quartiles(loads)}
     imports = times[DIFFUSERS]["windows"]
     return {
         "rows": [

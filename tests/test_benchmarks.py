@@ -69,6 +69,12 @@ def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
     default, stock = (row["seconds_per_step"]["windows"] for row in record["rows"])
     assert record["rows"][0]["times_reference"] == windows.ratio(stock, default)
     assert record["machine"]["versions"]["torch"]
+    for row in record["rows"]:
+        of_network = record["networks"][row["network"]]
+        assert of_network == {
+            "parameters": row["parameters"],
+            "operations_per_image": {"8": row["operations_per_image"]},
+        }
     assert (tmp_path / "a" / "b" / "training_step.md").read_text().strip() in done.stdout
     assert "| training step, 8x8, batch 2, float32, images/s |" in (tmp_path / "a" / "b" / "summary.md").read_text()
     rows = json.loads((tmp_path / "a" / "b" / "memory.json").read_text())["rows"]
