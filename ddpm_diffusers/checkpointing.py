@@ -277,7 +277,8 @@ def load_checkpoint(path: str | Path, unet, ema, optimizer, arguments: dict) -> 
         fill({name: p for (name, _), p in zip(unet.named_parameters(), ema.shadow_params, strict=True)},
              averaged.state_dict())  # fmt: skip
         ema.optimization_step = state["ema_optimization_step"]
-    tensors = load_file(path / "optimizer.safetensors")
+    # copied: else they would stay mapped from a file that the run deletes, which some file systems refuse
+    tensors = {name: tensor.clone() for name, tensor in load_file(path / "optimizer.safetensors").items()}
     restore_optimizer_state(unet, optimizer, tensors, state["optimizer_scalars"], state["param_groups"])
     return state
 

@@ -6,6 +6,7 @@ larger than memory.
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import config as datasets_config
 from datasets.fingerprint import Hasher
+from filelock import FileLock
 
 from . import image_decoding, synthetic_fashion
 from .data_sources import check_image_column, open_dataset
@@ -52,7 +54,8 @@ class ImageArrays(torch.utils.data.Dataset):
         """Identify the content, wherever stored, by count, shape and a hash of up to 4,096 evenly spaced images."""
         spread = np.unique(np.linspace(0, len(self) - 1, 4096).astype(int))
         digest = hashlib.sha256(f"{len(self)} {self.shape}".encode())
-        digest.update(self.__getitems__(spread).numpy())
+        for part in np.array_split(spread, 64):  # large images would take gigabytes
+            digest.update(self.__getitems__(part).numpy())
         return f"{len(self)} images of {self.shape}, {digest.hexdigest()[:16]}"
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -184,12 +187,18 @@ def load_images(
     )
 
 
-def map_once(dataset: Dataset, function: Callable, pixels: int, others: dict, **options) -> Dataset:
+def map_once(
+    dataset: Dataset, function: Callable, pixels: int, others: dict, cache_file_name: str, **options
+) -> Dataset:
     """A `function` of tables applied to all rows, and cached: it gives `image`, `pixels` uint8, and the `others`."""
     rows = max(1, CHUNK_BYTES // pixels)
     features = Features({"image": List(Value("uint8"), length=pixels), **others})
     chunks = {"batched": True, "batch_size": rows, "writer_batch_size": rows, "features": features}
-    return dataset.with_format("arrow").map(function, **chunks, **options).with_format(None)
+    # of several processes or machines that share the cache, one computes it and the others wait
+    made_by_one = nullcontext() if Path(cache_file_name).exists() else FileLock(f"{cache_file_name}.lock")
+    with made_by_one:
+        mapped = dataset.with_format("arrow").map(function, cache_file_name=cache_file_name, **chunks, **options)
+    return mapped.with_format(None)
 
 
 def stamps(source: Dataset) -> list[tuple[int, int]]:

@@ -58,7 +58,7 @@ def open_dataset(
         raise ConnectionError(f"The Hub cannot be reached for data set {name!r} ({error}): {advice}.") from error
     except IndexError as error:  # what `datasets` raises for no rows on disk, and for an empty name
         raise ValueError(f"Data set {name!r} is empty: {advice}.") from error
-    except (OSError, ValueError, DatasetGenerationError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:  # RuntimeError: it has a script
         raise ValueError(f"Data set {name!r} cannot be read ({error}): {advice}.") from error
 
 

@@ -2,8 +2,9 @@
 
 import errno
 import io
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -48,13 +49,24 @@ def decode_images(table: pa.Table, indices: list[int], image_column, resolution,
 
 def with_content(table: pa.Table) -> pa.Table:
     """The one-column table of images, with those in archives, or on the Hub or another server, fetched as bytes."""
-    if not any("://" in (path or "") for path in pc.struct_field(table.column(0), "path").to_pylist()):
+    absent = pc.is_null(pc.struct_field(table.column(0), "bytes")).to_pylist()
+    paths = pc.struct_field(table.column(0), "path").to_pylist()
+    if not any(is_absent and "://" in (path or "") for is_absent, path in zip(absent, paths, strict=True)):
         return table
     images = table.column(0).combine_chunks()
-    fetch = partial(Image().embed_storage, local_files=False)
     with ThreadPoolExecutor(FETCHES) as pool:
         rows = list(pool.map(fetch, (images.slice(i, 1) for i in range(len(images)))))
     return pa.table({table.column_names[0]: pa.chunked_array(rows)})
+
+
+def fetch(row: pa.StructArray) -> pa.StructArray:
+    """One image with its bytes; none if its archive is damaged there, so that decoding it tells which it is."""
+    try:
+        content = Image().embed_storage(row, local_files=False).field("bytes")
+    except (zipfile.BadZipFile, zlib.error, EOFError):
+        content = pa.array([b""], pa.binary())
+    # with its whole path, of which `embed_storage` leaves an archive's name
+    return pa.StructArray.from_arrays([content, row.field("path")], ["bytes", "path"], mask=row.is_null())
 
 
 def called(encoded: dict, index: int) -> str:

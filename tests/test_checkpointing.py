@@ -1,6 +1,7 @@
 """Checkpoints: exact to the bit, whole or absent whenever the process dies, and no pickle."""
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -101,6 +102,15 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(optimizer, with_ema, tmp
     assert_same(resumed, saving)
     assert_same(resumed.train(3), uninterrupted)
     assert_same(saving.train(3), uninterrupted)  # saving itself changes nothing
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped shows on Linux alone")
+def test_nothing_stays_mapped_of_a_checkpoint_that_may_be_deleted(tmp_path):
+    path = Run(0).train(1).save(tmp_path)
+    resumed = Run(1)
+    resumed.load(path)
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_checkpoint_before_the_first_step(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,42 @@ def test_images_in_archives(argument, where, tmp_path, cache, caplog):
         found = sorted(image.tobytes() for image in read(decoded, 8))
         assert found == sorted(np.asarray(image).tobytes() for image in images)
     assert not caplog.messages
+
+
+def damaged_archive(folder: Path) -> None:
+    """Three images, the second with a wrong checksum."""
+    folder.mkdir()
+    contents = [encode(image)["bytes"] for image in random_images(3)]
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for i, content in enumerate(contents):
+            archive.writestr(f"{i}.png", content)
+    whole = (folder / "images.zip").read_bytes()
+    (folder / "images.zip").write_bytes(whole.replace(contents[1], contents[1][:-1] + b"?"))
+
+
+def test_a_damaged_image_in_an_archive_is_named(tmp_path, cache, caplog):
+    damaged_archive(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"Image 1 of the data set \(zip://1.png.*\) cannot be decoded"):
+        load_images(train_data_dir=str(tmp_path / "source"), resolution=8, cache_dir=cache)
+    stream = open_stream("", train_data_dir=str(tmp_path / "source"), cache_dir=cache)
+    run = StreamedBatches(stream, (1, 8, 8), 2, buffer_size=3, seed=0)
+    batches = {batch.numpy().tobytes() for batch in islice(run, 20)}
+    assert len(batches) == 2 and "zip://1.png" in caplog.text  # of the other two, in both orders
+
+
+DECODING = """
+import sys
+from ddpm_diffusers.data import load_images
+load_images("synthetic-fashion", resolution=28, cache_dir=sys.argv[1])
+"""
+
+
+def test_of_two_processes_that_need_an_array_one_makes_it(cache):
+    command = [sys.executable, "-c", DECODING, cache]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert sorted("Drawing 20000 garments" in text for text in told) == [False, True]
 
 
 def test_folders_of_one_split_come_in_the_order_of_their_names(tmp_path, cache):
@@ -458,7 +495,7 @@ def test_interrupted_decoding_leaves_nothing_that_a_second_call_would_use(tmp_pa
     os.utime(damaged, ns=(time, time))
     with pytest.raises(ValueError, match="Image 25 .* cannot be decoded"):
         load_images(**source, resolution=8, cache_dir=cache)
-    assert not list((Path(cache) / "ddpm-diffusers").iterdir())
+    assert not [path for path in (Path(cache) / "ddpm-diffusers").iterdir() if path.suffix != ".lock"]
     damaged.write_bytes(content)
     os.utime(damaged, ns=(time, time))  # the same fingerprint, so a cache of it would be found
     np.testing.assert_array_equal(read(load_images(**source, resolution=8, cache_dir=cache), 8), reference(images, 8))

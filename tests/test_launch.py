@@ -120,16 +120,21 @@ def test_a_compiled_run_is_the_plain_one_and_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_would_start_from_different_checkpoints_end_with_an_error(tmp_path):
+def test_processes_that_would_start_from_different_checkpoints_or_data_end_with_an_error(tmp_path):
     script = tmp_path / "start.py"
     script.write_text(
         "import os, sys\n"
         "from pathlib import Path\n"
         "sys.path.insert(0, sys.argv[1])\n"
-        "from launch import check_agreement, make_accelerator\n"
+        "from launch import check_agreement, check_data, make_accelerator\n"
         "make_accelerator(cpu=True)\n"
         "check_agreement(Path('checkpoint-7'), True)\n"
-        "check_agreement([None, Path('checkpoint-7')][int(os.environ['RANK'])], True)\n"
+        "rank = int(os.environ['RANK'])\n"
+        "check_data('9 images')\n"
+        "try: check_data(f'{9 - rank} images')\n"
+        "except ValueError as error: assert '(8 images and 9 images)' in str(error)\n"
+        "else: raise SystemExit('not told')\n"
+        "check_agreement([None, Path('checkpoint-7')][rank], True)\n"
     )
     command = [*torchrun(2), str(script), str(SCRIPTS)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)

@@ -33,7 +33,10 @@ def lock(output_dir: Path) -> FileLock:
         try:
             folder_lock.acquire(timeout=0)
         except Timeout as error:
-            raise ValueError(f"Another process writes into {output_dir}: wait for it to end, or stop it.") from error
+            raise ValueError(
+                f"Another process writes into {output_dir}: wait for it to end, or stop it. (If none does, remove"
+                f" {output_dir / '.lock'}: some network drives keep the lock of a process that was killed.)"
+            ) from error
     return folder_lock
 
 

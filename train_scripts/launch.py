@@ -74,6 +74,13 @@ def check_agreement(resume_path: Path | None, goes_on: bool) -> None:
         )
 
 
+def check_data(data: str) -> None:
+    """Raises ValueError in the processes, which call it together, unless all machines have the same images."""
+    found = sorted(set(gather_object([data])))
+    if len(found) > 1:
+        raise ValueError(f"The machines have different images ({' and '.join(found)}): give all of them the same.")
+
+
 def check_sharding(accelerator: Accelerator, optimizer: str) -> None:
     """Raises ValueError if no process could save the sharded parameters whole, or the optimizer update them."""
     kind, advice = accelerator.distributed_type, None

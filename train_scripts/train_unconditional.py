@@ -30,7 +30,7 @@ from diffusers.training_utils import EMAModel
 from files import lock, write_file, write_text
 from huggingface_hub import ModelCard
 from interruption import StopRequest
-from launch import check_agreement, check_engine, check_sharding, let_go, make_accelerator
+from launch import check_agreement, check_data, check_engine, check_sharding, let_go, make_accelerator
 from push_to_hub import push
 from run_folder import LogLines, claim, open_run, save_pipeline
 from tqdm.auto import tqdm
@@ -104,6 +104,7 @@ def main(args: TrainingArguments) -> None:
     image_shape = (model.config.in_channels, args.resolution, args.resolution)  # (C, H, W)
     with accelerator.local_main_process_first():
         images, num_images, data = open_images(args, image_shape)
+    check_data(data)
 
     # optimization
     optimizer = {"adamw": torch.optim.AdamW, "muon": Muon}[args.optimizer](
