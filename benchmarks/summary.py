@@ -41,7 +41,7 @@ def summary(folder: Path) -> str:
     where = "; ".join(f"{', '.join(names)}: {machine}" for machine, names in machines.items())
     return (
         f"{table(('the default', '', 'beside', '', 'ratio', ''), lines)}\n\nMedians, and the quartiles of the ratio of"
-        f" windows of one round. Better or worse: in every round, and by more than 0.02 in the median. Rounds:"
+        f" windows of one round. Alike: within 0.02 in the median. Unclear: not the same in every round. Rounds:"
         f" {', '.join(f'{name} {number}' for name, number in rounds.items()) or 'one'}. {where}."
     )
 
@@ -51,8 +51,10 @@ def compared(
 ) -> tuple:
     """One line; `times` has the ratio of each round, or a single one if it was measured once."""
     median = quartiles(times)["median"] if len(times) > 1 else times[0]
-    if min(times) <= 1 <= max(times) or abs(median - 1) <= 0.02:
+    if abs(median - 1) <= 0.02:
         outcome = "alike"
+    elif min(times) <= 1 <= max(times):
+        outcome = "unclear"
     else:
         outcome = "better" if (median > 1) == more_is_better else "**worse**"
     ratio = with_quartiles(quartiles(times)) if len(times) > 1 else f"{median:.2f}"

@@ -82,13 +82,20 @@ def test_the_figures_of_the_front_page_are_of_the_records():
     of_cpu, of_gpu = ("ladder_16",), ("ladder_28",)
     assert line("the guide's baseline, without its changes") == [
         cell("baseline", *of_cpu), cell("baseline", *of_gpu), speed["baseline"]]  # fmt: skip
-    assert line("the guide's network") == [cell("guide", *of_cpu), cell("guide", *of_gpu), speed["guide"]]
+    assert line("the guide's network") == [
+        cell("guide", "ladder_16", "ladder_16_gpu"), cell("guide", *of_gpu), speed["guide"]]  # fmt: skip
     assert line("diffusers' UNet2DModel of the same widths".replace("UNet2DModel", "`UNet2DModel`")) == [
         cell("stock", "ladder_16", "ladder_16_gpu"), cell("stock", *of_gpu), speed["stock"]]  # fmt: skip
     assert line("our default network") == [
         cell("default", "switches_16", "ladder_16_gpu"), cell("default", *of_gpu), speed["default"]]  # fmt: skip
-    assert line("the same with the optimizer Muon in place of AdamW")[:2] == [
-        cell("default", "muon_16"), cell("default", "muon_28")]  # fmt: skip
+    for label, row in (("`UNet2DModel` with the optimizer Muon in place of AdamW", "stock"),
+                       ("our default network with Muon", "default")):  # fmt: skip
+        assert [re.sub(r" \(.*\)", "", part) for part in line(label)[:2]] == [
+            cell(row, "muon_16"),
+            cell(row, "muon_28"),
+        ]
+    same_noise = f"({distances('default', 'muon_16')['0'][0]:.2f} from the same noise)"
+    assert same_noise in line("our default network with Muon")[0]
     for size in ("16", "28"):
         record = json.loads((RESULTS / f"released_{size}" / "evaluation.json").read_text())["figures"]
         found, floor = ({name: figure["mean"] for name, figure in record[group].items() if figure}
