@@ -23,6 +23,7 @@ from windows import quartiles, time_arms, turns
 from ddpm_diffusers import OptimizedUNet2DModel
 from ddpm_diffusers.data import ImageArrays, ShuffledBatches, load_images
 
+NETWORKS = ("default",)
 START = {"resolution": 16, "batch_size": 16, "widths": (64, 64, 128)}
 SIZES = {
     "resolution": (16, 32, 64, 128),

@@ -96,8 +96,8 @@ class BenchmarkArguments:
             values = getattr(self, name)
             if not values or not all(math.isfinite(value) and value > 0 for value in values):
                 raise ValueError(f"`--{name}` is {values}; it must hold positive numbers.")
-        if not self.resolutions or not all(value >= 4 and value % 4 == 0 for value in self.resolutions):
-            raise ValueError(f"`--resolutions` is {self.resolutions}; it must hold multiples of 4.")
+        if not self.resolutions or not all(value >= 8 and value % 4 == 0 for value in self.resolutions):
+            raise ValueError(f"`--resolutions` is {self.resolutions}; it must hold multiples of 4, from 8.")
         for name, least in (("windows", 2), ("script_steps", 30), ("num_images", 97)):
             if getattr(self, name) < least:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be at least {least}.")
@@ -124,12 +124,14 @@ def main(args: BenchmarkArguments) -> None:
     set_up()
     arguments = {key: value for key, value in dataclasses.asdict(args).items()
                  if key not in ("output_dir", "overwrite", "work_dir", "dataset_name")}  # fmt: skip
-    networks, failures = sizes(installed(args.networks), args.resolutions), []
+    failures = []
     for name in args.sections:
         section, start = importlib.import_module(name), time.perf_counter()
         for suffix in (".json", ".md"):  # of an earlier run: this one may fail
             (output_dir / f"{name}{suffix}").unlink(missing_ok=True)
         try:
+            measured = installed(args.networks) if name == "training_step" else section.NETWORKS
+            networks = sizes(measured, args.resolutions)
             result = section.measure(args, device)
         except (RuntimeError, ValueError, OSError, ImportError) as error:  # the other sections go on
             failures.append(f"{name}: {error}")

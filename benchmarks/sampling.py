@@ -15,13 +15,14 @@ FEW = "few steps"  # the pipeline's recommendation
 FEW_STEPS, FEW_OPTIONS = 15, {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
 DDPM_STEPS = 50  # of the 1,000, which all take equally long
 BATCH_SIZES = (1, 64)
+NETWORKS = ("default", "stock")
 
 
 def measure(args, device: torch.device) -> dict:
     rows = []
     for resolution, precision, batch_size in product(args.resolutions, args.precisions, BATCH_SIZES):
         arms, evaluations = {}, {}
-        for name in ("default", "stock"):
+        for name in NETWORKS:
             pipe = make_pipeline(name, resolution, precision, device)
             few = make_scheduler("dpmsolver++", pipe.scheduler, **FEW_OPTIONS)
             arms[f"{name}, {FEW}"] = sample_with(pipe, few, batch_size, FEW_STEPS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from files import write_text
 from machine import describe
-from networks import CONFIGS, ROOT, make_network
+from networks import CONFIGS, PEER, ROOT, make_network
 from processes import flags, run
 from report import table
 
@@ -21,6 +21,7 @@ from ddpm_diffusers.checkpointing import config_of
 from ddpm_diffusers.data import load_images
 from ddpm_diffusers.evaluation import load_feature_extractor
 
+NETWORKS = ("default", "stock")
 RESOLUTION, SEED = 16, 0
 STOCK_EPOCHS, STOCK_BATCH_SIZE, STOCK_LEARNING_RATE = 5.0, 64, 2e-3
 SCHEDULER, NUM_INFERENCE_STEPS = "ddim", 50
@@ -59,8 +60,9 @@ def measure(args, device: torch.device) -> dict:
 
 
 def settings_of(name: str, budget: dict, args, device: torch.device) -> dict:
-    """What the seconds and weights of a training depend on."""
+    """What the seconds and weights of a training depend on, and a little more: any change of package or scripts."""
     machine = describe(device)
+    del machine["versions"][PEER]
     files = [*(ROOT / "ddpm_diffusers").glob("*.py"), *(ROOT / "train_scripts").glob("*.py")]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
     return {

@@ -17,6 +17,7 @@ from windows import quartiles, ratio, seconds_of, turns
 from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.sampling import to_pil
 
+NETWORKS = ("default", "stock")
 NUM_IMAGES = 10_000  # or one batch, as the recipe leaves an incomplete one out
 RECIPE = "diffusers' recipe, stock"
 AS_IT_COMES = f"{RECIPE}, float32 as by default"
@@ -35,7 +36,7 @@ def measure(args, device: torch.device) -> dict:
         name: training_step(
             make_network(name, settings["resolution"]), device=device, cuda_graph=cuda_graph, **settings
         )
-        for name in ("default", "stock")
+        for name in NETWORKS
     }
 
     def bare_step(name: str) -> float:

@@ -132,14 +132,14 @@ def save_checkpoint(
     Every process must call it, since each holds a part of any sharded tensors; the main process writes.
 
     Args:
-        output_dir: Folder of the run.
+        output_dir: Folder of the run, in which there is no checkpoint of this step.
         step: Number of optimizer steps done.
         unet: The model, as `accelerator.unwrap_model` gives it.
         ema: diffusers' `EMAModel` of its parameters, or None.
-        optimizer: Optimizer of `unet.parameters()`; its tensors are saved as safetensors, all else as JSON.
+        optimizer: Optimizer of `unet.parameters()`; its state is saved as safetensors, its settings as JSON.
         state: The rest, JSON-serializable: "arguments" (see `load_checkpoint`), schedule, scaler.
         total_limit: How many checkpoints to keep, or None for all.
-        is_main_process: Whether this process writes; all call it, since a sharded network is gathered from all.
+        is_main_process: Whether this process writes.
 
     Raises:
         OSError: If the folder cannot be written to; earlier checkpoints stay intact.
@@ -148,15 +148,13 @@ def save_checkpoint(
     if ema is not None:
         copies["unet_ema"] = plain_copy(unet, ema.shadow_params)
         state = {**state, "ema_optimization_step": ema.optimization_step}
-    tensors, scalars, param_groups = gather_optimizer_state(unet, optimizer)
-    state = {**state, "step": step, "optimizer_scalars": scalars, "param_groups": param_groups}
-    state["versions"] = versions()
+    tensors, param_groups = gather_optimizer_state(unet, optimizer)
+    state = {**state, "step": step, "param_groups": param_groups, "versions": versions()}
 
     final = Path(output_dir) / f"checkpoint-{step}"
     if not is_main_process:
         return final
     partial = final.with_name(f".{final.name}.partial")
-    removed = final.with_name(f".{final.name}.removed")
     with clear_write_errors(f"{final.name} cannot be written to {output_dir}", partial):
         remove_leftovers(final.parent)
         partial.mkdir(parents=True)
@@ -172,11 +170,8 @@ def save_checkpoint(
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for path in [*partial.rglob("*"), partial]:
             flush(path)
-        if final.exists():
-            final.rename(removed)
         partial.rename(final)
         flush(final.parent)  # so that the new name survives a power cut, too
-    remove_leftovers(final.parent)
 
     if total_limit is not None:
         others = [path for path in list_checkpoints(output_dir) if path != final]
@@ -279,7 +274,7 @@ def load_checkpoint(path: str | Path, unet, ema, optimizer, arguments: dict) -> 
         ema.optimization_step = state["ema_optimization_step"]
     # copied: else they would stay mapped from a file that the run deletes, which some file systems refuse
     tensors = {name: tensor.clone() for name, tensor in load_file(path / "optimizer.safetensors").items()}
-    restore_optimizer_state(unet, optimizer, tensors, state["optimizer_scalars"], state["param_groups"])
+    restore_optimizer_state(unet, optimizer, tensors, state["param_groups"])
     return state
 
 

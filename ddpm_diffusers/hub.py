@@ -47,6 +47,7 @@ def model_card(
     repo_id: str,
     *,
     dataset_name: str | None = None,
+    dataset_id: str | None = None,
     base_model: str | None = None,
     settings: dict | None = None,
     has_samples: bool = False,
@@ -59,6 +60,7 @@ def model_card(
         repo_id: "owner/name", which the card's snippets load.
         dataset_name: As given to the training. The card names it only if it is a Hub id (no local path) or the
             built-in set.
+        dataset_id: Hub id of what `dataset_name` is a local copy of.
         base_model: The model that the training started from; named only if it is a Hub id.
         settings: Training settings, shown as a table; those that are None, or may be a path or a token, are left out.
         has_samples: Whether the repository has a grid of samples, `samples.png`.
@@ -66,11 +68,13 @@ def model_card(
     """
     card = pipeline_pixel_diffusion.model_card(pipe, repo_id, has_samples)
     card.data.license = license
-    if dataset_name == SYNTHETIC:
+    if dataset_id is None and dataset_name is not None and is_hub_id(dataset_name):
+        dataset_id = dataset_name
+    if dataset_id is not None:
+        card.data.datasets = [dataset_id]
+        training = f"Trained on [{dataset_id}](https://huggingface.co/datasets/{dataset_id})."
+    elif dataset_name == SYNTHETIC:
         training = f"Trained on {SYNTHETIC}, garments that ddpm-diffusers draws itself."
-    elif dataset_name is not None and is_hub_id(dataset_name):
-        card.data.datasets = [dataset_name]
-        training = f"Trained on [{dataset_name}](https://huggingface.co/datasets/{dataset_name})."
     else:
         training = "Trained on images that are not on the Hub."
     if base_model is not None:
@@ -287,20 +291,23 @@ def eval_result(figure: dict) -> EvalResult:
         result = EvalResult(**{**TASK, **json.loads(json.dumps(figure, allow_nan=False))})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{figure!r} is no figure ({error}): it needs finite arguments of EvalResult.") from error
-    if not is_hub_id(result.dataset_type):
+    if not has_form_of_hub_id(result.dataset_type):
         raise ValueError(f"`dataset_type` is {result.dataset_type!r}; it must be an id of the Hub, not a local path.")
     return result
 
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form of a Hub id, and is neither a local path nor the built-in set."""
-    if name == SYNTHETIC:
-        return False
+    return has_form_of_hub_id(name) and not Path(name).exists()
+
+
+def has_form_of_hub_id(name: str) -> bool:
+    """For what is given as an id: there may be a folder of that name, such as a copy of it."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(name).exists()
+    return name != SYNTHETIC
 
 
 def is_publishable(name: str, value) -> bool:

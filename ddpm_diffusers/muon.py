@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) moves a matrix along the orthogonal matrix that
 comes nearest to its averaged gradient, so that all directions are learned at one pace, however small their gradient
-is. `torch.optim.Muon` takes matrices alone; here a kernel (C_out, C_in, k, k) is one of C_out rows, and kernels of one
-shape are treated together.
+is. `torch.optim.Muon` takes matrices alone; here a kernel (C_out, C_in, k, k) is one of C_out rows, and that of a
+transposed convolution (C_in, C_out, k, k) one of C_in. Kernels of one shape are treated together.
 """
 
 from collections import defaultdict
@@ -20,7 +20,7 @@ class Muon(torch.optim.AdamW):
     """Optimizer of a network's parameters, in one group, without closures and step hooks.
 
     Args:
-        params: The parameters, whole in each process (not sharded). Kernels are (C_out, C_in, k, k).
+        params: The parameters, whole in each process (not sharded).
         lr: Learning rate of both; Muon's update is scaled to the root mean square that is usual for AdamW's, 0.2
             (Liu et al. 2025, arXiv:2502.16982), so that a rate that suits AdamW suits it, too.
         kwargs: Other arguments of `torch.optim.AdamW`; `weight_decay` is for both, the rest for AdamW.

@@ -15,15 +15,15 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def sharded_like(value, parameter: torch.Tensor):
-    """Shard a full tensor like a sharded parameter of its shape; any other value, such as a count, stays as it is."""
-    if isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape:
+def sharded_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Shard a full tensor like a sharded parameter of its shape; one of another, such as a count, stays as it is."""
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value
 
 
-def gather_optimizer_state(unet, optimizer) -> tuple[dict[str, torch.Tensor], dict, list[dict]]:
-    """The state's tensors and its other values, both by "PARAMETER.KEY", and the parameter groups' settings.
+def gather_optimizer_state(unet, optimizer) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The state's tensors by "PARAMETER.KEY", and the parameter groups' settings.
 
     Args:
         unet: The model, unwrapped.
@@ -32,20 +32,18 @@ def gather_optimizer_state(unet, optimizer) -> tuple[dict[str, torch.Tensor], di
     if is_deepspeed(optimizer):
         return gather_deepspeed_state(unet, optimizer)
     state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, (name, _) in enumerate(unet.named_parameters()):
-        for key, value in state["state"].get(index, {}).items():
-            if torch.is_tensor(value):
-                tensors[f"{name}.{key}"] = whole(value).contiguous()
-            else:
-                scalars[f"{name}.{key}"] = value
-    return tensors, scalars, state["param_groups"]
+    tensors = {
+        f"{name}.{key}": whole(value).contiguous()
+        for index, (name, _) in enumerate(unet.named_parameters())
+        for key, value in state["state"].get(index, {}).items()
+    }
+    return tensors, state["param_groups"]
 
 
-def restore_optimizer_state(unet, optimizer, tensors: dict, scalars: dict, param_groups: list[dict]) -> None:
+def restore_optimizer_state(unet, optimizer, tensors: dict, param_groups: list[dict]) -> None:
     """Restore what `gather_optimizer_state` returned; the parameters must be restored first."""
     values = {}
-    for key, value in {**tensors, **scalars}.items():
+    for key, value in tensors.items():
         name, _, key = key.rpartition(".")
         values.setdefault(name, {})[key] = value
     if is_deepspeed(optimizer):
@@ -79,7 +77,7 @@ def gather_deepspeed_state(unet, optimizer):
         for key in state.keys() - set(moments):  # the step, the same for all
             tensors[f"{name}.{key}"] = whole(state[key])
     count = len(list(unet.parameters()))
-    return tensors, {}, [{**group, "params": list(range(count))}]  # as torch numbers them
+    return tensors, [{**group, "params": list(range(count))}]  # as torch numbers them
 
 
 def restore_deepspeed_state(unet, optimizer, values, param_groups):

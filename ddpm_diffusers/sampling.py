@@ -16,7 +16,6 @@ class NotFiniteError(ValueError):
     """Samples contain NaN or infinity."""
 
 
-@torch.no_grad()
 def sample_images(
     pipe: PixelDiffusionPipeline,
     num_images: int,
@@ -47,7 +46,7 @@ def sample_images(
     check_positive(num_images=num_images, batch_size=batch_size)
     state = PartialState()
     batch_size = min(batch_size, num_images)
-    rounds = count_sampled(num_images, batch_size) // (batch_size * state.num_processes)
+    rounds = math.ceil(num_images / (batch_size * state.num_processes))
     batches = []  # equally many in each process; the last may exceed `num_images`
     for turn in tqdm(range(rounds), desc="Batches", disable=not (progress and state.is_main_process)):
         first = (turn * state.num_processes + state.process_index) * batch_size

@@ -9,7 +9,14 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import requires_backends
 
-from .pipeline_pixel_diffusion import CARRIED_OVER, TRAINED_WITH, refusal, set_timesteps, splits_off_a_variance
+from .pipeline_pixel_diffusion import (
+    CARRIED_OVER,
+    TRAINED_WITH,
+    init_parameters,
+    refusal,
+    set_timesteps,
+    splits_off_a_variance,
+)
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -85,8 +92,10 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
         config["original_inference_steps"] = config["num_train_timesteps"]
     try:
         made = scheduler_class(**{**config, **overrides})
-    except NotImplementedError as error:  # a beta_schedule that only some classes know
-        raise ValueError(f"{scheduler_class.__name__} cannot follow this noise schedule: {error}.") from error
+    except NotImplementedError as error:  # a beta_schedule that only some classes know, or an unknown algorithm
+        raise ValueError(
+            f"{scheduler_class.__name__} cannot be made with this noise schedule and these options: {error}."
+        ) from error
     if reason := refusal(made, scheduler.config):
         raise ValueError(f"{scheduler_class.__name__} cannot be used: {reason}.")
     # what this class cannot use is kept for a class that may replace it, as `from_config` does
@@ -106,8 +115,8 @@ def name_and_options(scheduler: SchedulerMixin, followed: SchedulerMixin) -> tup
     if not names:
         raise ValueError(f"{type(scheduler).__name__} cannot be used; use one of {', '.join(SCHEDULERS.values())}.")
     made, config = make_scheduler(names[0], followed).config, scheduler.config
-    given = [key for key in config if not key.startswith("_") and key in made]
-    return names[0], {key: config[key] for key in given if not np.array_equal(config[key], made[key])}
+    given = init_parameters(scheduler) & config.keys()  # what it holds for other classes is of no effect
+    return names[0], {key: config[key] for key in sorted(given) if not np.array_equal(config[key], made[key])}
 
 
 def count_evaluations(scheduler: SchedulerMixin, num_inference_steps: int) -> int:

@@ -105,7 +105,7 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
         "hf_db": of_train["hf_db"],
         "frechet_distance_to_floor": to_floor["frechet_distance"],
     }
-    assert values == {name: round(figure["mean"], 5) for name, figure in expected.items()}
+    assert values == {name: float(f"{figure['mean']:.4g}") for name, figure in expected.items()}
     assert {result.dataset_type for result in results} == {"user/garments"}
     assert all(result.metric_args["solver_order"] == 1 for result in results)
     assert all(result.metric_args["mixed_precision"] == "no" for result in results)
@@ -160,6 +160,17 @@ def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, garments, tmp_
     Image.new("L", (20, 16)).save(folder / "000500.png")
     with pytest.raises(ValueError, match=r"000500.png is 20x16 and .*000000.png 16x16; all images must be square"):
         evaluate("--images", str(folder), "--num_images", "1000", "--overwrite")
+
+
+def test_a_folder_is_read_as_the_training_reads_it(evaluate, tmp_path):
+    """Names of splits in those of files mean nothing to `--train_data_dir`."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate(to_pil(torch.from_numpy(draw_garments(range(300), seed=2, resolution=16)[0]))):
+        image.save(folder / f"{'train' if i % 2 else 'test'}_{i:03}.png")
+    halves = ("--train_split", "train[:50%]", "--test_split", "train[50%:]", "--images", "train[50%:]")
+    record = evaluate("--train_data_dir", str(folder), *halves, "--resolution", "16")
+    assert record["num_real_images"] == {"train": 150, "test": 150} and record["dataset"] == "photos"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from arguments import TrainingArguments
 from conftest import ROOT, TINY
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from hub_server import HubError, HubServer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -459,6 +460,12 @@ def test_the_card_of_a_training_says_what_is_known_and_names_no_path(tiny_pipe, 
         assert not re.search(f"{tmp_path}|secret|somewhere|snr_gamma|None|`?garments`? *\\|", card)
         assert "| learning_rate | 0.002 |" in body and "| use_ema | True |" in body and "[0.9, 0.999]" in body
         assert body.index("## Training") < body.index("## Limits")
+    copy = model_card(tiny_pipe, "user/name", dataset_name="garments", dataset_id="user/garments")
+    (tmp_path / "user" / "garments").mkdir(parents=True)  # whether or not there is a folder of that name
+    assert copy.data.datasets == ["user/garments"]
+    again = model_card(tiny_pipe, "user/name", dataset_name="./user/garments", dataset_id="user/garments")
+    assert str(again) == str(copy)
+    assert TrainingArguments(dataset_name="./user/garments", dataset_id="user/garments", logger="none")
 
 
 @pytest.mark.parametrize("unet, scheduler, shown, not_shown", [
@@ -472,6 +479,12 @@ def test_the_snippets_of_a_card_suit_the_pipeline(unet, scheduler, shown, not_sh
     pipe = PixelDiffusionPipeline(OptimizedUNet2DModel(**{**TINY, **unet}), DDPMScheduler(**scheduler))
     card = str(model_card(pipe, "user/name"))
     assert shown in card and not_shown not in card
+
+
+def test_no_card_shows_noise_levels_of_another_kind_than_the_networks():
+    flow = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    card = str(model_card(PixelDiffusionPipeline(OptimizedUNet2DModel(**TINY), flow), "user/name"))
+    assert "num_inference_steps=50" in card and "use_karras_sigmas" not in card
 
 
 def test_the_card_names_the_model_of_the_hub_that_a_training_started_from(tiny_pipe, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from command_line import parse_arguments
 from conftest import ONE_ON_CPU, ROOT, SCRIPT, WEIGHTS, reset_accelerate, run_training, torchrun
 from generate import GenerateArguments
@@ -31,6 +32,8 @@ def train(output_dir: Path, *flags: str, **environment: str) -> dict:
 def test_accelerate_knows_every_setting_in_the_configs(name):
     config = load_config_from_file(str(SCRIPTS / "accelerate" / name))
     assert config.use_cpu == (name == "cpu.yaml") and config.num_processes >= 1
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert {*config.fsdp_config, *config.deepspeed_config} <= known.keys()
 
 
 def test_the_quickstarts_training_runs(tmp_path):

@@ -221,6 +221,8 @@ try:
     diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
 except ValueError as error:
     assert "trust_remote_code=True" in str(error)
+else:
+    raise AssertionError("it loaded without trust")
 print(type(ddpm_diffusers.PixelDiffusionPipeline.from_pretrained(sys.argv[1]).unet).__module__)
 del diffusers.ConfigMixin._dict_from_json_file  # a diffusers that has no such method at all
 ddpm_diffusers.register()

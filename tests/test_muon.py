@@ -1,4 +1,4 @@
-"""Muon against torch's own for matrices and AdamW for the rest, its singular values, and a resumed run."""
+"""Muon against torch's own for matrices and AdamW for the rest, and its singular values."""
 
 import pytest
 import torch

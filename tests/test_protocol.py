@@ -131,8 +131,7 @@ def test_a_spread_takes_evenly_from_first_to_last():
 def test_the_floor_is_what_the_test_images_themselves_are_given(reference):
     figures = evaluate_images(garment_images(120, seed=1), reference)
     assert figures["train"] == figures["floor"]
-    ratios = ("frechet_distance", "kernel_distance", "precision", "recall")
-    assert figures["to_floor"] == {name: 1 if figures["floor"][name] > 0 else None for name in ratios}
+    assert figures["to_floor"] == {"frechet_distance": 1, "precision": 1, "recall": 1}
     assert figures["test"]["frechet_distance"] < 1e-6 < figures["train"]["frechet_distance"]
     assert figures["test"]["precision"] == figures["test"]["recall"] == 1
     assert figures["test"]["cb2_db"] == figures["test"]["hf_db"] == pytest.approx(0, abs=1e-6)
@@ -286,12 +285,6 @@ def test_a_ratio_to_a_floor_of_nothing_is_none(tiny_pipe, extractor):
     assert figures["to_floor"]["frechet_distance"] < 1e-6
     record = evaluate_pipeline(tiny_pipe, reference, 10, 2, seeds=(0, 1))
     assert record["figures"]["to_floor"]["precision"] is None
-
-
-def test_a_kernel_distance_below_zero_is_no_floor(extractor):
-    images = garment_images(60)
-    figures = evaluate_images(garment_images(60, seed=1), Reference(images, images, extractor))
-    assert figures["floor"]["kernel_distance"] < 0 and figures["to_floor"]["kernel_distance"] is None
 
 
 def test_white_images_have_figures_too(tiny_pipe, reference):

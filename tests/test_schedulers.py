@@ -4,6 +4,7 @@ With x_0 ~ N(MEAN, STD^2), E[x_0 | x_t] is linear in x_t, so a sampler's result 
 sampler alone: a missing input scale, a wrong initial noise or another noise schedule moves them.
 """
 
+import inspect
 import warnings
 
 import diffusers
@@ -13,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
-from ddpm_diffusers.schedulers import rehearse
+from ddpm_diffusers.schedulers import name_and_options, rehearse
 
 MEAN, STD = 0.2, 0.5
 STEPS = (10, 20, 50)
@@ -308,6 +309,15 @@ def test_the_variance_is_of_the_network_if_learned_and_else_of_the_class():
     without = make_scheduler("ddim", learned)  # which knows none, and hands it on
     assert make_scheduler("ddpm", without).config.variance_type == "learned_range"
     rehearse(without, "ddim")  # the pipeline refuses it for the network's channels, and says so better
+
+
+def test_options_are_those_of_the_class_not_what_it_holds_for_others():
+    trained = diffusers.DDPMScheduler(timestep_spacing="trailing")
+    unclipped = diffusers.DDPMScheduler.from_config(trained.config, clip_sample=False)
+    euler = diffusers.EulerDiscreteScheduler.from_config(unclipped.config, use_karras_sigmas=True)
+    assert euler.config.clip_sample is False and "clip_sample" not in inspect.signature(type(euler)).parameters
+    assert name_and_options(unclipped, trained) == ("ddpm", {"clip_sample": False})
+    assert name_and_options(euler, trained) == ("euler", {"use_karras_sigmas": True})
 
 
 def test_overrides_reach_the_scheduler():

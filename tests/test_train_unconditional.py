@@ -236,9 +236,9 @@ def test_the_folder_of_another_run_is_left_alone(train, tmp_path):
 
 
 def test_overwriting_leaves_no_checkpoint_of_the_run_before(train):
-    train("--checkpointing_steps", "1")
+    (train("--checkpointing_steps", "1") / "damaged-checkpoint-7").mkdir()
     output_dir = train("--overwrite_output_dir", "--max_train_steps", "2", "--checkpointing_steps", "2")
-    assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-2"]
+    assert [path.name for path in output_dir.glob("*checkpoint-*")] == ["checkpoint-2"]
     assert [row["step"] for row in metrics_of(output_dir)] == [2]
 
 

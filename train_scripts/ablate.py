@@ -40,13 +40,14 @@ logger = logging.getLogger(__name__)
 
 SCRIPTS = Path(__file__).parent
 PICTURES = ("grids", *FREQUENCIES)  # beside the strips of the rows
+LADDER = str(SCRIPTS / "configs" / "ladder.yaml")
 PICTURED = ("baseline", "residual_blocks", "guide", "coarser_layers", "default", "stock")
 
 
 @dataclass
 class AblateArguments:
     # what is compared
-    ladder: str = arg(str(SCRIPTS / "configs" / "ladder.yaml"), "YAML file of the rows to compare, each a U-Net")
+    ladder: str = arg(LADDER, "YAML file of the rows to compare, each a U-Net")
     rows: list[str] | None = field(default=None, metadata={"help": "names of rows to run; all by default"})
     train_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds to train each row with"})
     # the budget
@@ -71,7 +72,7 @@ class AblateArguments:
     )
     pictured: list[str] | None = field(
         default=None,
-        metadata={"help": f"rows to show in the spectra; by default {', '.join(PICTURED)}, if in the ladder"},
+        metadata={"help": f"rows to show in the spectra; by default {', '.join(PICTURED)}, of another ladder all"},
     )
     jobs: int = arg(1, "number of trainings to run at a time")
     compile: bool = arg(False, "torch.compile each network for its training; for GPUs")
@@ -85,7 +86,7 @@ class AblateArguments:
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise ValueError(f"`--{name}` is {values}; it must hold different ones.")
         check(self, self.jobs >= 1, "jobs", "be at least 1")
-        use_cpu = yaml.safe_load(Path(self.accelerate_config).read_text()).get("use_cpu", False)
+        use_cpu = yaml.safe_load(Path(self.accelerate_config).read_text("utf-8")).get("use_cpu", False)
         self.mixed_precision = choose_precision(self.mixed_precision, use_cpu)
         check(self, not (use_cpu and self.mixed_precision == "fp16"), "mixed_precision",
               "be no, bf16 or auto on a CPU, where accelerate has no fp16")  # fmt: skip
@@ -100,7 +101,7 @@ class AblateArguments:
 def main(args: AblateArguments) -> None:
     unet_configs = read_ladder(Path(args.ladder))
     names = args.rows or list(unet_configs)
-    pictured = args.pictured or [name for name in PICTURED if name in unet_configs]
+    pictured = args.pictured or [name for name in unet_configs if args.ladder != LADDER or name in PICTURED]
     for name in (*names, *pictured):
         if name not in unet_configs:
             raise ValueError(f"There is no row {name!r}; {args.ladder} has {', '.join(unet_configs)}.")
@@ -153,7 +154,7 @@ def main(args: AblateArguments) -> None:
 def read_ladder(path: Path) -> dict[str, dict]:
     """The U-Net arguments of each row, including those it inherits by `from`."""
     try:
-        rows = yaml.safe_load(path.read_text())
+        rows = yaml.safe_load(path.read_text("utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"`--ladder` {path} cannot be read ({error}): give rows by name.") from error
     if not isinstance(rows, dict):
@@ -166,7 +167,7 @@ def read_ladder(path: Path) -> dict[str, dict]:
         if name in followed:
             raise ValueError(f"{path}: {' from '.join((*followed, name))} goes round in a circle.")
         if name.endswith(".json"):
-            return json.loads((path.parent / name).read_text())
+            return json.loads((path.parent / name).read_text("utf-8"))
         if name not in rows:
             raise ValueError(f"{path}: row {followed[-1]!r} is from {name!r}, which is no row and no .json file.")
         if not isinstance(rows[name], dict):

@@ -9,7 +9,7 @@ from command_line import arg, check
 from launch import PRECISIONS
 from trackers import TRACKERS
 
-from ddpm_diffusers.hub import is_hub_id
+from ddpm_diffusers.hub import has_form_of_hub_id
 from ddpm_diffusers.synthetic_fashion import SYNTHETIC
 
 # must not change between a checkpoint and the run resumed from it; the script sets the first three itself
@@ -132,7 +132,8 @@ class TrainingArguments:
         if self.lr_scheduler == "constant":
             check(self, not self.lr_warmup_steps, "lr_warmup_steps",
                   "be 0 with `--lr_scheduler constant`, which does not warm up: use constant_with_warmup")  # fmt: skip
-        if self.dataset_id is not None and (self.train_data_dir is not None or not is_hub_id(self.dataset_id)):
+        is_id = self.dataset_id is None or (self.train_data_dir is None and has_form_of_hub_id(self.dataset_id))
+        if not is_id:
             raise ValueError(
                 f"`--dataset_id` is {self.dataset_id!r}; it must be owner/name on the Hub, of what `--dataset_name` is"
                 " a local copy of."

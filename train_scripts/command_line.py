@@ -40,7 +40,7 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
             raise ValueError(f"There is no file {argv[0]}; what stands first may be a YAML or JSON file of arguments.")
         read = json.loads if argv[0].endswith(".json") else yaml.safe_load  # for YAML, 1e-05 is a string
         try:
-            values = read(Path(argv[0]).read_text()) or {}
+            values = read(Path(argv[0]).read_text("utf-8")) or {}
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{argv[0]} cannot be read ({error}): give flags by name.") from error
         if not isinstance(values, dict):
@@ -80,15 +80,19 @@ def check_types(arguments_class: type, values: dict, path: str) -> None:
     """Raise a ValueError for a file's value of another type than the argument's; the parser converts strings."""
     hints = get_type_hints(arguments_class)  # HfArgumentParser has changed the fields' own
     for name, value in values.items():
-        kinds = get_args(hints[name]) if isinstance(hints[name], UnionType) else [hints[name]]
-        kinds = {get_origin(kind) or kind for kind in kinds}  # list for list[int]
-        kinds |= {int} if float in kinds else set()
-        kinds |= {str} if list not in kinds else set()
-        kinds |= {dict} if name == "unet_config" else set()
-        hint = next((kind for kind in (hints[name], *get_args(hints[name])) if get_origin(kind) is list), None)
-        parts = {*get_args(hint)} | ({int} if float in get_args(hint) else set())
-        wrong_parts = type(value) is list and (not value or {type(part) for part in value} - parts)
-        if type(value) not in kinds or wrong_parts:
+        hint = hints[name]
+        is_list = any(get_origin(kind) is list for kind in (hint, *get_args(hint)))
+        converted = (isinstance(value, str) and not is_list) or (isinstance(value, dict) and name == "unet_config")
+        if not (converted or fits(value, hint)):
             rule = ", and not empty" if value == [] else ""
-            kind = hints[name] if get_args(hints[name]) else hints[name].__name__
+            kind = hint if get_args(hint) else hint.__name__
             raise ValueError(f"`{name}` in {path} is {value!r}; it must be of type {kind}{rule}.")
+
+
+def fits(value, hint) -> bool:
+    """Whether a value is of this type; a whole number is a float, too."""
+    if isinstance(hint, UnionType):
+        return any(fits(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is list:
+        return type(value) is list and value != [] and all(fits(part, *get_args(hint)) for part in value)
+    return type(value) in ((int, float) if hint is float else (hint,))

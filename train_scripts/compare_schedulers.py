@@ -39,7 +39,7 @@ from ddpm_diffusers.checkpointing import list_differences
 from ddpm_diffusers.evaluation import comparison
 from ddpm_diffusers.evaluation.comparison import AT_MOST, WITHIN, best_settings, distance, label_of, name_of
 from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows
-from ddpm_diffusers.evaluation.protocol import as_json, check_run, image_shape
+from ddpm_diffusers.evaluation.protocol import as_json, image_shape
 from ddpm_diffusers.sampling import to_pil
 
 logger = logging.getLogger(__name__)
@@ -85,14 +85,13 @@ def main(args: ComparisonArguments) -> None:
     pipe = load_pipeline(args.model, args.variant, accelerator)
     left_out = []
     if args.schedulers == list(SCHEDULERS):
-        entries, left_out = usable(entries, pipe.scheduler)
+        entries, left_out = usable(pipe.scheduler)
     yardstick = comparison.plan(pipe.scheduler, ["ddpm"], [args.ddpm_steps])[0] if args.ddpm_steps else []
     settings, too_few = comparison.plan(pipe.scheduler, entries, args.evaluations)
     settings = list({setting.key: setting for setting in (*yardstick, *settings)}.values())
     for record in (left_out := left_out + too_few):
         logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
     how = {"num_images": args.num_images, "seeds": args.seeds, "batch_size": args.batch_size}
-    check_run(pipe, None, **how)
     channels, side, _ = image_shape(pipe)
     extractor = open_extractor(args, accelerator, channels)
     folder_lock = lock(output_dir) if accelerator.is_main_process else None
@@ -131,16 +130,16 @@ def parse_scheduler(text: str) -> tuple[str, dict]:
     return name, options
 
 
-def usable(entries: list[tuple[str, dict]], scheduler) -> tuple[list[tuple[str, dict]], list[dict]]:
+def usable(scheduler) -> tuple[list[tuple[str, dict]], list[dict]]:
     """The schedulers that can follow the network's noise schedule here, and the others with the reason."""
     kept, left_out = [], []
-    for name, options in entries:
+    for name in SCHEDULERS:
         try:
             make_scheduler(name, scheduler)
-            kept.append((name, options))
+            kept.append((name, {}))
         except (ImportError, ValueError) as error:
             reason = " ".join(str(error).split())
-            left_out.append({"name": name, "options": options, "evaluations": "any", "left_out": reason})
+            left_out.append({"name": name, "options": {}, "evaluations": "any", "left_out": reason})
     return kept, left_out
 
 

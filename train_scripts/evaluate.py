@@ -19,6 +19,7 @@ from evaluation_arguments import (
     open_extractor,
     open_reference,
     provenance,
+    source_of,
 )
 from files import lock, write_file, write_text
 from launch import make_accelerator
@@ -34,13 +35,12 @@ from ddpm_diffusers.evaluation.protocol import (
     IMAGES_KEPT,
     Statistics,
     check_count,
-    check_run,
     evenly_spaced,
     image_shape,
     record_of,
 )
 from ddpm_diffusers.grid import image_grid
-from ddpm_diffusers.hub import add_figures, is_hub_id
+from ddpm_diffusers.hub import add_figures, has_form_of_hub_id, is_hub_id
 from ddpm_diffusers.image_decoding import central_square, decode_image, has_colour
 from ddpm_diffusers.pipeline_pixel_diffusion import README
 from ddpm_diffusers.sampling import to_pil
@@ -48,13 +48,13 @@ from ddpm_diffusers.schedulers import count_evaluations
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 CARD_FIGURES = {
-    "frechet_distance": ("Frechet distance of classifier features", "train", "frechet_distance"),
-    "frechet_distance_to_floor": ("Frechet distance, ratio to that of the test split", "to_floor", "frechet_distance"),
-    "kernel_distance": ("KID of classifier features", "train", "kernel_distance"),
-    "precision": ("precision (k=3)", "train", "precision"),
-    "recall": ("recall (k=3)", "train", "recall"),
-    "cb2_db": ("checkerboard CB2, dB", "train", "cb2_db"),
-    "hf_db": ("sharpness HF, dB", "train", "hf_db"),
+    "frechet_distance": ("Frechet distance of classifier features (0 is best)", "train", "frechet_distance"),
+    "frechet_distance_to_floor": ("Frechet distance, times that of real test images", "to_floor", "frechet_distance"),
+    "kernel_distance": ("KID of classifier features (0 is best)", "train", "kernel_distance"),
+    "precision": ("precision, k=3 (share of samples among real images)", "train", "precision"),
+    "recall": ("recall, k=3 (share of real images among samples)", "train", "recall"),
+    "cb2_db": ("checkerboard CB2, dB (0: as in real images)", "train", "cb2_db"),
+    "hf_db": ("sharpness HF, dB (0: as in real images, below: blurred)", "train", "hf_db"),
 }
 
 
@@ -92,10 +92,12 @@ class EvaluateArguments(EvaluationArguments):
         if (self.damage is None) != (self.damage_amount is None):
             raise ValueError("Give `--damage` and `--damage_amount`, or neither.")
         check(self, self.damage is None or 0 <= self.damage_amount <= 1, "damage_amount", "be in [0, 1]")
-        if self.write_card and not is_hub_id(self.dataset_id or self.dataset_name):
+        if self.dataset_id is not None:
+            check(self, has_form_of_hub_id(self.dataset_id), "dataset_id", "be owner/name on the Hub")
+        elif self.write_card and (self.train_data_dir is not None or not is_hub_id(self.dataset_name)):
             raise ValueError(
-                f"`--write_card` needs the data set's id on the Hub, which {self.dataset_id or self.dataset_name} is"
-                " not: give `--dataset_id owner/name`."
+                f"`--write_card` needs the data set's id on the Hub, which {self.train_data_dir or self.dataset_name}"
+                " is not: give `--dataset_id owner/name`."
             )
         if self.write_card and (self.model is None or not Path(self.model, README).is_file()):
             raise ValueError(f"`--write_card` needs a local `--model` with a card; {self.model} has no {README}.")
@@ -106,7 +108,6 @@ def main(args: EvaluateArguments) -> None:
     if args.model is not None:
         pipe = load_pipeline(args.model, args.variant, accelerator)
         options = swap_scheduler(pipe, args.scheduler, args.scheduler_config)
-        check_run(pipe, None, args.num_images, args.seeds, args.batch_size)
         channels, side, _ = image_shape(pipe)
         extractor = open_extractor(args, accelerator, channels)
         count_evaluations(pipe.scheduler, args.num_inference_steps)  # raises on steps that it cannot take
@@ -161,16 +162,7 @@ def main(args: EvaluateArguments) -> None:
 def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
     """Up to `--num_images` of the data set's split, with `channels`, or of the folder; uint8 (N, C, H, W)."""
     if args.images in (args.train_split, args.test_split):
-        dataset = load_images(
-            args.dataset_name,
-            resolution=args.resolution,
-            channels=channels,
-            dataset_config_name=args.dataset_config_name,
-            split=args.images,
-            image_column=args.image_column,
-            center_crop=args.center_crop,
-            cache_dir=args.cache_dir,
-        )
+        dataset = load_images(resolution=args.resolution, channels=channels, split=args.images, **source_of(args))
         images = ImageArrays(dataset, (channels, args.resolution, args.resolution))
         count = min(args.num_images, len(images))
         return images.__getitems__(evenly_spaced(len(images), count))
@@ -234,7 +226,7 @@ def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
             "dataset_split": args.train_split,
             "metric_type": metric,
             "metric_name": heading,
-            "metric_value": round(record["figures"][group][name]["mean"], 5),
+            "metric_value": float(f"{record['figures'][group][name]['mean']:.4g}"),
             "metric_args": measured_with,
         }
         for metric, (heading, group, name) in CARD_FIGURES.items()

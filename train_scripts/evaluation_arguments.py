@@ -21,6 +21,7 @@ from ddpm_diffusers.evaluation.protocol import check_count, image_shape
 class EvaluationArguments:
     # the real images
     dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub id or local folder of the real images")
+    train_data_dir: str | None = arg(None, "folder of images, in place of --dataset_name, as in the training")
     dataset_config_name: str | None = arg(None, "configuration of a data set that has several")
     dataset_id: str | None = arg(None, "Hub id of a local data set, for records and model cards")
     image_column: str = arg("image", "column that holds the images")
@@ -68,17 +69,19 @@ def open_reference(
 ) -> Reference:
     with accelerator.main_process_first():  # it fills the caches for the others
         return Reference.of_dataset(
-            args.dataset_name,
-            extractor,
+            extractor=extractor,
             resolution=resolution,
             channels=channels,
             train_split=args.train_split,
             test_split=args.test_split,
-            dataset_config_name=args.dataset_config_name,
-            image_column=args.image_column,
-            center_crop=args.center_crop,
-            cache_dir=args.cache_dir,
+            **source_of(args),
         )
+
+
+def source_of(args: EvaluationArguments) -> dict:
+    """The arguments of `load_images` that say where the real images are and how they are read."""
+    names = ("dataset_name", "train_data_dir", "dataset_config_name", "image_column", "center_crop", "cache_dir")
+    return {name: getattr(args, name) for name in names}
 
 
 def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> PixelDiffusionPipeline:
@@ -94,7 +97,7 @@ def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> 
 
 def provenance(args: EvaluationArguments, accelerator: Accelerator, pipe: PixelDiffusionPipeline | None) -> dict:
     """What a figure depends on beyond its record: data, weights, precision, versions. No local paths."""
-    local = Path(args.dataset_name)
+    local = Path(args.train_data_dir or args.dataset_name)
     record = {
         "dataset": args.dataset_id or (local.name if local.exists() else args.dataset_name),
         "mixed_precision": accelerator.mixed_precision,

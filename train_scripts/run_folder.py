@@ -108,6 +108,8 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
                 shutil.rmtree(damaged, ignore_errors=True)
                 path.rename(damaged)
         if not goes_on:  # delete what might be taken for this run's
+            for damaged in output_dir.glob("damaged-checkpoint-*"):
+                shutil.rmtree(damaged, ignore_errors=True)
             for name in ("model_index.json", README, SAMPLES, "metrics.jsonl", "speed.jsonl"):
                 (output_dir / name).unlink(missing_ok=True)
             for name in ("samples", "logs", "unet", "scheduler"):  # with any variants of the weights

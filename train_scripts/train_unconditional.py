@@ -65,9 +65,7 @@ def main(args: TrainingArguments) -> None:
         dynamo_backend="inductor" if args.compile else None,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.logger == "none" else args.logger,
-        project_config=ProjectConfiguration(
-            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / "logs")
-        ),
+        project_config=ProjectConfiguration(logging_dir=str(Path(args.output_dir) / "logs")),
     )
     level = logging.WARNING if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level)
@@ -209,7 +207,8 @@ def main(args: TrainingArguments) -> None:
         batch: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, flips: torch.Tensor
     ) -> torch.Tensor | None:
         """One batch, and at the end of a global batch the update, of which it returns the gradient's norm."""
-        clean = batch.to(device, non_blocking=True).float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
+        # from pinned memory on CUDA alone: elsewhere the batch might be freed before it is copied (pytorch#189690)
+        clean = batch.to(device, non_blocking=device.type == "cuda").float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
         if args.random_flip:
             clean = torch.where(flips, clean.flip(-1), clean)
         noisy = scheduler.add_noise(clean, noise, timesteps)
@@ -281,8 +280,8 @@ def main(args: TrainingArguments) -> None:
             if not math.isfinite(sums[0]) or (accelerator.scaler is None and not math.isfinite(norm)):
                 failed = (
                     f"At step {step} the loss is {sums[0] / counts[0]} and the gradient's norm {norm}: stopped,"
-                    " nothing was written after the last checkpoint. Start a new run (`--overwrite_output_dir` and no"
-                    " `--resume_from_checkpoint`) with a lower `--learning_rate` or `--mixed_precision` no or bf16."
+                    " without a checkpoint or a pipeline of this state. Start a new run (`--overwrite_output_dir` and"
+                    " no `--resume_from_checkpoint`) with a lower `--learning_rate` or `--mixed_precision` no or bf16."
                 )
                 break
         if log:
@@ -341,8 +340,9 @@ def main(args: TrainingArguments) -> None:
     if accelerator.is_main_process:
         write_file(output_dir / SAMPLES, partial(shutil.copyfile, samples))
         if not (output_dir / README).exists():
-            dataset_name = (args.dataset_id or args.dataset_name) if args.train_data_dir is None else None
-            about = {"dataset_name": dataset_name, "base_model": run["base_model"], "license": args.hub_license}
+            dataset_name = args.dataset_name if args.train_data_dir is None else None
+            about = {"dataset_name": dataset_name, "dataset_id": args.dataset_id, "base_model": run["base_model"],
+                     "license": args.hub_license}  # fmt: skip
             card = model_card(pipe, repo_id, settings=settings_for_card(run), has_samples=True, **about)
             write_text(output_dir / README, str(card))
         elif args.hub_license:  # the card of a run that had finished before: it may have gained figures

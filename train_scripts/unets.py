@@ -35,7 +35,7 @@ def make_unet(
         if not is_text and not Path(config).is_file():
             raise ValueError(f"`--unet_config` is {config!r}, which is no file; give a JSON file or JSON text.")
         try:
-            config = json.loads(config if is_text else Path(config).read_text())
+            config = json.loads(config if is_text else Path(config).read_text("utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"`--unet_config` {unet_config!r} is no JSON ({error}).") from error
     if not isinstance(config, dict):

@@ -168,7 +168,7 @@ def measure(
     seeds: Sequence[int],
     batch_size: int,
 ) -> dict | None:
-    """The record of one setting, in the main process; every process must call it, after `check_run`.
+    """The record of one setting, in the main process; every process must call it.
 
     If the samples are not finite, it holds the reason as "left_out" instead of figures.
     """

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 IMAGES_AT_A_TIME = 10_000  # read from a data set
 IMAGES_KEPT = 64  # in a record, for a grid
-RATIOS = ("frechet_distance", "kernel_distance", "precision", "recall")
+RATIOS = ("frechet_distance", "precision", "recall")  # KID is 0 on average for real images
 
 
 @dataclass(eq=False)
@@ -171,7 +171,7 @@ def evaluate_images(images: torch.Tensor, reference: Reference) -> dict[str, dic
         (checkerboards of period 2 and 4; the latter None unless H is a multiple of 4 and at least 12) and `hf_db`
         (sharpness): 0 if the images are like real ones, None if they have no energy at those frequencies. "floor", the
         figures of as many test images, or all if there are fewer, against the train split. "to_floor", the ratios of
-        the samples' first four figures to these, for equal numbers of images; None if the floor is not above 0.
+        the samples' distance, precision and recall to these, for equal numbers of images; None if the floor is 0.
 
     Raises:
         TypeError, ValueError: If the images cannot be compared, before any work.

@@ -54,6 +54,8 @@ MUST_BE_KNOWN = ("rescale_betas_zero_snr", "use_flow_sigmas")  # a class without
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetensors.index*.json", "*.py")
+# [module, class]: the form of `_class_name` by which diffusers finds a pipeline's code in its repository
+CLASS_IN_INDEX = [__name__.rpartition(".")[2], "PixelDiffusionPipeline"]
 README, SAMPLES = "README.md", "samples.png"  # the model card, and the grid of samples that it shows
 CARD = """---
 library_name: diffusers
@@ -138,7 +140,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if source.name == "unet" and (saved / DDPMScheduler.config_name).is_file():
             # schedulers saved long ago have no `prediction_type`
             trained = {"prediction_type": "epsilon", **DDPMScheduler.load_config(saved)}
-            advice = "load without it, then set `pipe.scheduler` to "
+            advice = "take the scheduler that `from_pretrained` loads with the network, and for `pipe.scheduler` then "
             warn_of_other_noise(scheduler, trained, "saved with the network", advice)
 
     def __setattr__(self, name: str, value) -> None:
@@ -299,9 +301,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         expected = 2 * channels if splits_off_a_variance(self.scheduler, channels) else channels
         if predicted not in (None, expected):
             raise ValueError(
-                f"The U-Net has {channels} `in_channels` and {predicted} `out_channels`; these must be as many, or"
-                " twice as many with a scheduler of a learned `variance_type`, which such a network predicts, too"
-                " (`DDPMScheduler`; with 3 channels and predicted noise also DPM-Solver)."
+                f"The U-Net has {channels} `in_channels` and {predicted} `out_channels`; with this"
+                f" {type(self.scheduler).__name__} it must have {expected}: as many, or twice as many if the scheduler"
+                " takes a learned `variance_type` from it (`DDPMScheduler`; with 3 channels and predicted noise also"
+                " DPM-Solver). Set another scheduler."
             )
         if output_type == "pil" and channels > 4:
             raise ValueError(
@@ -374,11 +377,16 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         check_token(token)
         if self.unet is None:
             raise ValueError("The pipeline has no `unet` to push: set `pipe.unet` first.")
+        if not loads_elsewhere(self.config.unet[0]):
+            logger.warning(
+                f"{self.config.unet[1]} does not save its code, so the repository cannot be loaded by its id: take the"
+                " folder that `huggingface_hub.snapshot_download` gives, where the class can be imported."
+            )
         repo_id = repo_id or Path(save_directory).name
         repo_id = create_repo(repo_id, private, token).repo_id
         files = ["model_index.json"]
         if type(self).__module__ == __name__:
-            files.append(f"{class_name_in_index(type(self))[0]}.py")
+            files.append(f"{CLASS_IN_INDEX[0]}.py")
         for folder in (Path(save_directory, name) for name in self.components):
             files += [f"{folder.name}/{file}" for file in component_files(folder, safe_serialization)]
         if not subfolder and not huggingface_hub.file_exists(repo_id, README, token=token):
@@ -421,8 +429,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """Write `model_index.json` and, beside it, this file, so that it loads where the package is not installed."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         if type(self).__module__ == __name__:  # a user's subclass is not in this file
-            Path(save_directory, f"{class_name_in_index(type(self))[0]}.py").write_bytes(self._code)
-        for name, (library, class_name) in ((name, self.config[name]) for name in self.components):
+            Path(save_directory, f"{CLASS_IN_INDEX[0]}.py").write_bytes(self._code)
+        for name in self.components:
+            library, class_name = self.config[name]
             # a component that saved its code in its folder is loaded from there
             module = (library or "").rpartition(".")[2]
             if module and (Path(save_directory) / name / f"{module}.py").is_file():
@@ -434,7 +443,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)
         if type(self).__module__ == __name__:
-            index["_class_name"] = class_name_in_index(type(self))
+            index["_class_name"] = CLASS_IN_INDEX
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
@@ -458,7 +467,8 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: dict | None) -> None:
     if reason:
         raise ValueError(
             f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one that the loop can call and that"
-            " follows the noise schedule which the network was trained with, such as `make_scheduler` makes."
+            " follows the noise schedule which the network was trained with, such as `ddpm_diffusers.make_scheduler`"
+            " makes."
         )
     if trained:
         warn_of_other_noise(scheduler, trained, "in place", "use ")
@@ -474,7 +484,7 @@ def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict, where: str, ad
         was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
         logger.warning(
             f"The new {name} has {now} where the scheduler {where} had {was}. If the network was trained with the"
-            f" latter, samples will be poor: {advice}{better}one of `make_scheduler`."
+            f" latter, samples will be poor: {advice}{better}one of `ddpm_diffusers.make_scheduler`."
         )
 
 
@@ -491,11 +501,12 @@ def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
     needed = ("set_timesteps", "init_noise_sigma", "scale_model_input", "step")
     if missing := [name for name in needed if not hasattr(scheduler, name)]:
         return f"it has no {', '.join(missing)}"
-    more = list(inspect.signature(scheduler.step).parameters.values())[3:]
-    more = [p for p in more if p.kind is p.POSITIONAL_OR_KEYWORD]
+    beyond = list(inspect.signature(scheduler.step).parameters.values())[3:]  # model_output, timestep, sample
     # UnCLIPScheduler can do without `prev_timestep`, but then goes back by a single timestep whatever their number
-    if more := [p.name for p in more if p.default is p.empty or p.name == "prev_timestep"]:
-        return f"its step needs {', '.join(more)}, too"
+    unmet = [p.name for p in beyond if p.kind is p.POSITIONAL_OR_KEYWORD
+             and (p.default is p.empty or p.name == "prev_timestep")]  # fmt: skip
+    if unmet:
+        return f"its step needs {', '.join(unmet)}, too"
     classes = {base.__name__ for base in type(scheduler).__mro__}
     if scheduler.config.get("prediction_type") == "sample" and classes & NO_SAMPLE_PREDICTION:
         return "its step knows no `prediction_type` 'sample'"
@@ -554,14 +565,9 @@ def as_list(generator) -> list:
     return generator if isinstance(generator, list) else [generator]
 
 
-def class_name_in_index(pipeline_class: type) -> list[str]:
-    """[module, class], the form of `_class_name` by which diffusers finds a pipeline's code in its repository."""
-    return [pipeline_class.__module__.rpartition(".")[2], pipeline_class.__name__]
-
-
 def with_this_class(index: dict) -> dict:
     """A `model_index.json` with the name alone instead of our [module, class], as for a class of diffusers."""
-    if index.get("_class_name") == class_name_in_index(PixelDiffusionPipeline):
+    if index.get("_class_name") == CLASS_IN_INDEX:
         index["_class_name"] = PixelDiffusionPipeline.__name__
     return index
 
@@ -593,15 +599,14 @@ def takes_few_steps(scheduler: dict) -> bool:
     """Whether DPM-Solver++ can take over from a scheduler of this config, as the card shows."""
     from diffusers import DPMSolverMultistepScheduler  # imports scipy
 
-    if "beta_schedule" not in scheduler or "learned" in str(scheduler.get("variance_type")):
+    learned = "learned" in str(scheduler.get("variance_type"))
+    if "beta_schedule" not in scheduler or learned or scheduler.get("use_flow_sigmas"):
         return False
     try:
-        made = DPMSolverMultistepScheduler.from_config(
-            scheduler, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True
-        )
+        DPMSolverMultistepScheduler.from_config(scheduler, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True)
     except (NotImplementedError, ValueError):  # a beta_schedule that it does not know; sigmas of another kind
         return False
-    return refusal(made, scheduler) is None
+    return True
 
 
 def loads_elsewhere(library: str) -> bool:
