@@ -60,7 +60,7 @@ def model_card(
         repo_id: "owner/name", which the card's snippets load.
         dataset_name: As given to the training. The card names it only if it is a Hub id (no local path) or the
             built-in set.
-        dataset_id: Hub id of what `dataset_name` is a local copy of.
+        dataset_id: Hub id of what `dataset_name` is a local copy of; ValueError if it has not the form of one.
         base_model: The model that the training started from; named only if it is a Hub id.
         settings: Training settings, shown as a table; those that are None, or may be a path or a token, are left out.
         has_samples: Whether the repository has a grid of samples, `samples.png`.
@@ -68,6 +68,8 @@ def model_card(
     """
     card = pipeline_pixel_diffusion.model_card(pipe, repo_id, has_samples)
     card.data.license = license
+    if dataset_id is not None and not has_form_of_hub_id(dataset_id):
+        raise ValueError(f"`dataset_id` is {dataset_id!r}; it must be owner/name on the Hub, not a local path.")
     if dataset_id is None and dataset_name is not None and is_hub_id(dataset_name):
         dataset_id = dataset_name
     if dataset_id is not None:
@@ -102,7 +104,8 @@ def add_figures(card: str, figures: Iterable[dict]) -> str:
         The text of the card.
 
     Raises:
-        ValueError: If a figure lacks a required argument, has an unknown one, names a local path, or is not finite.
+        ValueError: If a figure lacks a required argument, has an unknown one, has a `dataset_type` without
+            the form of a Hub id, or is not finite.
     """
     results = [eval_result(figure) for figure in figures]
     card = ModelCard(card)

@@ -13,16 +13,17 @@ def draw_noise_and_timesteps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise of variance 1, float32 (B, C, H, W), and timesteps, int64 (B,), stratified over [0, num_train_timesteps).
 
-    The range is cut into B equal parts, and each image gets a timestep from another part, in random order: a batch's
-    loss varies less than with independent draws, while every timestep is equally likely for each image. Both are on
-    the generator's device.
+    The range is cut into B equal parts and each image gets a timestep from a different part, in random order. The mean
+    loss of a batch then varies less than with independent draws, and every timestep is still equally likely for each
+    image. Both tensors are on the generator's device.
     """
     count, device = shape[0], generator.device
     noise = torch.randn(shape, generator=generator, device=device)
-    places = torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)
-    places = places[torch.randperm(count, generator=generator, device=device)]
+    # (B,), one in each [k, k + 1)
+    positions = torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)
+    positions = positions[torch.randperm(count, generator=generator, device=device)]
     # rounding may reach the end of the range
-    timesteps = (places * (num_train_timesteps / count)).long().clamp_(max=num_train_timesteps - 1)
+    timesteps = (positions * (num_train_timesteps / count)).long().clamp_(max=num_train_timesteps - 1)
     return noise, timesteps
 
 
@@ -45,13 +46,14 @@ def training_target(scheduler, images: torch.Tensor, noise: torch.Tensor, timest
 def loss_weights(scheduler, timesteps: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:
     """Weight of the squared error at each timestep, (B,): 1, or Min-SNR for the scheduler's `prediction_type`.
 
-    With SNR = alpha^2 / sigma^2, the squared error of the image has the weight min(SNR, gamma); the squared errors of
-    noise and velocity are SNR and SNR + 1 times that of the image.
+    Min-SNR gives the squared error of the predicted image the weight min(SNR, gamma), with SNR = alpha^2 / sigma^2.
+    The same error of the image is a squared error of the noise SNR times as large, and one of the velocity (SNR + 1)
+    times as large, so the weight is divided by that.
     """
     if snr_gamma is None:
         return torch.ones_like(timesteps, dtype=torch.float32)
     snr = compute_snr(scheduler, timesteps)
     if scheduler.config.prediction_type == "epsilon":
-        return (snr_gamma / snr).clamp(max=1)  # 1 at zero terminal SNR, too
+        return (snr_gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, but 1 and not NaN at SNR 0
     divisor = {"v_prediction": snr + 1, "sample": 1}[scheduler.config.prediction_type]
     return snr.clamp(max=snr_gamma) / divisor

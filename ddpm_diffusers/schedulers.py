@@ -49,9 +49,9 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     """A scheduler of another class with the noise schedule and prediction type of `scheduler`.
 
     Args:
-        name: A key of `SCHEDULERS`. "ddim" and "pndm" need numbers of steps that divide `num_train_timesteps`: they
-            count back by the whole part of the quotient, so with "trailing" spacing they leave noise in 91 steps of
-            1,000 timesteps, for one.
+        name: A key of `SCHEDULERS`. "ddim" and "pndm" need a number of steps that divides `num_train_timesteps`: they
+            go back by the quotient rounded down, so that, with "trailing" spacing, other numbers may end before all
+            noise is removed, such as 91 steps of 1,000 timesteps.
         scheduler: The scheduler to follow, such as `pipe.scheduler`. Along with the noise schedule, its timestep
             spacing and clipping are carried over, defaults included, and a `variance_type` that is learned or of the
             same class; other options of the solver itself are not.

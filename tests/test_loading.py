@@ -259,6 +259,30 @@ def test_a_users_subclass_is_left_alone(saved, tmp_path):
     assert json.loads(run(SUBCLASS, str(saved), str(tmp_path))) == ["MyPipeline", ["__main__", "MyUNet"], []]
 
 
+OWN_NETWORK = """
+import sys
+import ddpm_diffusers
+from diffusers.utils import logging
+
+class MyUNet(ddpm_diffusers.OptimizedUNet2DModel):
+    pass
+
+told = []
+logger = logging.get_logger("ddpm_diffusers.pipeline_pixel_diffusion")
+logger.addFilter(lambda record: told.append(record.getMessage()))
+pipe = ddpm_diffusers.PixelDiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.push_to_hub("user/theirs")
+assert not told
+ddpm_diffusers.PixelDiffusionPipeline(MyUNet.from_config(pipe.unet.config), pipe.scheduler).push_to_hub("user/own")
+print(told)
+"""
+
+
+def test_a_network_that_does_not_save_its_code_is_told_at_the_push(saved, hub, tmp_path):
+    told = run(OWN_NETWORK, str(saved), env=hub.env(tmp_path, token=True))
+    assert "MyUNet does not save its code" in told and "import __main__, then load the folder" in told
+
+
 STOCK = """
 import sys
 import ddpm_diffusers

@@ -299,10 +299,10 @@ def test_a_scheduler_given_at_load_is_looked_at_as_an_exchange_is(tiny_pipe, tmp
     assert not [message for message in caplog.messages if " has {" in message]
     DiffusionPipeline.from_pretrained(tmp_path, scheduler=diffusers.DDIMScheduler(beta_end=0.01))
     assert "DDIMScheduler has {'beta_end': 0.01}" in caplog.text and "saved with the network" in caplog.text
-    assert "load without it, then set `pipe.scheduler` to `DDIMScheduler.from_config(" in caplog.text
+    assert "for `pipe.scheduler` then `DDIMScheduler.from_config(" in caplog.text
     DiffusionPipeline.from_pretrained(tmp_path, scheduler=diffusers.EDMEulerScheduler())
     assert "EDMEulerScheduler has {'beta_schedule': None} where the scheduler saved" in caplog.messages[-1]
-    assert "then set `pipe.scheduler` to one of `make_scheduler`" in caplog.messages[-1]
+    assert "for `pipe.scheduler` then one of `ddpm_diffusers.make_scheduler`" in caplog.messages[-1]
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     del config["prediction_type"]  # as in those of long ago
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))

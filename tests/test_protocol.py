@@ -18,7 +18,7 @@ from ddpm_diffusers.evaluation import Reference, evaluate_images, evaluate_pipel
 from ddpm_diffusers.evaluation.damage import DAMAGE
 from ddpm_diffusers.evaluation.features import FeatureExtractor, extract_features
 from ddpm_diffusers.evaluation.metrics import frechet_distance, kernel_distance, precision_recall
-from ddpm_diffusers.evaluation.protocol import Statistics
+from ddpm_diffusers.evaluation.protocol import Statistics, mean_and_sd
 from ddpm_diffusers.evaluation.spectrum import radial_spectrum, ring_spectrum
 from ddpm_diffusers.sampling import sample_images
 from ddpm_diffusers.schedulers import make_scheduler
@@ -122,10 +122,10 @@ def test_a_cache_that_cannot_be_written_is_told_and_leaves_no_rest(extractor, tm
 
 def test_a_spread_takes_evenly_from_first_to_last():
     sorted_set = Statistics(torch.arange(1000.0)[:, None], torch.zeros(8, 8))
-    spread = sorted_set.spread(12)
+    spread = sorted_set.subset(12)
     assert spread[0] == 0 and spread[-1] == 999
     assert all(90 <= step <= 92 for step in spread.diff(dim=0))
-    assert torch.equal(sorted_set.spread(1000), sorted_set.features)
+    assert torch.equal(sorted_set.subset(1000), sorted_set.features)
 
 
 def test_the_floor_is_what_the_test_images_themselves_are_given(reference):
@@ -138,9 +138,9 @@ def test_the_floor_is_what_the_test_images_themselves_are_given(reference):
 
 
 def test_fewer_images_have_a_floor_of_their_own_and_precision_of_as_many_real_ones(reference, extractor):
-    sixty = reference.test.spread(60)
+    sixty = reference.test.subset(60)
     floor = reference.floor(60)
-    assert (floor["precision"], floor["recall"]) == precision_recall(reference.train.spread(60), sixty)
+    assert (floor["precision"], floor["recall"]) == precision_recall(reference.train.subset(60), sixty)
     assert floor["frechet_distance"] == frechet_distance(reference.train.features, sixty)
     assert floor["kernel_distance"] == kernel_distance(reference.train.features, sixty)
     assert floor != reference.floor(120)
@@ -254,6 +254,12 @@ def test_a_record_holds_what_was_sampled_and_its_figures_seed_by_seed(tiny_pipe,
     }  # fmt: skip
     assert DDPMScheduler.from_config(record["scheduler_config"]).config.timestep_spacing == "trailing"
     assert record["seconds_per_image"] > 0
+
+
+def test_seeds_of_older_records_may_hold_more():
+    older, newer = {"to_floor": {"precision": 1, "kernel_distance": None}}, {"to_floor": {"precision": 3}}
+    expected = {"to_floor": {"precision": {"mean": 2, "sd": pytest.approx(2**0.5)}}}
+    assert mean_and_sd([older, newer]) == mean_and_sd([newer, older]) == expected
 
 
 def test_a_single_seed_gives_the_same_figures_and_no_spread(tiny_pipe, reference):

@@ -40,14 +40,14 @@ logger = logging.getLogger(__name__)
 
 SCRIPTS = Path(__file__).parent
 PICTURES = ("grids", *FREQUENCIES)  # beside the strips of the rows
-LADDER = str(SCRIPTS / "configs" / "ladder.yaml")
+LADDER = SCRIPTS.resolve() / "configs" / "ladder.yaml"
 PICTURED = ("baseline", "residual_blocks", "guide", "coarser_layers", "default", "stock")
 
 
 @dataclass
 class AblateArguments:
     # what is compared
-    ladder: str = arg(LADDER, "YAML file of the rows to compare, each a U-Net")
+    ladder: str = arg(str(LADDER), "YAML file of the rows to compare, each a U-Net")
     rows: list[str] | None = field(default=None, metadata={"help": "names of rows to run; all by default"})
     train_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds to train each row with"})
     # the budget
@@ -90,25 +90,28 @@ class AblateArguments:
         self.mixed_precision = choose_precision(self.mixed_precision, use_cpu)
         check(self, not (use_cpu and self.mixed_precision == "fp16"), "mixed_precision",
               "be no, bf16 or auto on a CPU, where accelerate has no fp16")  # fmt: skip
-        for seed in self.train_seeds:
-            # raises what the training would
-            output_dir = str(folder_of(self, "row", seed))
+        for seed in self.train_seeds:  # made only to be checked: raises now what the trainings would
             TrainingArguments(
-                **training_arguments(self, seed), dataset_id=self.dataset_id, logger="none", output_dir=output_dir
+                **training_arguments(self, seed),
+                dataset_id=self.dataset_id,
+                logger="none",
+                output_dir=str(folder_of(self, "row", seed)),
             )
 
 
 def main(args: AblateArguments) -> None:
     unet_configs = read_ladder(Path(args.ladder))
     names = args.rows or list(unet_configs)
-    pictured = args.pictured or [name for name in unet_configs if args.ladder != LADDER or name in PICTURED]
+    pictured = args.pictured or []  # none is all
+    if args.pictured is None and Path(args.ladder).resolve() == LADDER:
+        pictured = [name for name in PICTURED if name in unet_configs]
     for name in (*names, *pictured):
         if name not in unet_configs:
             raise ValueError(f"There is no row {name!r}; {args.ladder} has {', '.join(unet_configs)}.")
     unets = {name: make_unet(config, args.resolution, 1000) for name, config in unet_configs.items()}
     extractor = load_feature_extractor(args.feature_extractor)
     check_count(args.num_images, extractor)
-    count_evaluations(make_scheduler(args.scheduler, DDPMScheduler()), args.num_inference_steps)  # raises on bad ones
+    count_evaluations(make_scheduler(args.scheduler, DDPMScheduler()), args.num_inference_steps)  # raises if unusable
     settings = {**shared_settings(args), "feature_extractor": {"name": extractor.name, "digest": extractor.digest}}
     results_dir = Path(args.results_dir or args.output_dir)
     folder_lock = lock(results_dir)
@@ -125,15 +128,15 @@ def main(args: AblateArguments) -> None:
 
     failures = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = {
+        futures = {
             pool.submit(train_and_evaluate, args, name, seed, unet_configs[name]): (name, seed) for name, seed in todo
         }
         try:
-            for done in tqdm(as_completed(waiting), total=len(waiting), desc="Trainings"):
-                name, seed = waiting[done]
+            for future in tqdm(as_completed(futures), total=len(futures), desc="Trainings"):
+                name, seed = futures[future]
                 try:
-                    done.result()
-                    keep(results_dir, rows[name], seed, folder_of(args, name, seed))
+                    future.result()
+                    add_to_row(results_dir, rows[name], seed, folder_of(args, name, seed))
                 except RuntimeError as error:  # the other rows go on
                     failures.append(str(error))
                     tqdm.write(failures[-1])
@@ -210,7 +213,7 @@ def shared_settings(args: AblateArguments) -> dict:
 
 
 def num_processes(args: AblateArguments) -> int:
-    return yaml.safe_load(Path(args.accelerate_config).read_text()).get("num_processes", 1)
+    return yaml.safe_load(Path(args.accelerate_config).read_text("utf-8")).get("num_processes", 1)
 
 
 def open_row(results_dir: Path, name: str, unet: ModelMixin, settings: dict) -> dict:
@@ -327,7 +330,7 @@ def run(script: str, flags: dict, accelerate_config: str, log: Path) -> None:
         raise RuntimeError(f"{script} ended with status {status}, its log {log} with: {' '.join(tail)}")
 
 
-def keep(results_dir: Path, row: dict, seed: int, folder: Path) -> None:
+def add_to_row(results_dir: Path, row: dict, seed: int, folder: Path) -> None:
     """Add a training and its evaluation to the row, update its means over seeds, and write it."""
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     speeds = [json.loads(line)["images_per_second"] for line in (folder / "speed.jsonl").read_text().splitlines()]
@@ -349,8 +352,11 @@ def keep(results_dir: Path, row: dict, seed: int, folder: Path) -> None:
 
 
 def take_means(figures: dict | None):
-    if figures is None or "mean" in figures:
-        return figures and figures["mean"]
+    """The figures, with each `{"mean": ..., "sd": ...}` replaced by its mean."""
+    if figures is None:
+        return None
+    if "mean" in figures:
+        return figures["mean"]
     return {name: take_means(figure) for name, figure in figures.items()}
 
 
@@ -359,11 +365,11 @@ def write_report(results_dir: Path, rows: list[dict], pictured: list[str]) -> No
     write_text(results_dir / "table.md", markdown(rows) + "\n")
     strips = {row["name"]: Image.open(results_dir / f"{row['name']}.png") for row in rows}
     write_file(results_dir / "grids.png", lambda path: plot_rows(strips, path))
-    firsts = {row["name"]: next(iter(row["seeds"].values()))["spectrum"] for row in rows}
-    pictured = [name for name in firsts if name in pictured] or list(firsts)
-    for kind in FREQUENCIES:  # of the first seed
-        real = next(iter(firsts.values()))["real"][kind]
-        curves = {name: spectrum["samples"][kind] for name, spectrum in firsts.items() if name in pictured}
+    spectra = {row["name"]: next(iter(row["seeds"].values()))["spectrum"] for row in rows}  # of the first seed
+    pictured = [name for name in spectra if name in pictured] or list(spectra)
+    for kind in FREQUENCIES:
+        real = next(iter(spectra.values()))["real"][kind]
+        curves = {name: spectrum["samples"][kind] for name, spectrum in spectra.items() if name in pictured}
         write_file(results_dir / f"{kind}.png", lambda path, c=curves, r=real, k=kind: plot_spectra(c, r, path, k))
 
 
@@ -382,7 +388,7 @@ def markdown(rows: list[dict]) -> str:
         for row in rows
     ]
     first = dict(next(iter(rows[0]["seeds"].values())))
-    del first["mixed_precision"]
+    del first["mixed_precision"]  # has a column of its own
     return figures_table(cells) + "\n\n" + caption(first)
 
 

@@ -1,4 +1,4 @@
-"""The images of a training, and those batches of them that a process takes."""
+"""The training images, and the batches of them that each process takes."""
 
 import torch
 from accelerate import Accelerator
@@ -13,9 +13,9 @@ from ddpm_diffusers.worker_signals import LeaveSignalsToMain
 def open_images(
     args: TrainingArguments, image_shape: tuple[int, int, int]
 ) -> tuple[ImageArrays | IterableDataset, int | None, str]:
-    """The images, decoded unless they are streamed; their number, None for a stream; and what tells them from others.
+    """The images (decoded unless streamed), their number (None for a stream), and a text that identifies them.
 
-    Call it under `local_main_process_first`, since it may decode.
+    All processes and a resumed run must have the same text. Call it under `local_main_process_first`: it may decode.
     """
     source = {
         "dataset_name": args.dataset_name,
@@ -46,7 +46,10 @@ def make_batches(
     steps: range,
     stream_state: dict | None,
 ) -> torch.utils.data.DataLoader | StreamedBatches:
-    """This process's uint8 batches (B, C, H, W) of the optimizer steps; a stream goes on from its state, endlessly."""
+    """This process's uint8 batches, (B, C, H, W), for the optimizer steps in `steps`.
+
+    A stream does not use `steps`: it continues from `stream_state`, without end.
+    """
     if args.streaming:
         return StreamedBatches(
             images,
@@ -60,6 +63,7 @@ def make_batches(
             center_crop=args.center_crop,
             state=stream_state,
         )
+    # the run's batches are numbered, and the processes take them in turn
     batches_per_step = args.gradient_accumulation_steps * accelerator.num_processes
     own = range(steps.start * batches_per_step, steps.stop * batches_per_step)
     own = own[accelerator.process_index :: accelerator.num_processes]

@@ -99,7 +99,7 @@ def provenance(args: EvaluationArguments, accelerator: Accelerator, pipe: PixelD
     """What a figure depends on beyond its record: data, weights, precision, versions. No local paths."""
     local = Path(args.train_data_dir or args.dataset_name)
     record = {
-        "dataset": args.dataset_id or (local.name if local.exists() else args.dataset_name),
+        "dataset": args.dataset_id or (local.resolve().name if local.exists() else args.dataset_name),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "device": accelerator.device.type,

@@ -72,7 +72,7 @@ def main(args: TrainingArguments) -> None:
     check_sharding(accelerator, args.optimizer)
     output_dir, device = Path(args.output_dir), accelerator.device
     claimed = claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
-    resume_path, goes_on = claimed
+    resume_path, goes_on = claimed  # goes_on: in this folder, not from another run's checkpoint
     check_agreement(resume_path, goes_on)
 
     # model, noise schedule, data
@@ -83,12 +83,12 @@ def main(args: TrainingArguments) -> None:
         prediction_type=args.prediction_type,
         timestep_spacing="trailing",
     )
-    left = scheduler.alphas_cumprod[-1].item()  # of the image's variance, at the last timestep
-    if left > 0.01:
+    signal_left = scheduler.alphas_cumprod[-1].item()  # share of the image's variance at the last timestep
+    if signal_left > 0.01:
         logger.warning(
             f"After {args.ddpm_num_steps} timesteps of `--ddpm_beta_schedule` {args.ddpm_beta_schedule},"
-            f" {left**0.5:.0%} of the image is left, and sampling starts from pure noise, which the network never saw:"
-            " give more `--ddpm_num_steps`, or squaredcos_cap_v2."
+            f" {signal_left**0.5:.0%} of the image is left, and sampling starts from pure noise, which the network"
+            " never saw: give more `--ddpm_num_steps`, or squaredcos_cap_v2."
         )
     pretrained = args.pretrained_model_name_or_path
     if pretrained is None:
@@ -154,13 +154,13 @@ def main(args: TrainingArguments) -> None:
 
     batches = make_batches(images, args, image_shape, accelerator, range(step, max_train_steps), stream_state)
 
-    # a run that was killed between a checkpoint and its grid makes that grid first
+    # a run that was stopped or killed between a checkpoint and its grid of samples makes that grid first
     due = bool(args.validation_steps) and 0 < step < max_train_steps and step % args.validation_steps == 0
     made = goes_on and samples_path(output_dir, step).exists()
     [sample_first] = broadcast_object_list([due and not made])  # all processes sample, or none
 
     repo_id = args.hub_model_id or output_dir.resolve().name
-    if args.push_to_hub and accelerator.is_main_process:  # most of what can be wrong with the arguments has shown
+    if args.push_to_hub and accelerator.is_main_process:  # only now, when most wrong arguments would have raised
         repo_id = prepare_repo(repo_id, args.hub_token, args.hub_private_repo or None, args.hub_license)
 
     accelerator.wait_for_everyone()  # no process writes before all have checked the folder
@@ -171,7 +171,8 @@ def main(args: TrainingArguments) -> None:
             raise ValueError(f"`--output_dir` {output_dir} has changed while this run started: start it again.")
         configs = {"arguments": run, "unet": config_of(model)}
         record = open_run(output_dir, goes_on, step, configs, DEFINES_THE_RUN)
-        metrics_file = LogLines(output_dir / "metrics.jsonl", last_step=step)  # bit-identical however often it resumes
+        # metrics past the checkpoint are cut, so that they are the same however often the run resumes; speeds are kept
+        metrics_file = LogLines(output_dir / "metrics.jsonl", last_step=step)
         speed_file = LogLines(output_dir / "speed.jsonl", last_step=math.inf)
         if args.logger != "none":
             shown = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in run.items()}
@@ -206,8 +207,11 @@ def main(args: TrainingArguments) -> None:
     def train_on(
         batch: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, flips: torch.Tensor
     ) -> torch.Tensor | None:
-        """One batch, and at the end of a global batch the update, of which it returns the gradient's norm."""
-        # from pinned memory on CUDA alone: elsewhere the batch might be freed before it is copied (pytorch#189690)
+        """Accumulate one batch's gradients; if it completes the global batch, also update the weights.
+
+        Returns the gradient's norm before clipping if the weights were updated, else None.
+        """
+        # asynchronous only on CUDA: elsewhere the batch may be freed before it is copied (pytorch#189690)
         clean = batch.to(device, non_blocking=device.type == "cuda").float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
         if args.random_flip:
             clean = torch.where(flips, clean.flip(-1), clean)
@@ -221,11 +225,11 @@ def main(args: TrainingArguments) -> None:
         grad_norm = None
         if accelerator.sync_gradients:
             grad_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-        optimizer.step()
+        optimizer.step()  # accelerate makes this and the next do nothing until the global batch is complete
         optimizer.zero_grad()
 
-        in_quarter = timesteps * 4 // args.ddpm_num_steps == quarters  # (4, B)
-        counted = torch.cat([torch.ones_like(losses)[None], in_quarter])  # (5, B): 1 where an image counts
+        quarter = timesteps * 4 // args.ddpm_num_steps  # (B,), 0 to 3
+        counted = torch.cat([torch.ones_like(losses)[None], quarter == quarters])  # (5, B): 1 where an image counts
         window.add_(torch.stack([counted @ losses.detach(), counted.sum(1)]))
         return grad_norm
 
@@ -244,17 +248,18 @@ def main(args: TrainingArguments) -> None:
     indices = range(step * args.gradient_accumulation_steps, max_train_steps * args.gradient_accumulation_steps)
     for index, batch in zip(indices, batches):  # noqa: B905 (a stream has no end)
         with accelerator.accumulate(unet):
-            part = index % args.gradient_accumulation_steps
+            part = index % args.gradient_accumulation_steps  # which batch of the global batch this is
             if part == 0:
-                # for the whole global batch, a function of (seed, step)
+                # drawn for the whole global batch from (seed, step) alone, however many processes share it
                 generator.manual_seed(seed_of(args.seed, step))
                 noise, timesteps = draw_noise_and_timesteps(
                     (global_batch_size, *image_shape), args.ddpm_num_steps, generator
                 )
                 flips = torch.rand(global_batch_size, 1, 1, 1, generator=generator, device=device) < 0.5
+            # this batch's rows in the global batch, which is ordered by part, then by process
             first = (part * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
-            rows = slice(first, first + args.train_batch_size)  # of this batch within the global one
-            torch.manual_seed(seed_of(args.seed, step, 1 + first))  # for dropout
+            rows = slice(first, first + args.train_batch_size)
+            torch.manual_seed(seed_of(args.seed, step, 1 + first))  # for dropout; 1 +, as a trailing 0 does not count
             grad_norm = train_step(batch, noise[rows], timesteps[rows], flips[rows])
 
         images_seen += args.train_batch_size * accelerator.num_processes
@@ -267,13 +272,14 @@ def main(args: TrainingArguments) -> None:
         progress_bar.update()
 
         stopped = stop_request.agreed()
-        last = step == max_train_steps
-        log = last or step % args.logging_steps == 0
-        sample = args.validation_steps and step % args.validation_steps == 0 and not (last or stopped)
+        is_last = step == max_train_steps
+        log_due = is_last or step % args.logging_steps == 0
+        # a stopped run makes its grid when it is resumed, a finished one after its pipeline is saved
+        samples_due = args.validation_steps and step % args.validation_steps == 0 and not (is_last or stopped)
         every = args.checkpointing_steps
-        # a run that went on must end with a checkpoint: else the same command would do its end again
-        checkpoint = stopped or (last and (every or goes_on)) or (every and step % every == 0)
-        if log or checkpoint or sample:
+        # a resumed run must end with a checkpoint: otherwise the same command, run again, would repeat its end
+        checkpoint_due = stopped or (is_last and (every or goes_on)) or (every and step % every == 0)
+        if log_due or checkpoint_due or samples_due:
             sums, counts = accelerator.reduce(window, "sum").tolist()
             norm = float(grad_norm)
             # under fp16 the scaler skips a step whose gradients overflow
@@ -284,7 +290,7 @@ def main(args: TrainingArguments) -> None:
                     " no `--resume_from_checkpoint`) with a lower `--learning_rate` or `--mixed_precision` no or bf16."
                 )
                 break
-        if log:
+        if log_due:
             names = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
             metrics = {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
             metrics |= {"grad_norm": norm} if math.isfinite(norm) else {}
@@ -299,21 +305,22 @@ def main(args: TrainingArguments) -> None:
                 speed_file.write({"step": step, **speed})
             window.zero_()
             images_seen, last_time = 0, now
-        if checkpoint:
+        if checkpoint_due:
             state = {"arguments": run, **epoch(step), **gather_state(accelerator, lr_scheduler, window, batches)}
             if accelerator.is_main_process:
                 metrics_file.flush()
             keep, is_main = args.checkpoints_total_limit, accelerator.is_main_process
             path = save_checkpoint(output_dir, step, model, ema, optimizer, state, keep, is_main)
-        if sample:
+        if samples_due:
             write_samples()
         if stopped:
             break
     progress_bar.close()
     stop_request.restore()
-    train_step = None  # and the graph's memory
+    train_step = None  # frees the memory of the CUDA graph
 
     def release() -> None:
+        """Drop the prepared network and shut this process down (see `let_go`)."""
         nonlocal unet  # `train_on` holds it, too
         unet = None
         let_go(accelerator)
@@ -340,12 +347,18 @@ def main(args: TrainingArguments) -> None:
     if accelerator.is_main_process:
         write_file(output_dir / SAMPLES, partial(shutil.copyfile, samples))
         if not (output_dir / README).exists():
-            dataset_name = args.dataset_name if args.train_data_dir is None else None
-            about = {"dataset_name": dataset_name, "dataset_id": args.dataset_id, "base_model": run["base_model"],
-                     "license": args.hub_license}  # fmt: skip
-            card = model_card(pipe, repo_id, settings=settings_for_card(run), has_samples=True, **about)
+            card = model_card(
+                pipe,
+                repo_id,
+                dataset_name=args.dataset_name if args.train_data_dir is None else None,
+                dataset_id=args.dataset_id,
+                base_model=run["base_model"],
+                settings=settings_for_card(run),
+                has_samples=True,
+                license=args.hub_license,
+            )
             write_text(output_dir / README, str(card))
-        elif args.hub_license:  # the card of a run that had finished before: it may have gained figures
+        elif args.hub_license:  # kept from a run that finished here before: it may have gained figures since
             card = ModelCard.load(output_dir / README)
             card.data.license = args.hub_license
             write_text(output_dir / README, str(card))

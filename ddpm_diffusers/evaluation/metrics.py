@@ -10,7 +10,7 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 ROWS_AT_A_TIME = 1000  # of a matrix of distances
 
 
-class Features(torch.nn.Identity):
+class GivenFeatures(torch.nn.Identity):
     """Stands in for the network by which torchmetrics extracts features, since features are given."""
 
     def __init__(self, num_features: int):
@@ -33,7 +33,7 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     check_features(real, generated)
     check_counts(real, generated)
     # these are all the features: other processes have none to add
-    metric = FrechetInceptionDistance(feature=Features(real.shape[1]), sync_on_compute=False)
+    metric = FrechetInceptionDistance(feature=GivenFeatures(real.shape[1]), sync_on_compute=False)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return max(metric.compute().item(), 0.0)  # for equal sets, rounding can leave -1e-9
@@ -57,13 +57,13 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about keeping the features: they are in memory already
         metric = KernelInceptionDistance(
-            feature=Features(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+            feature=GivenFeatures(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
         )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # seed of the subsets
-        return metric.compute()[0].item()
+        return metric.compute()[0].item()  # the mean over the subsets, [1] its standard deviation
 
 
 def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> tuple[float, float]:

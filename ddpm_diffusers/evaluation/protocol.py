@@ -1,4 +1,6 @@
-"""The protocol: images against the train and the test split of a data set, beside the figures of its test images.
+"""The protocol: generated images against the train and the test split of a data set.
+
+The floor, for comparison, is what the data set's own test images score against the train split.
 
 extractor = load_feature_extractor()
 reference = Reference.of_dataset("zalando-datasets/fashion_mnist", extractor, resolution=28)
@@ -79,7 +81,7 @@ class Statistics:
                 partial.unlink()
         return made
 
-    def spread(self, count: int) -> torch.Tensor:
+    def subset(self, count: int) -> torch.Tensor:
         """The features of `count` evenly spaced images, since a data set may be sorted."""
         return self.features[evenly_spaced(len(self.features), count)]
 
@@ -148,13 +150,14 @@ class Reference:
         return cls(train, test, extractor, cache_dir)
 
     def floor(self, num_images: int) -> dict[str, float]:
-        """The figures of `num_images` test images (or all, if there are fewer) against the train split.
+        """What real images score: the figures of `num_images` test images, or all if fewer, against the train split.
 
-        Those from the spectrum are always of all test images.
+        Named after the distance; precision and recall of real images are high. Figures of the spectrum are always of
+        all test images.
         """
         count = min(num_images, len(self.test.features))
         if count not in self.floors:
-            self.floors[count] = figures_against(self.train, Statistics(self.test.spread(count), self.test.power))
+            self.floors[count] = figures_against(self.train, Statistics(self.test.subset(count), self.test.power))
         return self.floors[count]
 
 
@@ -181,17 +184,19 @@ def evaluate_images(images: torch.Tensor, reference: Reference) -> dict[str, dic
 
 
 def figures_of(samples: Statistics, reference: Reference) -> dict[str, dict[str, float | None]]:
+    """The figures that `evaluate_images` describes, from the statistics of the samples."""
     train, test = (figures_against(split, samples) for split in (reference.train, reference.test))
-    floor, compared, most = reference.floor(len(samples.features)), train, len(reference.test.features)
-    if len(samples.features) > most:  # a distance falls with the number of images: compare equal numbers
-        compared = figures_against(reference.train, Statistics(samples.spread(most), samples.power))
+    floor = reference.floor(len(samples.features))
+    compared, most = train, len(reference.test.features)
+    if len(samples.features) > most:  # the floor is of `most` images then, and a distance falls as their number grows
+        compared = figures_against(reference.train, Statistics(samples.subset(most), samples.power))
     to_floor = {name: compared[name] / floor[name] if floor[name] > 0 else None for name in RATIOS}
     return {"train": train, "test": test, "floor": floor, "to_floor": to_floor}
 
 
 def figures_against(real: Statistics, samples: Statistics) -> dict[str, float | None]:
     count = min(len(real.features), len(samples.features))  # on which precision and recall depend
-    precision, recall = precision_recall(real.spread(count), samples.spread(count))
+    precision, recall = precision_recall(real.subset(count), samples.subset(count))
     side = len(real.power)
     decibels = {
         "cb2_db": checkerboard(samples.power, real.power, 2),
@@ -314,11 +319,12 @@ def mean_and_sd(per_seed: Sequence[dict]) -> dict:
     """The seeds' figures, each as `{"mean": ..., "sd": ...}` (sample standard deviation); None if any is None."""
     first = per_seed[0]
     if isinstance(first, dict):
-        return {name: mean_and_sd([figures[name] for figures in per_seed]) for name in first}
+        shared = [name for name in first if all(name in figures for figures in per_seed)]  # older records have more
+        return {name: mean_and_sd([figures[name] for figures in per_seed]) for name in shared}
     if None in per_seed:
         return None
-    spread = {"sd": statistics.stdev(per_seed)} if len(per_seed) > 1 else {}
-    return {"mean": statistics.fmean(per_seed), **spread}
+    sd = {"sd": statistics.stdev(per_seed)} if len(per_seed) > 1 else {}
+    return {"mean": statistics.fmean(per_seed), **sd}
 
 
 def check_images(images: torch.Tensor, reference: Reference) -> None:

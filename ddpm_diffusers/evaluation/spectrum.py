@@ -11,7 +11,9 @@ IMAGES_AT_A_TIME = 1000
 
 
 def power_spectrum(images: torch.Tensor) -> torch.Tensor:
-    """Mean over images and channels of |X|^2, X the orthonormal Fourier transform of x = u / 127.5 - 1 minus its mean.
+    """Mean of |X|^2 over images and channels, with X the orthonormal Fourier transform of x.
+
+    x is an image scaled to [-1, 1], minus the mean of each of its channels.
 
     Args:
         images: uint8 (N, C, H, H), H even and at least 6; uint8, so that real and generated images are rounded alike.
@@ -66,10 +68,10 @@ def checkerboard(power: torch.Tensor, real_power: torch.Tensor, period: int = 2)
         raise ValueError(
             f"`period` is {period}; it must be 2 or 4, and divide the side of the images, {side}, three times or more."
         )
-    ring, m = side // period, ring_index(power)
+    rings, m = ring_index(power), side // period  # (H, H), and the ring of this period
 
     def contrast(power: torch.Tensor) -> torch.Tensor:
-        return 10 * torch.log10(power[m == ring].mean() / power[(m == ring - 1) | (m == ring - 2)].mean())
+        return 10 * torch.log10(power[rings == m].mean() / power[(rings == m - 1) | (rings == m - 2)].mean())
 
     return (contrast(power) - contrast(real_power)).item()
 
@@ -91,15 +93,18 @@ def frequencies(power: torch.Tensor) -> torch.Tensor:
 
 
 def ring_index(power: torch.Tensor) -> torch.Tensor:
+    """max(|u|, |v|): the square ring that each entry lies on, int64 (H, H)."""
     u = frequencies(power)
-    return torch.maximum(u[:, None], u[None, :])  # (H, H)
+    return torch.maximum(u[:, None], u[None, :])
 
 
 def radii(power: torch.Tensor) -> torch.Tensor:
+    """sqrt(u^2 + v^2): the distance of each entry from frequency 0, float64 (H, H)."""
     u = frequencies(power).double()
-    return torch.hypot(u[:, None], u[None, :])  # (H, H)
+    return torch.hypot(u[:, None], u[None, :])
 
 
 def mean_by(index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Mean of the `values` at each index 0, 1, ..., (max index + 1,)."""
     sums = torch.bincount(index.flatten(), values.flatten())
     return sums / torch.bincount(index.flatten())

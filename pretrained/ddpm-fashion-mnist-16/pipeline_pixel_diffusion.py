@@ -57,58 +57,6 @@ COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetenso
 # [module, class]: the form of `_class_name` by which diffusers finds a pipeline's code in its repository
 CLASS_IN_INDEX = [__name__.rpartition(".")[2], "PixelDiffusionPipeline"]
 README, SAMPLES = "README.md", "samples.png"  # the model card, and the grid of samples that it shows
-CARD = """---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [ddpm, diffusion, pixel-space, unconditional-image-generation]
----
-
-# Unconditional diffusion, {images}
-
-Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffusers pipeline.
-{samples}{usage}
-## Network
-
-`{network}`: {parameters:,} parameters, for {images}. It was trained to predict {prediction} at
-{timesteps:,} timesteps of noise.
-
-## Limits
-
-- The images resemble those of its training data, with its gaps and biases, and may closely resemble single ones.
-- Small images only, drawn at random: there is no prompt, no class and no other way to ask for one.
-- For study and experiments: not for decisions about people, nor as evidence of anything.
-"""
-# the comment on the first import keeps diffusers from taking it for an import of this file
-USAGE = """
-## Usage
-
-With ddpm-diffusers installed, its classes are used and no code of this repository is run:
-
-```python
-import ddpm_diffusers  # lets diffusers find the installed classes
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{repo_id}")
-images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
-{few_steps}```
-
-Without it, `trust_remote_code` runs the code in this repository (it needs `pip install "diffusers[torch]" einops`):
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
-images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
-```
-"""
-FEW_STEPS = """
-# fewer steps, and as a rule better images: DPM-Solver++'s SDE variant with Karras' noise levels
-from diffusers import DPMSolverMultistepScheduler
-
-options = {{"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}}
-pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)
-images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
-"""
 
 
 class PixelDiffusionPipeline(DiffusionPipeline):
@@ -119,12 +67,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             `unet(sample, timestep).sample`, with `in_channels` and `sample_size` in its config; in eval mode, as
             `from_pretrained` leaves it.
         scheduler (`SchedulerMixin`): A scheduler with the noise schedule and prediction type that the U-Net was
-            trained with. Swap it with `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`. One
-            that lacks `init_noise_sigma` or `scale_model_input` (`FlowMatchEulerDiscreteScheduler`, ...), or cannot
-            be called as `step(model_output, timestep, sample)` (`RePaintScheduler`, ...), or put in place of
-            another, cannot take over its noise schedule (`IPNDMScheduler`, `EDMEulerScheduler`, ...), raises a
-            ValueError; one put in place of another that was given another noise schedule is logged. So is one given
-            to `from_pretrained`, if that saved beside the network is in the folder or the cache.
+            trained with. Swap it with `pipe.scheduler = OtherScheduler.from_config(pipe.scheduler.config)`. A
+            ValueError is raised if it lacks `init_noise_sigma` or `scale_model_input`
+            (`FlowMatchEulerDiscreteScheduler`, ...), if it cannot be called as `step(model_output, timestep, sample)`
+            (`RePaintScheduler`, ...), or if it replaces another and cannot take over its noise schedule
+            (`IPNDMScheduler`, `EDMEulerScheduler`, ...). A warning is logged if its noise schedule differs from that
+            of the scheduler that it replaces, or, if it was given to `from_pretrained`, from that of the scheduler
+            saved beside the network, as far as this is in the folder or the cache.
     """
 
     _code = Path(__file__).read_bytes()  # as it runs; by the time of saving, the file may be another
@@ -283,12 +232,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"`generator` holds {len(generator)} generators for a `batch_size` of {batch_size}; give one an image,"
-                " or a single one."
+                f"`generator` holds {len(generator)} generators for a `batch_size` of {batch_size}; give one per"
+                " image, or a single one."
             )
         for g in as_list(generator):
             if not isinstance(g, torch.Generator):
-                raise TypeError(f"`generator` holds {g!r}; it must be a torch.Generator, or a list of one an image.")
+                raise TypeError(f"`generator` holds {g!r}; it must be a torch.Generator, or a list of one per image.")
         parameters = inspect.signature(self.scheduler.step).parameters
         if not isinstance(eta, numbers.Real) or not 0 <= eta <= 1:
             raise ValueError(f"`eta` is {eta!r}; it must be a number in [0, 1].")
@@ -302,9 +251,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if predicted not in (None, expected):
             raise ValueError(
                 f"The U-Net has {channels} `in_channels` and {predicted} `out_channels`; with this"
-                f" {type(self.scheduler).__name__} it must have {expected}: as many, or twice as many if the scheduler"
-                " takes a learned `variance_type` from it (`DDPMScheduler`; with 3 channels and predicted noise also"
-                " DPM-Solver). Set another scheduler."
+                f" {type(self.scheduler).__name__} it must have {expected}: as many, or twice as many for a scheduler"
+                " that takes a learned `variance_type` from it (`DDPMScheduler`; with 3 channels and predicted noise"
+                " also DPM-Solver)."
             )
         if output_type == "pil" and channels > 4:
             raise ValueError(
@@ -337,7 +286,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return shape
 
     def prepare_step_kwargs(self, generator, eta: float) -> dict:
-        """Those of `generator` and `eta` that this scheduler's step takes, as keyword arguments."""
+        """Keyword arguments of the scheduler's step: `generator` and `eta`, where it takes them.
+
+        `DPMSolverSDEScheduler` takes no generator: its `noise_sampler_seed` is set here, drawn from `generator`.
+        """
         parameters = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if "generator" in parameters else {}
         if "eta" in parameters:
@@ -357,11 +309,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     ) -> huggingface_hub.CommitInfo | None:  # fmt: skip
         """diffusers' method; also copies the model card of the source that the network was loaded from, if available.
 
-        It is not copied if the weights are no longer the source's, since its figures are of these. A card that is in
-        the folder already is left as it is. With `push_to_hub`, the index, the code, the components' files, and a card
-        as in `push_to_hub()` are then uploaded to `repo_id`, by default the folder's name; other files in the folder
-        are not. If the repository has no card, the snippets of that in the folder are made to load it; into a
-        `subfolder`, no card is uploaded.
+        The card is copied only if the folder has none and the weights are still the source's, since its figures are
+        theirs. With `push_to_hub`, the index, the code, the components' files and a card (see `push_to_hub`) are then
+        uploaded to `repo_id`, by default the folder's name; other files in the folder are not. A card that the
+        repository already has is kept. If it has none, the snippets of the folder's card are changed to load
+        `repo_id`. No card is uploaded into a `subfolder`.
         """
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         for config in (Path(save_directory, name, "config.json") for name in self.components):
@@ -377,10 +329,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         check_token(token)
         if self.unet is None:
             raise ValueError("The pipeline has no `unet` to push: set `pipe.unet` first.")
-        if not loads_elsewhere(self.config.unet[0]):
+        library, class_name = self.config.unet
+        code = Path(save_directory, "unet", f"{library.rpartition('.')[2]}.py")
+        if not loads_elsewhere(library) and not code.is_file():
             logger.warning(
-                f"{self.config.unet[1]} does not save its code, so the repository cannot be loaded by its id: take the"
-                " folder that `huggingface_hub.snapshot_download` gives, where the class can be imported."
+                f"{class_name} does not save its code, so the repository cannot be loaded by its id: import {library},"
+                " then load the folder that `huggingface_hub.snapshot_download` gives."
             )
         repo_id = repo_id or Path(save_directory).name
         repo_id = create_repo(repo_id, private, token).repo_id
@@ -475,7 +429,12 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: dict | None) -> None:
 
 
 def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict, where: str, advice: str) -> None:
-    """Warn if its noise differs from that of a config: of which scheduler, and how to come by one that has it."""
+    """Warn if the scheduler's noise schedule differs from that of the config `trained`.
+
+    Args:
+        where: Which scheduler `trained` is the config of, for the message.
+        advice: Start of the message's advice on how to get a scheduler that matches.
+    """
     name = type(scheduler).__name__
     changed, better = other_noise(trained, scheduler.config), f"`{name}.from_config(pipe.scheduler.config)` or "
     if ("beta_schedule" in trained) != ("beta_schedule" in scheduler.config):
@@ -489,9 +448,9 @@ def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict, where: str, ad
 
 
 def other_noise(trained: dict, config: dict) -> list[str]:
-    """The arguments, of two configs with discrete noise schedules, by which their noise differs."""
+    """Names of the arguments in which the noise schedules of two configs, both discrete, differ."""
     both = [key for key in TRAINED_WITH if key in trained and key in config]
-    # a class that does not know these does as if they were False
+    # a class without one of these behaves as if it were False
     known_to_one = [key for key in MUST_BE_KNOWN if key not in both and (trained.get(key) or config.get(key))]
     return [key for key in both if not np.array_equal(trained[key], config[key])] + known_to_one
 
@@ -543,19 +502,22 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=No
     except Exception as error:  # some have a minimum or maximum number of steps, and raise various errors
         raise ValueError(f"{refused}: {error}.") from error
     discrete, by_sigmas = "beta_schedule" in scheduler.config, hasattr(scheduler, "sigmas")
-    last, ends = scheduler.config.num_train_timesteps - 1, scheduler.timesteps[[0, -1]]  # inversion goes upwards
+    last = scheduler.config.num_train_timesteps - 1
+    ends = scheduler.timesteps[[0, -1]]  # both, since those of an inverse scheduler ascend
     if discrete and not by_sigmas and ends.max() > last:
         raise ValueError(
             f"{refused}: with a `steps_offset` of {scheduler.config.steps_offset} they reach timestep {ends.max()},"
             f" and the last of its noise schedule is {last}. Take fewer steps."
         )
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else it looks its place up by timestep, and Karras noise levels may share one
-    if discrete and -1 in ends:  # "trailing" spacing rounds to a timestep too many, in 61 steps of 1,000, for one
+        scheduler.set_begin_index(0)  # otherwise it looks its index up by timestep, which two Karras levels may share
+    if discrete and -1 in ends:  # rounding gives "trailing" spacing one timestep too many, e.g. in 61 steps of 1,000
         if by_sigmas:
-            scheduler.timesteps = scheduler.timesteps.clamp(min=0)  # the noise level that it has there is that of 0
+            # its noise level there is already that of timestep 0: only the number given to the network is wrong
+            scheduler.timesteps = scheduler.timesteps.clamp(min=0)
         else:
-            scheduler.timesteps = scheduler.timesteps[scheduler.timesteps >= 0]  # for it -1 is the last, all noise
+            # it would read alphas_cumprod[-1], the noisiest level, so this step is left out
+            scheduler.timesteps = scheduler.timesteps[scheduler.timesteps >= 0]
     return scheduler.timesteps
 
 
@@ -570,6 +532,60 @@ def with_this_class(index: dict) -> dict:
     if index.get("_class_name") == CLASS_IN_INDEX:
         index["_class_name"] = PixelDiffusionPipeline.__name__
     return index
+
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [ddpm, diffusion, pixel-space, unconditional-image-generation]
+---
+
+# Unconditional diffusion, {images}
+
+Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffusers pipeline.
+{samples}{usage}
+## Network
+
+`{network}`: {parameters:,} parameters, for {images}. It was trained to predict {prediction} at
+{timesteps:,} timesteps of noise.
+
+## Limits
+
+- The images resemble those of its training data, with its gaps and biases, and may closely resemble single ones.
+- Small images only, drawn at random: there is no prompt, no class and no other way to ask for one.
+- For study and experiments: not for decisions about people, nor as evidence of anything.
+"""
+# the comment on the first import keeps diffusers from taking it for an import of this file
+USAGE = """
+## Usage
+
+With ddpm-diffusers installed, its classes are used and no code of this repository is run:
+
+```python
+import ddpm_diffusers  # lets diffusers find the installed classes
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}")
+images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
+{few_steps}```
+
+Without it, `trust_remote_code` runs the code in this repository (it needs `pip install "diffusers[torch]" einops`):
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
+images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
+```
+"""
+FEW_STEPS = """
+# fewer steps, and as a rule better images: DPM-Solver++'s SDE variant with Karras' noise levels
+from diffusers import DPMSolverMultistepScheduler
+
+options = {{"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}}
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)
+images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
+"""
 
 
 def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = False) -> ModelCard:
@@ -610,8 +626,7 @@ def takes_few_steps(scheduler: dict) -> bool:
 
 
 def loads_elsewhere(library: str) -> bool:
-    """Whether a network of this library or module can be loaded where it was not defined: it saves its code, or is
-    diffusers'."""
+    """Whether a network of this library or module loads by what is saved: diffusers' own, or ours with its code."""
     return library == "diffusers" or library.rpartition(".")[2] == "unet_2d_optimized"
 
 
@@ -638,7 +653,7 @@ def only_variant(files: Iterable[str]) -> str | None:
 def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | None) -> None:
     """Copy the card and samples of a folder or repository, if they can be read and the network is still its own.
 
-    They describe no other network, no other revision of it, and not what a further training made of it.
+    The card describes only these weights: no other network, no other revision, and none that was trained further.
     """
     loaded, in_cache = Path(unet.config.get("_name_or_path") or ""), f"models--{source}".replace("/", "--")
     is_local = loaded == Path(source, "unet")

@@ -10,6 +10,7 @@ References: the guide "From Pixelated to Crisp" (cells of its notebook are named
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -110,7 +111,8 @@ class ConvStem(nn.Module):
 class LinearTimesteps(nn.Module):
     """t/T through a linear layer: the time features before the guide's change. (B,) -> (B, dim).
 
-    In bfloat16, as under autocast, t/T has steps of 1/256 near 1, so that of 1,000 timesteps four are the same there.
+    In bfloat16, as under autocast, t/T near 1 is rounded to multiples of 1/256, each of which then stands for about
+    four of 1,000 timesteps.
     """
 
     def __init__(self, dim, num_train_timesteps):
@@ -120,7 +122,9 @@ class LinearTimesteps(nn.Module):
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         fraction = timesteps.float() / self.num_train_timesteps
-        return self.linear(fraction[:, None].to(self.linear.bias.dtype))  # quantized weights are integers
+        return self.linear(
+            fraction[:, None].to(self.linear.bias.dtype)
+        )  # the bias's dtype: quantized weights are integers
 
 
 class RearrangeUpsample(nn.Module):
@@ -172,7 +176,10 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Upsampling, with the skip connection concatenated at its own resolution, then layers. -> (B, C_out, 2H, 2W)."""
+    """Upsampling, with the skip connection concatenated at its own resolution, then layers.
+
+    (B, C_in, H, W) and the skip, (B, C_out, 2H, 2W) or, with "after_pool", (B, C_in, H, W) -> (B, C_out, 2H, 2W).
+    """
 
     def __init__(self, upsample: nn.Module, layers: list[nn.Module], skip_type: str, time_embedding: nn.Module | None):
         super().__init__()
@@ -194,7 +201,10 @@ class UpBlock(nn.Module):
 
 
 class OutBlock(nn.Module):
-    """Layers on x or cat(x, stem), the global skip (guide, cell 34). (B, C, H, W) each -> (B, out_channels, H, W)."""
+    """norm - act - conv 3x3 on cat(x, stem), the global skip (guide, cell 34), or on x alone; the guide's conv first.
+
+    (B, C, H, W) each -> (B, out_channels, H, W).
+    """
 
     def __init__(self, layers: list[nn.Module], global_skip: bool):
         super().__init__()
@@ -249,9 +259,9 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
 
     _code = Path(__file__).read_bytes()  # as it runs; by the time of saving, the file may be another
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ConvStem", "DownBlock", "MidBlock", "UpBlock", "OutBlock"]
-    _repeated_blocks = ["DownBlock", "MidBlock", "UpBlock"]
-    _skip_layerwise_casting_patterns = ["norm", "time_proj"]
+    _no_split_modules = ["ConvStem", "DownBlock", "MidBlock", "UpBlock", "OutBlock"]  # one device each (`device_map`)
+    _repeated_blocks = ["DownBlock", "MidBlock", "UpBlock"]  # what `compile_repeated_blocks` compiles
+    _skip_layerwise_casting_patterns = ["norm", "time_proj"]  # what `enable_layerwise_casting` does not cast
 
     @register_to_config
     def __init__(
@@ -288,8 +298,8 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
             args = (norm_type, block_norm_num_groups, act_fn, temb_channels)
             widths = [in_channels] + [out_channels] * count
             if block_type == "conv":
-                return [ConvBlock(a, b, *args) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-            return [ResnetBlock(a, b, *args, residual_blocks) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+                return [ConvBlock(a, b, *args) for a, b in pairwise(widths)]
+            return [ResnetBlock(a, b, *args, residual_blocks) for a, b in pairwise(widths)]
 
         def pool(channels: int) -> nn.Module:
             if downsample_type == "max_pool":
@@ -319,29 +329,31 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         if block_type == "conv":
             self.stem = ConvStem(in_channels, first, norm_type, norm_num_groups, act_fn, residual_blocks)
 
-        # down, middle: the guide's layers take the next level's width before pooling, the others their own level's
+        # down: with "after_pool", as in the guide, the layers of a level output the channels of the level below;
+        # with "before_pool", those of their own level
         widths = block_out_channels[1:] if skip_type == "after_pool" else block_out_channels[:-1]
         self.down_blocks = nn.ModuleList()
         previous = first
         counts = layers_by_level(down_layers_per_block, len(widths))
         for width, count in zip(widths, counts, strict=True):
-            block = DownBlock(layers(previous, width, count), pool(width), skip_type)
-            self.down_blocks.append(block)
+            self.down_blocks.append(DownBlock(layers(previous, width, count), pool(width), skip_type))
             previous = width
+
+        # middle
         last = block_out_channels[-1]
         self.mid_block = MidBlock(layers(previous, last, mid_block_layers))
 
-        # up, the lowest resolution first: from a width `below` to that of the level
+        # up, lowest resolution first: from the channels of the level `below` to those of the level
         self.up_blocks = nn.ModuleList()
         counts = layers_by_level(up_layers_per_block, len(widths))
         levels = list(zip(block_out_channels[1:], block_out_channels[:-1], counts, strict=True))
         for below, width, count in reversed(levels):
             embedding = TimestepEmbedding(time_embedding_dim, below, act_fn) if time_injection == "decoder" else None
-            if skip_type == "after_pool":  # as in the guide: joined, then upsampled
-                up, joined = upsample(2 * below, width), width
-            else:  # upsampled, then joined
-                up, joined = upsample(below, width), 2 * width
-            self.up_blocks.append(UpBlock(up, layers(joined, width, count), skip_type, embedding))
+            if skip_type == "after_pool":  # the skip is concatenated, then both are upsampled
+                block = UpBlock(upsample(2 * below, width), layers(width, width, count), skip_type, embedding)
+            else:  # upsampled, then the skip is concatenated
+                block = UpBlock(upsample(below, width), layers(2 * width, width, count), skip_type, embedding)
+            self.up_blocks.append(block)
 
         # out
         width = 2 * first if global_skip else first
@@ -397,7 +409,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict | None = None, return_unused_kwargs: bool = False, **kwargs):
-        """A network of a `config`, as diffusers does it; one that was saved without `mid_block_layers` had two."""
+        """diffusers' method; a config that was saved before `mid_block_layers` existed gets the 2 of that time."""
         if isinstance(config, dict) and "_diffusers_version" in config:
             config = {"mid_block_layers": 2, **config}
         return super().from_config(config, return_unused_kwargs, **kwargs)
@@ -444,7 +456,7 @@ def check_config(config: dict) -> None:
 
     widths, size = config["block_out_channels"], config["sample_size"]
     is_sequence = isinstance(widths, (tuple, list))
-    check(is_sequence and len(widths) > 1, "block_out_channels", "hold at least two widths, one a level")
+    check(is_sequence and len(widths) > 1, "block_out_channels", "hold at least two widths, one per level")
     check(whole(*widths), "block_out_channels", "hold positive integers")
     factor = 2 ** (len(widths) - 1)
     if size is not None:
@@ -456,8 +468,8 @@ def check_config(config: dict) -> None:
         counts = config[name] if isinstance(config[name], (tuple, list)) else [config[name]]
         rule = f"be an integer of at least {least}, or hold such integers, the highest resolution first"
         check(len(counts) > 0 and whole(*counts, least=least), name, rule)
-    entering = widths[:-1] if config["skip_type"] == "after_pool" else (widths[0], *widths[:-2])
-    leaving = widths[1:] if config["skip_type"] == "after_pool" else widths[:-1]
+    leaving = widths[1:] if config["skip_type"] == "after_pool" else widths[:-1]  # after the layers of each level
+    entering = (widths[0], *leaving[:-1])  # before them: the stem's, then those of the level above
     counts = layers_by_level(config["down_layers_per_block"], len(leaving))
     for entered, left, count in zip(entering, leaving, counts, strict=True):
         check(count > 0 or entered == left, "down_layers_per_block",
@@ -483,6 +495,6 @@ def check_inputs(sample: torch.Tensor, timestep: torch.Tensor, in_channels: int,
         )
     if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, sample.shape[0])):
         raise ValueError(
-            f"`timestep` has shape {tuple(timestep.shape)}; it must be a number or hold one a sample,"
+            f"`timestep` has shape {tuple(timestep.shape)}; it must be a number or hold one per sample,"
             f" ({sample.shape[0]},)."
         )
