@@ -30,6 +30,7 @@ ARGUMENTS = {
     "train_unconditional": train_unconditional.TrainingArguments,
 }
 RESULTS = ROOT / "train_scripts" / "results"
+READMES = ["README.md", "train_scripts/README.md", "train_scripts/results/README.md", "benchmarks/README.md"]
 
 
 LADDERS = sorted({path.parent.name for path in RESULTS.glob("*/*.json") if '"judging": {' in path.read_text("utf-8")})
@@ -118,7 +119,7 @@ def test_the_figures_of_the_front_page_are_of_the_records():
     assert {tuple(row[1:4]): row[4:] for row in rows} == switches and len(rows) == len(switches)
 
 
-@pytest.mark.parametrize("readme", ["README.md", "train_scripts/README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("readme", READMES)
 def test_tables_and_links_are_of_files_that_are_kept(readme):
     text = (ROOT / readme).read_text("utf-8")
     sources = re.findall(r"<!-- table: (\S+) -->\n\n", text)
@@ -145,7 +146,7 @@ def anchors(path: Path) -> list[str]:
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
-@pytest.mark.parametrize("file", ["README.md", "train_scripts/README.md", "benchmarks/README.md", "Makefile"])
+@pytest.mark.parametrize("file", [*READMES, "Makefile"])
 def test_commands_have_flags_that_their_script_knows(file):
     text = (ROOT / file).read_text("utf-8").replace("\\\n", " ")
     for name, value in re.findall(r'^(\w+)="([^"]*)"', text, re.M):  # a part that several commands share
