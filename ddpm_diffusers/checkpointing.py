@@ -155,7 +155,7 @@ def save_checkpoint(
     if not is_main_process:
         return final
     partial = final.with_name(f".{final.name}.partial")
-    with clear_write_errors(f"{final.name} cannot be written to {output_dir}", partial):
+    with explain_write_errors(f"{final.name} cannot be written to {output_dir}", partial):
         remove_leftovers(final.parent)
         partial.mkdir(parents=True)
         for name, copy in copies.items():
@@ -181,7 +181,7 @@ def save_checkpoint(
 
 
 @contextmanager
-def clear_write_errors(failure: str, half_written: Path | None = None):
+def explain_write_errors(failure: str, half_written: Path | None = None):
     """Turn a failed write into an OSError that says how to continue, and remove what was half written."""
     try:
         yield
@@ -289,6 +289,7 @@ def config_of(unet) -> dict:
 
 
 def list_differences(saved: dict, current: dict) -> list[str]:
+    """What differs, as texts; only the keys of `current` are compared, others in `saved` do not matter."""
     current = json.loads(json.dumps(current))  # tuples become lists, as in the file
     differing = {key: value for key, value in current.items() if saved.get(key) != value}
     return [f"{key}: {saved.get(key)!r} there, {value!r} here" for key, value in differing.items()]

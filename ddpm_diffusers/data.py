@@ -190,11 +190,13 @@ def load_images(
 def map_once(
     dataset: Dataset, function: Callable, pixels: int, others: dict, cache_file_name: str, **options
 ) -> Dataset:
-    """A `function` of tables applied to all rows, and cached: it gives `image`, `pixels` uint8, and the `others`."""
+    """`dataset.map(function, **options)`, cached in that file; of processes that share the cache, one computes it.
+
+    `function` maps Arrow tables to tables with `image`, rows of `pixels` uint8, and columns of the features `others`.
+    """
     rows = max(1, CHUNK_BYTES // pixels)
     features = Features({"image": List(Value("uint8"), length=pixels), **others})
     chunks = {"batched": True, "batch_size": rows, "writer_batch_size": rows, "features": features}
-    # of several processes or machines that share the cache, one computes it and the others wait
     made_by_one = nullcontext() if Path(cache_file_name).exists() else FileLock(f"{cache_file_name}.lock")
     with made_by_one:
         mapped = dataset.with_format("arrow").map(function, cache_file_name=cache_file_name, **chunks, **options)
@@ -202,13 +204,13 @@ def map_once(
 
 
 def stamps(source: Dataset) -> list[tuple[int, int]]:
-    """Sizes and times of the source's files: the fingerprint of one that was saved anew may be the old one."""
+    """Sizes and modification times of the source's files: data saved anew may have the fingerprint of the old."""
     files = [Path(file["filename"]).stat() for file in source.cache_files]
     return [(file.st_size, file.st_mtime_ns) for file in files]
 
 
 def cache_file(cache_dir: str | None, *content) -> str:
-    """Cache file for rows, named after their source and this code, not beside the source, which may be read-only."""
+    """Path of the cache file for rows that this code makes from `content`. The source's folder may be read-only."""
     code = [Path(file).read_bytes() for file in (__file__, image_decoding.__file__, synthetic_fashion.__file__)]
     folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / "ddpm-diffusers"
     folder.mkdir(parents=True, exist_ok=True)

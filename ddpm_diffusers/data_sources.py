@@ -63,23 +63,28 @@ def open_dataset(
 
 
 def files_by_split(folder: str) -> dict[str, list[str]]:
-    """Patterns of a folder's images: all are "train", unless all are in folders named after splits.
+    """Patterns of a folder's images: by split if all lie in subfolders or zips named after splits, else all "train".
 
     Left to itself, `datasets` would look for such names at any depth, and a class may have one.
     """
     root = Path(folder).expanduser().resolve()
-    paths = sorted(path for path in root.iterdir() if is_seen(path))
-    parts = [path for path in paths if is_archive(path) or any(is_image(p) or is_archive(p) for p in path.rglob("*"))]
+    entries = sorted(path for path in root.iterdir() if is_seen(path))
+    # subfolders with images, and zips
+    sources = [e for e in entries if is_archive(e) or any(is_image(p) or is_archive(p) for p in e.rglob("*"))]
     patterns, named = {}, []
     for split, words in SPLIT_KEYWORDS.items():
-        for path in parts:
-            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", path.stem if is_archive(path) else path.name):
-                patterns.setdefault(str(split), []).append(glob.escape(str(path)) + "/**" * path.is_dir())
-                named.append(path.name)
-    mixed = len(named) < len(parts) or any(map(is_image, paths))
-    if mixed and len(named) > 1:
+        for source in sources:
+            name = source.stem if is_archive(source) else source.name
+            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", name):
+                pattern = glob.escape(str(source))
+                patterns.setdefault(str(split), []).append(f"{pattern}/**" if source.is_dir() else pattern)
+                named.append(source.name)
+    mixed = len(named) < len(sources) or any(map(is_image, entries))
+    if patterns and not mixed:
+        return patterns
+    if len(named) > 1:
         logger.warning(f"{folder} has other images than in {', '.join(sorted(named))}: all are taken for one split.")
-    return patterns if patterns and not mixed else {"train": [f"{glob.escape(str(root))}/**"]}
+    return {"train": [f"{glob.escape(str(root))}/**"]}
 
 
 def is_seen(path: Path) -> bool:
@@ -101,10 +106,11 @@ def warn_if_images_are_not_taken_once(loaded: Dataset, folder: str) -> None:
     paths = list(root.rglob("*"))
     if any(map(is_archive, paths)):
         return  # how many images these hold would take reading them
-    links = [path for path in paths if path.is_symlink() and path.is_dir() and root not in path.resolve().parents]
-    paths += [path for link in links if link.resolve() != root for path in link.rglob("*")]
+    # images that only a link to a folder outside reaches, which `rglob` does not follow
+    links = [path for path in paths if path.is_symlink() and path.is_dir() and not path.resolve().is_relative_to(root)]
+    paths += [path for link in links for path in link.rglob("*")]
     images = (path.relative_to(root) for path in paths if is_image(path))
-    there = sum(all(map(is_seen, list(path.parents)[:-1])) for path in images)
+    there = sum(all(map(is_seen, list(path.parents)[:-1])) for path in images)  # not those in hidden folders
     found = sum(split.num_examples for split in loaded.info.splits.values())
     if found != there:
         logger.warning(

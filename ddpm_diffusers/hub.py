@@ -123,7 +123,7 @@ def figures_section(results: list[EvalResult]) -> str:
         on = " ".join(filter(None, (result.dataset_name, result.dataset_split)))
         how = ", ".join(f"{name} {value}" for name, value in (result.metric_args or {}).items())
         row = (result.metric_name or result.metric_type, result.metric_value)
-        measured = " ".join(f"On {on}{how and ', measured with '}{how}:".split())
+        measured = " ".join((f"On {on}, measured with {how}:" if how else f"On {on}:").split())
         tables.setdefault(measured, []).append(row)
     return "\n\n".join(f"{measured}\n\n{table(('metric', 'value'), rows)}" for measured, rows in tables.items())
 
@@ -305,7 +305,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def has_form_of_hub_id(name: str) -> bool:
-    """For what is given as an id: there may be a folder of that name, such as a copy of it."""
+    """Whether `name` could be a Hub id. Unlike `is_hub_id`, it does not mind a local folder of that name."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -320,7 +320,7 @@ def is_publishable(name: str, value) -> bool:
     if isinstance(value, (list, tuple)):
         return all(is_publishable(name, part) for part in value)
     if isinstance(value, str):
-        return not (re.search(r"^hf_|[/\\~]", value) or os.path.exists(value))
+        return not (re.search(r"^hf_|[/\\~]", value) or os.path.exists(value))  # a token, or maybe a path
     return isinstance(value, (bool, int, float))
 
 
@@ -330,7 +330,10 @@ def table(header: tuple, rows: Iterable[tuple]) -> str:
 
 
 def with_section(text: str, heading: str, body: str | None) -> str:
-    """A card's text with this section, which replaces one of the same heading; without it if `body` is None."""
+    """A card's text with this section, before `## Limits` or else at the end, in place of any of the same heading.
+
+    If `body` is None, that one is only removed.
+    """
     text = re.sub(rf"^## {heading}\n.*?(?=^##? |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
     if body is None:
         return text

@@ -23,7 +23,10 @@ FETCHES = 16  # at a time, of images that are not in the data set's own files
 
 
 def decode_images(table: pa.Table, indices: list[int], image_column, resolution, channels, size) -> pa.Table:
-    """Decode a table's images to uint8 rows, (C, H, W) each; all must be of `size`, or if None are center-cropped."""
+    """Decode a table's images to uint8 rows, (C, H, W) each; `indices` number them in error messages.
+
+    All must be squares as wide as `size`, (W, H); if it is None, each is cropped to its central square.
+    """
     pixels = np.empty((len(table), channels, resolution, resolution), np.uint8)
     parts = [table.select([image_column]).slice(first, ROWS) for first in range(0, len(table), ROWS)]
     images = (encoded for part in parts for encoded in with_content(part).column(0))
@@ -60,12 +63,12 @@ def with_content(table: pa.Table) -> pa.Table:
 
 
 def fetch(row: pa.StructArray) -> pa.StructArray:
-    """One image with its bytes; none if its archive is damaged there, so that decoding it tells which it is."""
+    """One image with its bytes, which are empty if its archive is damaged there: decoding it then names the image."""
     try:
         content = Image().embed_storage(row, local_files=False).field("bytes")
     except (zipfile.BadZipFile, zlib.error, EOFError):
         content = pa.array([b""], pa.binary())
-    # with its whole path, of which `embed_storage` leaves an archive's name
+    # its own path: `embed_storage` would leave only the last part, for an image in an archive the archive's name
     return pa.StructArray.from_arrays([content, row.field("path")], ["bytes", "path"], mask=row.is_null())
 
 
@@ -88,6 +91,7 @@ def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
         image = PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
         ImageOps.exif_transpose(image, in_place=True)  # also decodes it
     except Exception as error:  # PIL raises many types for damaged files
+        # no memory or a failing disk says nothing about the image; a missing file (ENOENT) or PIL's own errors do
         of_the_machine = isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT)
         raise (ValueError if of_the_machine else DamagedImage)(
             f"{called(encoded, index)} cannot be decoded ({error}): repair or remove it, or use the built-in set,"
@@ -118,7 +122,10 @@ def has_colour(image: PILImage.Image) -> bool:
 
 
 def size_of_all(first: pa.Table, channels: int, center_crop: bool) -> tuple[int, int] | None:
-    """The size of a data set's first image, which all must have; None if each is cropped. Warns if colour is lost."""
+    """The size that all images must have, that of the `first` (a table of one row); None if each is cropped.
+
+    Warns if colour will be lost.
+    """
     image = decode_image(with_content(first).column(0)[0].as_py(), 0)
     if channels == 1 and has_colour(image):
         logger.warning("The images are in colour and are made grey; for colour, use a network with 3 `in_channels`.")

@@ -11,9 +11,9 @@ from collections import defaultdict
 import torch
 
 MOMENTUM = 0.95
-# of the polynomial in the post, repeated so often: singular values from 0.002 to 1 come between 0.68 and 1.2
+# a, b and c of the post's polynomial; 5 repetitions bring singular values from 0.002 to 1 between 0.68 and 1.2
 COEFFICIENTS, REPETITIONS = (3.4445, -4.7750, 2.0315), 5
-IMAGE_CHANNELS = 4  # what reads from images or writes them, of so many channels at most, is left to AdamW
+IMAGE_CHANNELS = 4  # kernels with at most this many input or output channels read or write images: left to AdamW
 
 
 class Muon(torch.optim.AdamW):
@@ -28,7 +28,7 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, params, lr: float, **kwargs):
         super().__init__(params, lr, **kwargs)
-        self._step_supports_amp_scaling = False  # a step whose gradients overflow is left out as a whole
+        self._step_supports_amp_scaling = False  # on overflow the scaler skips all of `step`, not AdamW's part alone
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -36,7 +36,8 @@ class Muon(torch.optim.AdamW):
         kernels = [p for p in group["params"] if is_inner_kernel(p) and p.grad is not None]
         for kernel in kernels:
             if not self.state[kernel]:
-                self.state[kernel] = {"exp_avg": torch.zeros_like(kernel), "step": torch.zeros(())}  # `Adam` reads it
+                # "step" only because `Adam.__setstate__`, run when a state is loaded, looks it up
+                self.state[kernel] = {"exp_avg": torch.zeros_like(kernel), "step": torch.zeros(())}
         gradients, averages = [p.grad for p in kernels], [self.state[p]["exp_avg"] for p in kernels]
         if kernels:
             torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
@@ -48,7 +49,7 @@ class Muon(torch.optim.AdamW):
             of_shape[kernel.shape].append((kernel, gradient))
         for shape, pairs in of_shape.items():
             matrices = torch.stack([gradient.flatten(1) for _, gradient in pairs])  # (N, C_out, C_in * k * k)
-            scale = 0.2 * max(matrices.shape[1:]) ** 0.5
+            scale = 0.2 * max(matrices.shape[1:]) ** 0.5  # entries of root mean square 0.2, as in AdamW's updates
             updates = orthogonalized(matrices, scale * group["lr"])
             torch._foreach_sub_([kernel for kernel, _ in pairs], list(updates.view(-1, *shape).unbind()))
 
@@ -64,24 +65,26 @@ def is_inner_kernel(parameter: torch.Tensor) -> bool:
 def orthogonalized(matrices: torch.Tensor, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
     """Matrices (N, R, C) with nearly the same singular vectors, and singular values near `scale` (Newton-Schulz).
 
-    X <- (a + b X X' + c (X X')^2) X, repeated, is P X with P a polynomial in X X'. With these two alone, of the
-    shorter side, and X only at the end, it takes a third of the operations for 3x3 kernels.
+    A repetition is X <- (a + b G + c G^2) X with the Gram matrix G = X X', so that all of them make P X, P being a
+    polynomial in G. Only P and G are iterated, whose side is the shorter of X's, and X is multiplied once at the end:
+    for 3x3 kernels that is a third of the operations.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalized(matrices.mT, scale).mT
-    squares = matrices @ matrices.mT  # (N, R, R)
-    norms = squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-14)  # squared
-    squares = squares / norms
-    product = factor = polynomial(squares)
+    gram = matrices @ matrices.mT  # (N, R, R)
+    squared_norms = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-14)  # Frobenius, (N, 1, 1)
+    gram = gram / squared_norms
+    product = factor = polynomial(gram)
     for _ in range(REPETITIONS - 1):
-        squares = factor @ squares @ factor
-        factor = polynomial(squares)
+        gram = factor @ gram @ factor  # that of factor @ X
+        factor = polynomial(gram)
         product = factor @ product
-    return (product * (scale / norms.sqrt())) @ matrices
+    return (product * (scale / squared_norms.sqrt())) @ matrices
 
 
-def polynomial(squares: torch.Tensor) -> torch.Tensor:
+def polynomial(gram: torch.Tensor) -> torch.Tensor:
+    """a + b G + c G^2 of Gram matrices (N, R, R)."""
     a, b, c = COEFFICIENTS
-    result = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
+    result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     result.diagonal(dim1=1, dim2=2).add_(a)
     return result

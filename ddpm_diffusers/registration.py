@@ -17,7 +17,8 @@ logger = logging.get_logger(__name__)
 
 def register() -> None:
     """Register the U-Net's module, and the classes of U-Net and pipeline, on `diffusers` (idempotent)."""
-    # under the name in an index that our pipeline writes, and under the one that a stock pipeline writes
+    # diffusers looks these names of model_index.json up among its pipelines: our pipeline writes "unet_2d_optimized",
+    # a stock one "ddpm_diffusers.unet_2d_optimized"
     diffusers.pipelines.unet_2d_optimized = unet_2d_optimized
     setattr(diffusers.pipelines, unet_2d_optimized.__name__, unet_2d_optimized)
     diffusers.PixelDiffusionPipeline = PixelDiffusionPipeline
@@ -30,7 +31,7 @@ def register() -> None:
             f"diffusers {diffusers.__version__} reads model_index.json in a way that ddpm-diffusers does not know:"
             " load pipelines by `PixelDiffusionPipeline.from_pretrained`, not by `DiffusionPipeline.from_pretrained`."
         )
-    elif getattr(read_index, "__module__", None) != __name__:
+    elif getattr(read_index, "__module__", None) != __name__:  # not yet replaced by ours
         read_index = read_index.__func__
 
         def read_index_with_installed_class(cls, json_file):

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
@@ -59,7 +58,7 @@ def sample_images(
             )
         batches.append(((latents / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
     images = torch.stack(batches)  # (rounds, B, C, H, W)
-    images = gather(images).unflatten(0, (state.num_processes, rounds)).transpose(0, 1)
+    images = gather(images).unflatten(0, (state.num_processes, rounds)).transpose(0, 1)  # (rounds, processes, B, ...)
     # lets gloo's thread release the tensors while this one waits; at process exit the two would block each other
     state.wait_for_everyone()
     return images.reshape(-1, *images.shape[-3:])[:num_images].cpu()
@@ -73,5 +72,4 @@ def count_sampled(num_images: int, batch_size: int) -> int:
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Convert uint8 (B, C, H, W) to PIL images, grey ones in mode "L"."""
-    return [Image.fromarray(np.squeeze(image, -1) if image.shape[-1] == 1 else image)
-            for image in images.permute(0, 2, 3, 1).numpy()]  # fmt: skip
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).squeeze(-1).numpy()]  # (H, W) or (H, W, 3)

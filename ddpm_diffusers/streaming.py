@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 logger.setLevel(logging.WARNING)  # also where the script hushes processes but the main one: each reads other images
 
 LISTED_SHARDS = 1024  # of a data set that is not opened as a stream; each pass shuffles them
-# start of a part; `stream` is where the block starts, `row` how many rows of the pass come before it
+# A position in a part's stream, here that of its first image. "pass" and "block" (within the pass) count from 0,
+# "stream" is the stream's `state_dict` where the block starts (None: at the start of the pass), "row" the number of
+# the pass's rows before the block, and "used" how many of the block's images have been handed out.
 START = {"pass": 0, "block": 0, "stream": None, "row": 0, "used": 0}
 
 
@@ -93,8 +95,8 @@ class StreamedBatches:
     Raises:
         ValueError: If an argument or the first image cannot be used, the data set is empty, or the state belongs to
             other arguments; while iterating, if an image is of another kind or size than can be used, or a part has
-            no images. After the first, damaged images and files that are gone are left out, with a warning; not those
-            that a server lacks.
+            no images. After the first image, damaged images and missing local files are left out with a warning; an
+            image that a server does not have is an error.
     """
 
     def __init__(
@@ -131,8 +133,10 @@ class StreamedBatches:
             "num_shards": stream.num_shards,
         }
         state = state or {"settings": self.settings, "batches": 0, "positions": [START] * self.num_parts}
-        other = {name: state["settings"].get(name) for name in self.settings}
-        other = [f"`{name}` {other[name]}, not {own}" for name, own in self.settings.items() if other[name] != own]
+        saved = state["settings"]
+        other = [
+            f"`{name}` {saved.get(name)}, not {own}" for name, own in self.settings.items() if saved.get(name) != own
+        ]
         if other:
             raise ValueError(f"The state is of a run with {'; '.join(other)}: go on with what it has, or start anew.")
         self.batches, self.positions = state["batches"], list(state["positions"])
@@ -180,13 +184,14 @@ class Parts(torch.utils.data.IterableDataset):
         run, worker = self.run, get_worker_info()
         if worker is not None:
             fsspec.asyn.reset_lock()  # the lock may have been held when this process was forked
-        # worker 0 is asked first, so a resumed run gives it the part whose turn it is
+        # torch asks worker 0 first, so in a resumed run worker 0 takes the part whose turn it is
         own = (run.batches + (worker.id if worker else 0)) % run.num_parts
         part, num_parts = run.rank * run.num_parts + own, run.world_size * run.num_parts
         batch, filled = np.empty((run.batch_size, *run.shape), np.uint8), 0
-        # a block is handed out in random order while the next is decoded: for each image of that, one of this
-        block, order, used, position = None, (), 0, None  # its images, their order, how many are out, its start
+        # While the next block is decoded, this one is handed out in random order: an image for each that is decoded.
+        block, order, used, position = None, (), 0, None  # its images, their order, how many are out, where it starts
         for next_block, next_position, complete in self.blocks(part, num_parts, run.positions[own]):
+            # how many images of this block may be out by now: all, once the next block is complete
             allowed = len(order) if complete else min(len(next_block), len(order))
             while used < allowed:
                 taken = order[used:allowed][: run.batch_size - filled]
@@ -235,7 +240,7 @@ class Parts(torch.utils.data.IterableDataset):
                     f"Part {part} of {num_parts} has no image that is sound (each worker of each process has a part):"
                     " use fewer workers or processes."
                 )
-            else:
+            else:  # the pass has ended
                 start, rows = {**START, "pass": start["pass"] + 1}, None
 
     def decode(self, table: pa.Table, indices: range, where: str) -> np.ndarray:

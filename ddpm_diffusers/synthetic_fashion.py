@@ -4,14 +4,15 @@ Every picture is a pure function of (seed, index). The random numbers come from 
 drawing uses only operations that IEEE 754 rounds exactly (+, -, *, /, sqrt, floor, min, max; no sin or exp), so the
 result is bit-identical for any batch, order and platform.
 
-Garments are signed distances, negative inside, over the square [-1, 1] x [-1, 1], with x to the right and y down.
+Garments are signed distances, negative inside, over the square [-1, 1] x [-1, 1], with x to the right and y down. The
+minimum of two distances is the union of their shapes, the maximum the intersection, and max(a, -b) is a without b.
 """
 
 import numpy as np
 
 SYNTHETIC = "synthetic-fashion"  # what `dataset_name` calls it
 CLASS_NAMES = (
-    "T - shirt / top",
+    "T - shirt / top",  # as in zalando-datasets/fashion_mnist
     "Trouser",
     "Pullover",
     "Dress",
@@ -166,7 +167,11 @@ def _limb(x, y, x0, y0, x1, y1, r0, r1, flat=False):
 
 
 def _top(s, body, flare, hem, neck, cuff_x, cuff_y, wide, tight):
-    """A top seen from the front, with seams at the armholes: (distance, tone, distance to the sleeves)."""
+    """A top seen from the front, with seams at the armholes: (distance, tone, distance to the sleeves).
+
+    `body` and `neck` are half-widths at the chest and neck, `flare` is how much wider the hem is than the chest, and
+    `hem` its y. Sleeves end at (`cuff_x`, `cuff_y`); their half-width goes from `wide` at the shoulder to `tight`.
+    """
     y, ax = s.y, s.ax
     shoulder = body + 0.02
     slant = 0.2 / (shoulder - neck)
@@ -177,6 +182,9 @@ def _top(s, body, flare, hem, neck, cuff_x, cuff_y, wide, tight):
     sleeve = _limb(ax, y, joint, wide - 0.76, cuff_x, cuff_y, wide, tight, flat=True)
     seam = np.maximum(np.abs(side + 0.02) - 0.02, sleeve)
     return np.minimum(torso, sleeve), s.paint(1.0, seam, 0.55), sleeve
+
+
+# Each garment draws its measures from the sketch `s`, and returns its distance and tone (1: plain cloth), (N, H, W).
 
 
 def _tshirt(s):

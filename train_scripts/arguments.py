@@ -132,12 +132,12 @@ class TrainingArguments:
         if self.lr_scheduler == "constant":
             check(self, not self.lr_warmup_steps, "lr_warmup_steps",
                   "be 0 with `--lr_scheduler constant`, which does not warm up: use constant_with_warmup")  # fmt: skip
-        is_id = self.dataset_id is None or (self.train_data_dir is None and has_form_of_hub_id(self.dataset_id))
-        if not is_id:
-            raise ValueError(
-                f"`--dataset_id` is {self.dataset_id!r}; it must be owner/name on the Hub, of what `--dataset_name` is"
-                " a local copy of."
-            )
+        if self.dataset_id is not None:
+            if self.train_data_dir is not None or not has_form_of_hub_id(self.dataset_id):
+                raise ValueError(
+                    f"`--dataset_id` is {self.dataset_id!r}; it must be owner/name on the Hub, of what"
+                    " `--dataset_name` is a local copy of."
+                )
         if self.num_epochs is not None and self.max_train_steps is not None:
             raise ValueError(
                 f"`--num_epochs` is {self.num_epochs} and `--max_train_steps` {self.max_train_steps}: give one alone."
@@ -169,17 +169,9 @@ def settings_of(args: TrainingArguments) -> dict:
 def settings_for_card(run: dict) -> dict:
     """The settings in a run's record that say how the model was trained."""
     names = [field.name for field in fields(TrainingArguments)]
-    elsewhere = {
-        "dataset_id",
-        "image_column",
-        "cache_dir",
-        "cuda_graph",
-        "dataloader_num_workers",
-        "shuffle_buffer_size",
-        "unet_config",
-        "pretrained_model_name_or_path",
-        "base_model",
-    }
-    elsewhere |= {"data"} if run["streaming"] else set()  # it names the folder
-    elsewhere |= {"overwrite_output_dir", "num_epochs", *names[names.index("logging_steps") :]}
-    return {name: value for name, value in run.items() if name not in elsewhere and value is not False}
+    left_out = {"dataset_id", "unet_config", "pretrained_model_name_or_path", "base_model"}  # told by the card's text
+    left_out |= {"image_column", "cache_dir", "dataloader_num_workers", "shuffle_buffer_size", "cuda_graph"}
+    left_out |= {"num_epochs"}  # `max_train_steps` says it
+    left_out |= {"overwrite_output_dir", *names[names.index("logging_steps") :]}  # output and the Hub
+    left_out |= {"data"} if run["streaming"] else set()  # it names the folder
+    return {name: value for name, value in run.items() if name not in left_out and value is not False}

@@ -37,7 +37,7 @@ from tables import caption, figures_table, show
 from ddpm_diffusers import SCHEDULERS, make_scheduler
 from ddpm_diffusers.checkpointing import list_differences
 from ddpm_diffusers.evaluation import comparison
-from ddpm_diffusers.evaluation.comparison import AT_MOST, WITHIN, best_settings, distance, label_of, name_of
+from ddpm_diffusers.evaluation.comparison import AT_MOST, WITHIN, best_settings, distance, label_of, title_of
 from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows
 from ddpm_diffusers.evaluation.protocol import as_json, image_shape
 from ddpm_diffusers.sampling import to_pil
@@ -84,13 +84,16 @@ def main(args: ComparisonArguments) -> None:
     warnings.filterwarnings("ignore", module="torchsde")  # about rounding in its time interval
     pipe = load_pipeline(args.model, args.variant, accelerator)
     left_out = []
+    # the default list: a scheduler that cannot be used here is left out; one asked for by name is an error
     if args.schedulers == list(SCHEDULERS):
         entries, left_out = usable(pipe.scheduler)
     yardstick = comparison.plan(pipe.scheduler, ["ddpm"], [args.ddpm_steps])[0] if args.ddpm_steps else []
     settings, too_few = comparison.plan(pipe.scheduler, entries, args.evaluations)
+    # each once: the yardstick may be among those compared, too
     settings = list({setting.key: setting for setting in (*yardstick, *settings)}.values())
-    for record in (left_out := left_out + too_few):
-        logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
+    left_out += too_few
+    for record in left_out:
+        logger.warning("Left out: %s: %s", title_of(record), record["left_out"])
     how = {"num_images": args.num_images, "seeds": args.seeds, "batch_size": args.batch_size}
     channels, side, _ = image_shape(pipe)
     extractor = open_extractor(args, accelerator, channels)
@@ -166,9 +169,9 @@ def open_results(output_dir: Path, args: ComparisonArguments, defines: dict, lef
         ValueError: If it holds one with other settings; the message lists the differences.
     """
     path = output_dir / RESULT
+    saved = json.loads(path.read_text()) if path.is_file() else None
     results = {"settings": defines, "records": [], "left_out": left_out}
-    saved = json.loads(path.read_text()) if path.is_file() else {"records": []}
-    if path.is_file() and not args.overwrite:
+    if saved is not None and not args.overwrite:
         if differences := list_differences(saved["settings"], defines):
             raise ValueError(
                 f"`--output_dir` {output_dir} holds another comparison ({'; '.join(differences)}): give the same"
@@ -177,8 +180,9 @@ def open_results(output_dir: Path, args: ComparisonArguments, defines: dict, lef
         results["records"] = saved["records"]
         results["left_out"] = left_out + [record for record in saved["left_out"] if "num_inference_steps" in record]
     write_text(path, json.dumps(results, indent=2) + "\n")
-    for record in saved["records"] if args.overwrite else []:
-        (output_dir / record["samples"]).unlink(missing_ok=True)
+    if saved is not None and args.overwrite:  # only now, when no record names them
+        for record in saved["records"]:
+            (output_dir / record["samples"]).unlink(missing_ok=True)
     return results
 
 
@@ -190,7 +194,7 @@ def add(record: dict, results: dict, output_dir: Path) -> None:
     """Add a record to comparison.json after writing its first samples: a record there is complete."""
     results["left_out"] = [other for other in results["left_out"] if key_of(other) != key_of(record)]
     if "left_out" in record:
-        logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
+        logger.warning("Left out: %s: %s", title_of(record), record["left_out"])
         results["left_out"].append(record)
     else:
         images = record.pop("images")[:GRID_IMAGES]
@@ -210,7 +214,8 @@ def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yar
     settings = results["settings"]
     labels = [label_of(record) for record in records]
     by_label = sorted(records, key=lambda record: (labels.index(label_of(record)), record["evaluations"]))
-    shown = ([yardstick] if yardstick else []) + by_label
+    first = [yardstick] if yardstick else []
+    shown = first + by_label
     model = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     findings = describe_best(records, yardstick)
     report = [
@@ -221,12 +226,13 @@ def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yar
     ]
     if results["left_out"]:
         report.append("Left out:")
-        report.append("\n".join(f"- {name_of(record)}: {record['left_out']}" for record in results["left_out"]))
+        report.append("\n".join(f"- {title_of(record)}: {record['left_out']}" for record in results["left_out"]))
     write_text(output_dir / "comparison.md", "\n\n".join(report) + "\n")
     write_file(output_dir / "distances.png", lambda path: plot_distances(records, path, yardstick))
-    few = {label_of(r): r for r in shown if r["evaluations"] <= args.grid_evaluations}  # keeps the last of each
+    # of each scheduler, the record with the most evaluations within the limit: later ones replace earlier ones
+    few = {label_of(r): r for r in shown if r["evaluations"] <= args.grid_evaluations}
     rows = {f"{label_of(r)} ({r['evaluations']})": Image.open(output_dir / r["samples"])
-            for r in ([yardstick] if yardstick else []) + list(few.values())}  # fmt: skip
+            for r in [*first, *few.values()]}  # fmt: skip
     if rows:
         write_file(output_dir / "grid.png", lambda path: plot_rows(rows, path))
     print("\n".join([*findings, f"Table: {output_dir / 'comparison.md'}"]))
@@ -247,15 +253,17 @@ def leading_cells(record: dict, yardstick: dict | None) -> dict:
 def describe_best(records: list[dict], yardstick: dict | None) -> list[str]:
     best, lines = best_settings(records, yardstick), []
     if yardstick:
-        few = f"{name_of(best['fewest'])}: {written(best['fewest'])}" if best["fewest"] else "none"
-        near = f"within {100 * WITHIN:.0f} % of {name_of(yardstick)} ({written(yardstick)})"
+        few = f"{title_of(best['fewest'])}: {distance_text(best['fewest'])}" if best["fewest"] else "none"
+        near = f"within {100 * WITHIN:.0f} % of {title_of(yardstick)} ({distance_text(yardstick)})"
         lines.append(f"Fewest evaluations {near}: {few}")
     if best["best"]:
-        lines.append(f"Best at {AT_MOST} evaluations or fewer: {name_of(best['best'])}: {written(best['best'])}")
+        lines.append(
+            f"Best at {AT_MOST} evaluations or fewer: {title_of(best['best'])}: {distance_text(best['best'])}"
+        )
     return lines
 
 
-def written(record: dict) -> str:
+def distance_text(record: dict) -> str:
     return f"distance {show(record['figures']['train']['frechet_distance'], '.3f')}"
 
 

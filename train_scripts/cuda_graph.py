@@ -27,7 +27,7 @@ class GraphedStep:
         if self.calls < self.CALLS_BEFORE_CAPTURE:
             self.calls += 1
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # as a capture asks for
+            with torch.cuda.stream(self.stream):  # not on the default stream, as torch asks of calls before a capture
                 result = self.step(*tensors)
             torch.cuda.current_stream().wait_stream(self.stream)
             return result

@@ -47,6 +47,7 @@ from ddpm_diffusers.sampling import to_pil
 from ddpm_diffusers.schedulers import count_evaluations
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# metric_type on the card: its name there, and where the figure stands in a record's "figures", by group and name
 CARD_FIGURES = {
     "frechet_distance": ("Frechet distance of classifier features (0 is best)", "train", "frechet_distance"),
     "frechet_distance_to_floor": ("Frechet distance, times that of real test images", "to_floor", "frechet_distance"),
@@ -77,13 +78,16 @@ class EvaluateArguments(EvaluationArguments):
         super().__post_init__()
         if (self.model is None) == (self.images is None):
             raise ValueError("Give either `--model`, a pipeline, or `--images`, images in place of its samples.")
-        for name in ("scheduler", "scheduler_config", "variant") if self.images is not None else ():
-            if getattr(self, name) is not None:
-                raise ValueError(f"`--{name}` is for a `--model`; `--images` are judged as they are: leave it out.")
-        if self.images is not None and len(self.seeds) > 1:
-            raise ValueError(
-                "`--seeds` are those of a `--model`'s samples; `--images` are judged once: leave them out."
-            )
+        if self.images is not None:
+            for name in ("scheduler", "scheduler_config", "variant"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`--{name}` is for a `--model`; `--images` are judged as they are: leave it out."
+                    )
+            if len(self.seeds) > 1:
+                raise ValueError(
+                    "`--seeds` are those of a `--model`'s samples; `--images` are judged once: leave them out."
+                )
         check(self, self.num_inference_steps >= 1, "num_inference_steps", "be at least 1")
         even = self.resolution >= 6 and self.resolution % 2 == 0
         check(self, even, "resolution", "be even, and at least 6")
@@ -144,7 +148,7 @@ def main(args: EvaluateArguments) -> None:
     record = {"name": name, **provenance(args, accelerator, pipe), **split, **record}
     if pipe is not None:
         record["scheduler_options"] = options
-    (output_dir / "evaluation.json").unlink(missing_ok=True)  # with `--overwrite`: it means that all is there
+    (output_dir / "evaluation.json").unlink(missing_ok=True)  # where it is, all files are complete: written last
     row = figures_table([(leading_cells(record), record["figures"])]) + "\n\n" + caption(record)
     write_text(output_dir / "row.md", row + "\n")
     write_file(output_dir / "grid.png", image_grid(to_pil(kept)).save)
@@ -160,13 +164,17 @@ def main(args: EvaluateArguments) -> None:
 
 
 def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
-    """Up to `--num_images` of the data set's split, with `channels`, or of the folder; uint8 (N, C, H, W)."""
-    if args.images in (args.train_split, args.test_split):
-        dataset = load_images(resolution=args.resolution, channels=channels, split=args.images, **source_of(args))
-        images = ImageArrays(dataset, (channels, args.resolution, args.resolution))
-        count = min(args.num_images, len(images))
-        return images.__getitems__(evenly_spaced(len(images), count))
+    """Up to `--num_images` of what `--images` names, a split (with `channels`) or a folder; uint8 (N, C, H, W)."""
+    if args.images not in (args.train_split, args.test_split):
+        return images_of_folder(args, channels)
+    dataset = load_images(resolution=args.resolution, channels=channels, split=args.images, **source_of(args))
+    images = ImageArrays(dataset, (channels, args.resolution, args.resolution))
+    count = min(args.num_images, len(images))
+    return images.__getitems__(evenly_spaced(len(images), count))
 
+
+def images_of_folder(args: EvaluateArguments, channels: int) -> torch.Tensor:
+    """Evenly spaced images of the folder, grey if all are, or if `channels` is 1 and none has colour."""
     folder = Path(args.images)
     files = sorted(path for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_SUFFIXES)
     files = [path for path in files if path.name != "grid.png"]  # of generate.py
@@ -181,7 +189,7 @@ def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
         try:
             images.append(decode_image({"bytes": None, "path": str(path)}, i))
         except ValueError as error:
-            if error.__cause__ is None:  # what it is follows from the image, not from the file
+            if error.__cause__ is None:  # it was read, but its kind cannot be used: the message says why
                 raise
             raise ValueError(
                 f"{path} of `--images` cannot be read ({error.__cause__}): repair or remove it."

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ddpm_diffusers.checkpointing import clear_write_errors, flush
+from ddpm_diffusers.checkpointing import explain_write_errors, flush
 
 
 def check_empty(folder: Path) -> None:
@@ -27,7 +27,7 @@ def lock(output_dir: Path) -> FileLock:
         ValueError: If another process holds the lock.
         OSError: If the folder cannot be written to.
     """
-    with clear_write_errors(f"{output_dir} cannot be written to"):
+    with explain_write_errors(f"{output_dir} cannot be written to"):
         output_dir.mkdir(parents=True, exist_ok=True)
         folder_lock = FileLock(output_dir / ".lock")
         try:
@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make the file under a temporary name: it appears completely or not at all."""
     partial = path.with_name(f".partial-{path.name}")  # with the suffix, from which PIL takes the format
-    with clear_write_errors(f"{path} cannot be written"):
+    with explain_write_errors(f"{path} cannot be written"):
         path.parent.mkdir(exist_ok=True)
         write(partial)
         flush(partial)

@@ -53,7 +53,9 @@ def main(args: GenerateArguments) -> None:
     pipe.to(args.device or accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     swap_scheduler(pipe, args.scheduler, args.scheduler_config)
-    folder_lock = lock(output_dir) if accelerator.is_main_process else None  # if it fails, then before the sampling
+    folder_lock = (
+        lock(output_dir) if accelerator.is_main_process else None
+    )  # before the sampling, so that it fails early
 
     start = time.perf_counter()
     images = sample_images(

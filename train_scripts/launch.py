@@ -54,7 +54,7 @@ def keep_freed_memory() -> None:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Raises ValueError if accelerate does not connect all the launched processes."""
+    """Raise a ValueError if accelerate does not connect all the launched processes."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -63,26 +63,8 @@ def check_processes(accelerator: Accelerator) -> None:
         )
 
 
-def check_agreement(resume_path: Path | None, goes_on: bool) -> None:
-    """Raises ValueError in the processes, which call it together, unless all would start from the same place."""
-    starts = gather_object([(resume_path.name if resume_path else "the beginning", goes_on)])
-    if len(set(starts)) > 1:
-        places = " and ".join(sorted({name for name, _ in starts}))
-        raise ValueError(
-            f"The processes would start from {places}, as each sees `--output_dir`: it must be one folder, which all"
-            " machines share and can read."
-        )
-
-
-def check_data(data: str) -> None:
-    """Raises ValueError in the processes, which call it together, unless all machines have the same images."""
-    found = sorted(set(gather_object([data])))
-    if len(found) > 1:
-        raise ValueError(f"The machines have different images ({' and '.join(found)}): give all of them the same.")
-
-
 def check_sharding(accelerator: Accelerator, optimizer: str) -> None:
-    """Raises ValueError if no process could save the sharded parameters whole, or the optimizer update them."""
+    """Raise a ValueError if the sharded parameters could not be saved whole, or not updated by the optimizer."""
     kind, advice = accelerator.distributed_type, None
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         advice = "FSDP 1, which the config asks for: set `fsdp_version: 2`, as in train_scripts/accelerate/fsdp2.yaml"
@@ -94,20 +76,26 @@ def check_sharding(accelerator: Accelerator, optimizer: str) -> None:
         raise ValueError("`--optimizer muon` needs whole kernels, which FSDP and DeepSpeed cut up: use adamw.")
 
 
-def let_go(accelerator: Accelerator) -> None:
-    """Free what was prepared, and end the tracking. Call it once nothing holds the prepared network.
+def check_agreement(resume_path: Path | None, goes_on: bool) -> None:
+    """Raise a ValueError in every process unless all would start from the same place. All must call it."""
+    starts = gather_object([(resume_path.name if resume_path else "the beginning", goes_on)])
+    if len(set(starts)) > 1:
+        places = " and ".join(sorted({name for name, _ in starts}))
+        raise ValueError(
+            f"The processes would start from {places}, as each sees `--output_dir`: it must be one folder, which all"
+            " machines share and can read."
+        )
 
-    Otherwise torch's DDP reducer would destroy gloo's process group at exit while holding the GIL, which gloo's thread
-    may be waiting for to drop its last tensors: a deadlock.
-    """
-    accelerator.free_memory()
-    accelerator.wait_for_everyone()
-    time.sleep(0.2)  # that thread drops them a moment after the barrier
-    accelerator.end_training()
+
+def check_data(data: str) -> None:
+    """Raise a ValueError in every process unless all pass the same `data`, a text of the images. All must call it."""
+    found = sorted(set(gather_object([data])))
+    if len(found) > 1:
+        raise ValueError(f"The machines have different images ({' and '.join(found)}): give all of them the same.")
 
 
 def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int, max_grad_norm: float) -> None:
-    """Call after `accelerator.prepare`: raises ValueError if accelerate departs from its config or the flags."""
+    """Raise a ValueError if accelerate departs from its config or the flags. Call it after `accelerator.prepare`."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("The accelerate config asks for FSDP, which accelerate has on GPUs alone: use another.")
     if accelerator.gradient_accumulation_steps != gradient_accumulation_steps:
@@ -123,3 +111,15 @@ def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int, max
                 f" `accelerate launch --gradient_clipping {max_grad_norm}`; a DeepSpeed config of your own must have"
                 ' `"gradient_clipping": "auto"`.'
             )
+
+
+def let_go(accelerator: Accelerator) -> None:
+    """Free what was prepared, and end the tracking. Call it once nothing holds the prepared network.
+
+    Otherwise torch's DDP reducer would destroy gloo's process group at exit while holding the GIL, which gloo's thread
+    may be waiting for to drop its last tensors: a deadlock.
+    """
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    time.sleep(0.2)  # that thread drops them a moment after the barrier
+    accelerator.end_training()

@@ -10,7 +10,7 @@ from pathlib import Path
 from files import holds_files, write_text
 
 from ddpm_diffusers.checkpointing import (
-    clear_write_errors,
+    explain_write_errors,
     flush,
     list_checkpoints,
     list_differences,
@@ -24,11 +24,11 @@ from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
 RUN_FILE = "run.json"
 
 
-def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> tuple[Path | None, bool]:
-    """The checkpoint to start from, and whether the run continues in this folder; nothing is written.
+def choose_start(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool) -> tuple[Path | None, bool]:
+    """The checkpoint to start from, if any, and whether the run goes on in this folder. Nothing is written.
 
     Raises:
-        ValueError: If the folder holds another run and `overwrite` is false, or anything else.
+        ValueError: If the folder holds another run and `overwrite` is false, or holds anything but a run.
     """
     resume_path = None
     if resume_from_checkpoint is not None:
@@ -36,34 +36,32 @@ def claim(output_dir: Path, resume_from_checkpoint: str | None, overwrite: bool)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"`--output_dir` {output_dir} is a file: choose another.")
     goes_on = resume_path is not None and resume_path.resolve().parent == output_dir.resolve()
-    if (
-        goes_on
-        and resume_from_checkpoint != "latest"
-        and resume_path.resolve() not in [path.resolve() for path in list_checkpoints(output_dir)[-1:]]
-    ):
-        raise ValueError(
-            f"`--resume_from_checkpoint` {resume_path} is not the last checkpoint of {output_dir}: choose another"
-            " `--output_dir` to start from it again, or remove those after it."
-        )
+    if goes_on and resume_from_checkpoint != "latest":
+        last = [path.resolve() for path in list_checkpoints(output_dir)[-1:]]
+        if resume_path.resolve() not in last:
+            raise ValueError(
+                f"`--resume_from_checkpoint` {resume_path} is not the last checkpoint of {output_dir}: choose another"
+                " `--output_dir` to start from it again, or remove those after it."
+            )
     if resume_from_checkpoint == "latest" and resume_path is None:
         # a run that was killed before its first checkpoint starts over
         goes_on = (output_dir / RUN_FILE).is_file() and not (output_dir / "model_index.json").exists()
-    visible = holds_files(output_dir)
-    if visible and not goes_on and not overwrite:
-        if resume_from_checkpoint == "latest":
+    if holds_files(output_dir) and not goes_on:  # what is there would have to be deleted
+        if not overwrite and resume_from_checkpoint == "latest":
             raise ValueError(
                 f"`--output_dir` {output_dir} is not empty, and has no checkpoint to go on from: choose"
                 " another, or pass `--overwrite_output_dir`."
             )
-        raise ValueError(
-            f"`--output_dir` {output_dir} is not empty: choose another, or pass `--resume_from_checkpoint latest` to"
-            " go on from a checkpoint in it, or `--overwrite_output_dir`."
-        )
-    if visible and not goes_on and not (output_dir / RUN_FILE).is_file():
-        raise ValueError(
-            f"`--output_dir` {output_dir} holds files and no {RUN_FILE}: `--overwrite_output_dir` clears what a"
-            " training wrote, and this may be something else. Choose another, or empty it."
-        )
+        if not overwrite:
+            raise ValueError(
+                f"`--output_dir` {output_dir} is not empty: choose another, or pass `--resume_from_checkpoint latest`"
+                " to go on from a checkpoint in it, or `--overwrite_output_dir`."
+            )
+        if not (output_dir / RUN_FILE).is_file():
+            raise ValueError(
+                f"`--output_dir` {output_dir} holds files and no {RUN_FILE}: `--overwrite_output_dir` clears what a"
+                " training wrote, and this may be something else. Choose another, or empty it."
+            )
     return resume_path, goes_on
 
 
@@ -72,7 +70,7 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
 
     Args:
         output_dir: The folder, locked.
-        goes_on: As `claim` returned it; if false, what a run left in the folder is deleted.
+        goes_on: As `choose_start` returned it; if false, what a run left in the folder is deleted.
         step: Optimizer step at which the run starts.
         record: "arguments", and "unet", the U-Net's config.
         defines_the_run: Names of the arguments that must not have changed.
@@ -81,7 +79,7 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
         ValueError: If the folder holds a run with other arguments; the message lists the differences.
         OSError: If the folder cannot be written to.
     """
-    with clear_write_errors(f"{RUN_FILE} cannot be written to {output_dir}"):
+    with explain_write_errors(f"{RUN_FILE} cannot be written to {output_dir}"):
         if goes_on and (output_dir / RUN_FILE).is_file():
             run = json.loads((output_dir / RUN_FILE).read_text())
             saved, names = run["arguments"], defines_the_run
@@ -124,7 +122,7 @@ class LogLines:
 
     def __init__(self, path: Path, last_step: float):
         self.path, kept = path, 0
-        with clear_write_errors(f"{path} cannot be written"):
+        with explain_write_errors(f"{path} cannot be written"):
             self.file = open(path, "a+b")
             self.file.seek(0)
             for line in self.file:
@@ -134,7 +132,7 @@ class LogLines:
             self.file.truncate(kept)
 
     def write(self, values: dict) -> None:
-        with clear_write_errors(f"{self.path} cannot be written"):
+        with explain_write_errors(f"{self.path} cannot be written"):
             self.file.write(json.dumps(values).encode() + b"\n")
             self.file.flush()
 
@@ -149,7 +147,7 @@ def save_pipeline(pipe, output_dir: Path) -> None:
     If the folder has other weights, their card is removed first, and then other files of them, such as variants.
     """
     partial = output_dir / ".pipeline.partial"
-    with clear_write_errors(f"The pipeline cannot be written to {output_dir}", partial):
+    with explain_write_errors(f"The pipeline cannot be written to {output_dir}", partial):
         shutil.rmtree(partial, ignore_errors=True)
         pipe.save_pretrained(partial)
         files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
@@ -163,6 +161,7 @@ def save_pipeline(pipe, output_dir: Path) -> None:
             target.parent.mkdir(exist_ok=True)
             os.replace(partial / path, target)
         shutil.rmtree(partial)
-        for path in output_dir.glob("unet/*.safetensors*") if changed else ():
-            if path.relative_to(output_dir) not in files:
-                path.unlink()
+        if changed:
+            for path in output_dir.glob("unet/*.safetensors*"):
+                if path.relative_to(output_dir) not in files:
+                    path.unlink()

@@ -101,12 +101,13 @@ def main(args: FeatureExtractorArguments) -> None:
     if accelerator.num_processes > 1:
         raise ValueError(f"{accelerator.num_processes} processes were launched; this script runs in one.")
     output_dir = Path(args.output_dir).resolve()
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+    is_empty_folder = output_dir.is_dir() and not any(output_dir.iterdir())
+    if output_dir.exists() and not is_empty_folder:
         raise ValueError(f"`--output_dir` {args.output_dir} exists and is not an empty folder: choose another.")
 
     images, labels, names = load_split(args, "train", args.resolution)
     tests = {size: load_split(args, "test", size) for size in sorted({args.resolution, min(args.resolution, 16)})}
-    if any(test[2] != names for test in tests.values()):
+    if any(test_names != names for _, _, test_names in tests.values()):
         raise ValueError("The splits train and test have different classes: their `label` columns must agree.")
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -135,7 +136,7 @@ def main(args: FeatureExtractorArguments) -> None:
     progress_bar = tqdm(order, desc="Steps")
     for step, indices in enumerate(progress_bar):
         batch, targets = images[indices].to(accelerator.device), labels[indices].to(accelerator.device)
-        if step % 3:  # as an image of lower resolution would be, rounding included
+        if step % 3:  # reduced to a random resolution, and rounded as a stored image of that resolution would be
             size = (int(resolutions[step]),) * 2
             batch = F.interpolate(batch.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
             batch = batch.round().to(torch.uint8)

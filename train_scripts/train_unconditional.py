@@ -32,10 +32,10 @@ from huggingface_hub import ModelCard
 from interruption import StopRequest
 from launch import check_agreement, check_data, check_engine, check_sharding, let_go, make_accelerator
 from push_to_hub import push
-from run_folder import LogLines, claim, open_run, save_pipeline
+from run_folder import LogLines, choose_start, open_run, save_pipeline
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
-from training_state import gather_state, make_lr_scheduler, restore
+from training_state import gather_state, make_lr_scheduler, restore_state
 from unets import load_unet, make_unet, unet_of_checkpoint
 
 from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
@@ -71,8 +71,8 @@ def main(args: TrainingArguments) -> None:
     logging.basicConfig(format="%(message)s", level=level)
     check_sharding(accelerator, args.optimizer)
     output_dir, device = Path(args.output_dir), accelerator.device
-    claimed = claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
-    resume_path, goes_on = claimed  # goes_on: in this folder, not from another run's checkpoint
+    start = choose_start(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    resume_path, goes_on = start  # goes_on: in this folder, not from another run's checkpoint
     check_agreement(resume_path, goes_on)
 
     # model, noise schedule, data
@@ -149,7 +149,7 @@ def main(args: TrainingArguments) -> None:
         step = state["step"]
         # as it was then: a local source may be gone by now, and its path look like an id of the Hub
         run["base_model"] = state["arguments"].get("base_model", run["base_model"])
-        stream_state = restore(state, accelerator, optimizer, lr_scheduler, args.learning_rate, window)
+        stream_state = restore_state(state, accelerator, optimizer, lr_scheduler, args.learning_rate, window)
         logger.info(f"Resumed from {resume_path} at step {step}.")
 
     batches = make_batches(images, args, image_shape, accelerator, range(step, max_train_steps), stream_state)
@@ -167,7 +167,7 @@ def main(args: TrainingArguments) -> None:
     if accelerator.is_main_process:
         folder_lock = lock(output_dir)  # noqa: F841 (held until the run ends, however it does)
         # another run may have begun here between the first look and the lock
-        if claim(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir) != claimed:
+        if choose_start(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir) != start:
             raise ValueError(f"`--output_dir` {output_dir} has changed while this run started: start it again.")
         configs = {"arguments": run, "unet": config_of(model)}
         record = open_run(output_dir, goes_on, step, configs, DEFINES_THE_RUN)

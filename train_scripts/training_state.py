@@ -18,7 +18,8 @@ def make_lr_scheduler(
     warmup_steps = args.lr_warmup_steps
     if warmup_steps is None:
         warmup_steps = 0 if args.lr_scheduler == "constant" else max_train_steps // 10
-    most = max_train_steps - (args.lr_scheduler == "polynomial")  # which divides by the steps after the warm-up
+    # polynomial divides by the number of steps after the warm-up: there must be one
+    most = max_train_steps - 1 if args.lr_scheduler == "polynomial" else max_train_steps
     if warmup_steps > most:
         raise ValueError(
             f"`--lr_warmup_steps` is {warmup_steps}; it must be in [0, {most}] for a run of {max_train_steps} steps."
@@ -30,9 +31,10 @@ def make_lr_scheduler(
 def gather_state(
     accelerator: Accelerator, lr_scheduler: LambdaLR, window: torch.Tensor, batches: DataLoader | StreamedBatches
 ) -> dict:
-    """Schedule, gradient scaler, sums of losses since the last line of metrics, (2, 5) in each process, and streams.
+    """What to save of this run's position beside weights, optimizer and arguments; every process must call it.
 
-    All processes call it together.
+    `window` holds this process's sums and counts of losses since the last line of metrics, (2, 5). "windows" and
+    "streams" (if the data set is streamed) have one entry per process; "scaler" is there only with a gradient scaler.
     """
     state = {"lr_scheduler": lr_scheduler.state_dict(), "windows": gather_object([window.tolist()])}
     if accelerator.scaler is not None:
@@ -42,7 +44,7 @@ def gather_state(
     return state
 
 
-def restore(
+def restore_state(
     state: dict,
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,
@@ -50,13 +52,14 @@ def restore(
     learning_rate: float,
     window: torch.Tensor,
 ) -> dict | None:
-    """Set schedule, learning rates, gradient scaler and `window`; the state of this process's stream, if there is one.
+    """Put back what `gather_state` saved, and return the state of this process's stream (None if not streamed).
 
-    The number of processes may have changed: the sums of losses then go to the first. A stream refuses that itself.
+    The optimizer's learning rates are set by this run's schedule at `state["step"]`. If the number of processes has
+    changed, the main process takes all sums of losses, and `StreamedBatches` refuses the stream's state.
     """
     lr_scheduler.load_state_dict(state["lr_scheduler"])
     for group, rate in zip(optimizer.param_groups, lr_scheduler.lr_lambdas, strict=True):
-        group["lr"] = learning_rate * rate(state["step"])  # by this run's length, which may differ
+        group["lr"] = learning_rate * rate(state["step"])  # this run's schedule: its length may be another
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     windows = torch.tensor(state["windows"], device=window.device)  # (processes, 2, 5)

@@ -79,7 +79,8 @@ def load_unet(
     was, now = pipe.scheduler.config, scheduler.config
     if "beta_schedule" not in was:
         raise ValueError(f"`--{flag}` {name_or_path} has {type(pipe.scheduler).__name__}, of another kind of noise.")
-    for key in other_noise(was, now):
+    if changed := other_noise(was, now):
+        key = changed[0]
         advice = f"pass `--{FLAGS[key]} {was[key]}`" if key in FLAGS else "there is no flag for it"
         raise ValueError(
             f"The network of `--{flag}` was trained with `{key}` {was.get(key)}, and would go on with {now.get(key)}:"

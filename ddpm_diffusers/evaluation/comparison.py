@@ -9,6 +9,7 @@ The number of evaluations is the cost of sampling; a second-order scheduler make
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -80,8 +81,9 @@ def compare_schedulers(
         record = measure(pipe, setting, reference, num_images=num_images, seeds=seeds, batch_size=batch_size)
         if record is not None:
             (left_out if "left_out" in record else records).append(record)
-    for record in left_out if PartialState().is_main_process else []:
-        logger.warning("Left out: %s: %s", name_of(record), record["left_out"])
+    if PartialState().is_main_process:
+        for record in left_out:
+            logger.warning("Left out: %s: %s", title_of(record), record["left_out"])
     return records
 
 
@@ -138,7 +140,7 @@ def most_steps(scheduler: SchedulerMixin, evaluations: int) -> int:
             continue
         if excess <= 0:
             return steps
-        steps -= -(-excess // 2)  # a step needs at most two
+        steps -= math.ceil(excess / 2)  # a step needs at most two evaluations
     raise ValueError(f"{type(scheduler).__name__} needs more than {evaluations} evaluations, however few its steps.")
 
 
@@ -223,5 +225,6 @@ def label_of(record: dict) -> str:
     return label(record["name"], record["options"])
 
 
-def name_of(record: dict) -> str:
+def title_of(record: dict) -> str:
+    """The label of a record and its number of evaluations, such as `ddim, 20 evaluations`."""
     return f"{label_of(record)}, {record['evaluations']} evaluations"

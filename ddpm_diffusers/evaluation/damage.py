@@ -8,7 +8,7 @@ def blur(images: torch.Tensor, amount: float) -> torch.Tensor:
     """Blend uint8 (N, C, H, W), by `amount` in [0, 1], with a copy smoothed by (1, 2, 1) / 4 in both directions."""
     kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
     x = images.float()  # (N, C, H, W)
-    smooth = F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
+    smooth = F.pad(x, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]  # (N * C, 1, H + 2, W + 2)
     smooth = F.conv2d(F.conv2d(smooth, kernel.view(1, 1, 3, 1)), kernel.view(1, 1, 1, 3)).view_as(x)
     return to_uint8(torch.lerp(x, smooth, amount))
 

@@ -1,5 +1,6 @@
 """Plots of the figures, as files: distances by number of evaluations, spectra, rows of images with their names."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,12 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
-from .comparison import distance, label_of, name_of
+from ..grid import MIN_SIDE
+from .comparison import distance, label_of, title_of
 
 LINES, MARKERS = ("-", "--", ":"), ("o", "s", "^", "D", "v", "P", "X")
 FREQUENCIES = {"radial": "radius (cycles an image)", "rings": "larger of |u| and |v| (cycles an image)"}
 DPI = 130
-MIN_HEIGHT = 56  # of a strip, in pixels
 MIN_FACTOR = 1.12  # between ticks
 
 
@@ -31,7 +32,7 @@ def plot_distances(records: Sequence[dict], path: str | Path, yardstick: dict | 
     figure = Figure(figsize=(9, 5 + 0.1 * len(lines)), layout="constrained")
     axes = figure.subplots()
     if yardstick is not None:
-        axes.axhline(distance(yardstick), color="0.4", linewidth=1.2, zorder=1, label=name_of(yardstick))
+        axes.axhline(distance(yardstick), color="0.4", linewidth=1.2, zorder=1, label=title_of(yardstick))
     for i, (name, line) in enumerate(lines.items()):
         line.sort(key=lambda record: record["evaluations"])
         sd = [record["figures"]["train"]["frechet_distance"].get("sd", 0) for record in line]
@@ -85,11 +86,11 @@ def plot_spectra(curves: Mapping[str, Sequence[float]], real: Sequence[float], p
 def plot_rows(rows: Mapping[str, Image.Image], path: str | Path) -> None:
     """Plot strips of images, all of one size, one below the other, each with its name to the left, pixel for pixel."""
     width, height = next(iter(rows.values())).size
-    factor = max(1, -(-MIN_HEIGHT // height))
+    factor = max(1, math.ceil(MIN_SIDE / height))
     width, height, gap = width * factor, height * factor, 4
     margin = 30 + 8 * max(len(name) for name in rows)  # for the names, in pixels
     total = (height + gap) * len(rows)
-    figure = Figure(figsize=((margin + width) / 100, total / 100), dpi=100)
+    figure = Figure(figsize=((margin + width) / 100, total / 100), dpi=100)  # inches, which times dpi are the pixels
     for i, (name, strip) in enumerate(rows.items()):
         bottom = total - (height + gap) * (i + 1)
         pixels = strip.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
@@ -100,7 +101,7 @@ def plot_rows(rows: Mapping[str, Image.Image], path: str | Path) -> None:
 
 
 def spaced(values: Sequence[int]) -> list[int]:
-    """The values far enough below the next larger one kept: places for ticks on a logarithmic axis."""
+    """Ticks for a logarithmic axis: the largest value, then each at least `MIN_FACTOR` below the one kept before."""
     kept = []
     for value in sorted(set(values), reverse=True):
         if not kept or kept[-1] / value >= MIN_FACTOR:
