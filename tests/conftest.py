@@ -6,11 +6,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = str(ROOT)  # for the subprocesses
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, here and in the subprocesses
-os.environ["ACCELERATE_USE_CPU"] = "true"  # also where there is a GPU, but for what says otherwise
-for name in list(os.environ):  # a token, a mirror, a cache
-    if name.startswith(("HF_", "HUGGING_FACE_", "TRANSFORMERS_")):
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch, here and in the subprocesses
+for name in list(os.environ):  # a token, a mirror, a cache, a proxy, settings of accelerate
+    if name.startswith(("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "ACCELERATE_")) or name.lower().endswith("_proxy"):
         del os.environ[name]
+os.environ["ACCELERATE_USE_CPU"] = "true"  # also where there is a GPU, but for what says otherwise
 
 import json
 import subprocess

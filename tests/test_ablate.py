@@ -147,7 +147,10 @@ def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(garment
 
     for flags, message in (
         (("--num_inference_steps", "0"), "num_inference_steps"),
-        (("--dataset_name", "nowhere", "--train_seeds", "5"), "data set 'nowhere'"),
+        (
+            ("--dataset_name", str(tmp_path / "nowhere"), "--train_seeds", "5"),
+            f"data set {str(tmp_path / 'nowhere')!r}",
+        ),
         (("--num_images", "96"), "more than the 96 features"),
         (("--optimizer", "muon"), "made with `optimizer` not given, and `optimizer` muon is asked for"),
         (("--learning_rate", "1e-3"), "made with `learning_rate` 0.002, and `learning_rate` 0.001 is asked for"),

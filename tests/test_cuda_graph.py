@@ -55,12 +55,14 @@ def distance(result: dict, reference: dict) -> float:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("flags", [
-    (), ("--random_flip", "--snr_gamma", "5", "--prediction_type", "v_prediction"),
-    ("--dataloader_num_workers", "2", "--validation_steps", "5"), ("--mixed_precision", "bf16"),
-    ("--unet_config", json.dumps({**UNET, "norm_type": "batch"})),
-    ("--unet_config", json.dumps(STOCK)), ("--optimizer", "muon"),
-], ids=["plain", "objective", "pinned, samples between", "bf16", "BatchNorm", "dropout", "Muon"])  # fmt: skip
+@pytest.mark.parametrize("flags", [pytest.param((), id="plain"), *(
+    pytest.param(flags, id=name, marks=pytest.mark.slow) for name, flags in {
+        "objective": ("--random_flip", "--snr_gamma", "5", "--prediction_type", "v_prediction"),
+        "pinned, samples between": ("--dataloader_num_workers", "2", "--validation_steps", "5"),
+        "bf16": ("--mixed_precision", "bf16"),
+        "BatchNorm": ("--unet_config", json.dumps({**UNET, "norm_type": "batch"})),
+        "dropout": ("--unet_config", json.dumps(STOCK)), "Muon": ("--optimizer", "muon"),
+    }.items())])  # fmt: skip
 def test_the_training_is_the_same(tmp_path, flags):
     assert "each a CUDA graph" in train(tmp_path / "graphed", *flags)
     assert "each a CUDA graph" not in train(tmp_path / "plain", *flags, "--no_cuda_graph")
@@ -81,6 +83,7 @@ def test_it_resumes(tmp_path):
 
 
 @on_a_gpu
+@pytest.mark.slow
 def test_a_compiled_step_is_captured(tmp_path):
     assert "each a CUDA graph" in train(tmp_path / "compiled", "--compile")
     train(tmp_path / "plain", "--no_cuda_graph")
@@ -88,6 +91,7 @@ def test_a_compiled_step_is_captured(tmp_path):
 
 
 @on_a_gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     ("--gradient_accumulation_steps", "2"), ("--gradient_checkpointing",), ("--mixed_precision", "fp16"),
 ], ids=["accumulation", "checkpointing", "fp16"])  # fmt: skip

@@ -724,20 +724,22 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
         import time
         import datasets, huggingface_hub
         from ddpm_diffusers.data import load_images
+        from ddpm_diffusers.streaming import open_stream
         time.sleep = lambda seconds: None  # the client waits 23 s between its tries
         for offline in (False, True):
             datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = offline
-            try:
-                load_images("zalando-datasets/fashion_mnist", resolution=8)
-            except ConnectionError as error:
-                print(error)
+            for read in (lambda name: load_images(name, resolution=8), *([] if offline else [open_stream])):
+                try:
+                    read("zalando-datasets/fashion_mnist")
+                except ConnectionError as error:
+                    print(error)
     """
     with socket.socket() as closed:  # bound, and not listening
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
         messages = run(script, env=env).splitlines()
-    assert len(messages) == 2 and "offline" in messages[1].lower()
+    assert len(messages) == 3 and "offline" in messages[2].lower()
     for message in messages:
         for words in ("cannot be reached", "'zalando-datasets/fashion_mnist'", "`dataset_name` synthetic-fashion"):
             assert words in message

@@ -85,9 +85,8 @@ def test_another_number_of_processes_goes_on(one, two, tmp_path):
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
-    if torch.cuda.device_count() > 1:
-        pytest.skip("with two GPUs they do")
-    result = train(tmp_path / "run", torchrun(2), *HUNDRED, ACCELERATE_USE_CPU="false")
+    hidden = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}  # a GPU would be shared by both
+    result = train(tmp_path / "run", torchrun(2), *HUNDRED, **hidden)
     assert "2 processes were launched, but accelerate connects 1" in result.stderr
     assert not (tmp_path / "run").exists()
 
@@ -102,8 +101,9 @@ def sharded(output_dir: Path, kind: str, *flags: str) -> Path:
         kind,
     ]
     flags = ["--max_train_steps", "20", "--checkpointing_steps", "8", "--train_batch_size", "32", *flags]
-    # accelerate is to take the processes for GPUs
-    return trained(output_dir, launcher, *flags, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false")
+    # accelerate is to take the processes for GPUs, and to find none
+    hidden = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+    return trained(output_dir, launcher, *flags, DS_ACCELERATOR="cpu", **hidden)
 
 
 @pytest.mark.slow

@@ -441,6 +441,12 @@ def test_the_token_is_nowhere_but_in_its_header_and_nothing_is_a_pickle(saved, t
             assert not re.match(rb"\x80[\x02-\x05]", data) and b"data.pkl" not in data  # pickles; torch's zip of one
 
 
+def test_a_pipeline_in_a_subfolder_brings_no_card(hub, client, saved):
+    assert "result" in client("push_to_hub", saved, repo_id="user/parts", subfolder="small")
+    expected = {f"small/{name}" for name in PIPELINE - {"README.md", "samples.png"}}
+    assert set(hub.repos["user/parts"].files) - {".gitattributes"} == expected
+
+
 def test_the_card_of_a_training_says_what_is_known_and_names_no_path(tiny_pipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "garments").mkdir()

@@ -28,7 +28,7 @@ def train(output_dir: Path, *flags: str, **environment: str) -> dict:
     return arguments
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (SCRIPTS / "accelerate").iterdir()))
+@pytest.mark.parametrize("name", sorted(path.name for path in (SCRIPTS / "accelerate").glob("*.yaml")))
 def test_accelerate_knows_every_setting_in_the_configs(name):
     config = load_config_from_file(str(SCRIPTS / "accelerate" / name))
     assert config.use_cpu == (name == "cpu.yaml") and config.num_processes >= 1

@@ -26,7 +26,9 @@ mode, source, work = sys.argv[1:]
 if mode == "installed":
     import ddpm_diffusers
 else:
-    sys.modules["ddpm_diffusers"] = None  # `import ddpm_diffusers` now raises ImportError
+    # `import` of these now fails: the package, and what neither "diffusers[torch]" nor einops brings
+    for name in ("ddpm_diffusers", "transformers", "datasets", "scipy", "torchmetrics", "torchsde"):
+        sys.modules[name] = None
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline
 
@@ -225,7 +227,11 @@ else:
     raise AssertionError("it loaded without trust")
 print(type(ddpm_diffusers.PixelDiffusionPipeline.from_pretrained(sys.argv[1]).unet).__module__)
 del diffusers.ConfigMixin._dict_from_json_file  # a diffusers that has no such method at all
+told = []
+logger = diffusers.utils.logging.get_logger("ddpm_diffusers.registration")
+logger.addFilter(lambda record: told.append(record.getMessage()))
 ddpm_diffusers.register()
+assert "PixelDiffusionPipeline.from_pretrained" in told[0]
 """
 
 
@@ -262,7 +268,9 @@ def test_a_users_subclass_is_left_alone(saved, tmp_path):
 OWN_NETWORK = """
 import sys
 import ddpm_diffusers
+from diffusers import ModelMixin  # among the names of this module diffusers looks for the class that can load
 from diffusers.utils import logging
+from huggingface_hub import snapshot_download
 
 class MyUNet(ddpm_diffusers.OptimizedUNet2DModel):
     pass
@@ -274,6 +282,8 @@ pipe = ddpm_diffusers.PixelDiffusionPipeline.from_pretrained(sys.argv[1])
 pipe.push_to_hub("user/theirs")
 assert not told
 ddpm_diffusers.PixelDiffusionPipeline(MyUNet.from_config(pipe.unet.config), pipe.scheduler).push_to_hub("user/own")
+own = ddpm_diffusers.PixelDiffusionPipeline.from_pretrained(snapshot_download("user/own"))  # as the warning says
+assert type(own.unet) is MyUNet
 print(told)
 """
 

@@ -138,6 +138,7 @@ def test_precision_and_recall_are_those_of_a_loop_over_pairs(k, monkeypatch):
     expected = share_within(generated.numpy(), real.numpy(), k), share_within(real.numpy(), generated.numpy(), k)
     assert 0.1 < min(expected) < max(expected) < 1
     assert precision_recall(real, generated, k) == expected
+    assert k != 3 or precision_recall(real, generated) == expected  # the default
     assert precision_recall(generated.float(), real.float(), k) == expected[::-1]
     monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", 7)
     assert precision_recall(real, generated, k) == expected

@@ -61,6 +61,7 @@ def test_a_run_in_two_parts_logs_each_step_once_and_the_token_nowhere(logger, tm
     assert all(list(row) == ["step", "epoch", *LOGGED] for row in rows)
     assert rows[-1]["epoch"] == 8 * 16 / 64
     speeds = [json.loads(line) for line in (tmp_path / "run" / "speed.jsonl").read_text().splitlines()]
+    assert [speed["step"] for speed in speeds] == [2, 4, 5, 4, 6, 8]  # a repeated step's is kept
     assert all(speed["images_per_second"] > 0 for speed in speeds)
     if logger == "tensorboard":
         steps = tensorboard_steps(tmp_path)

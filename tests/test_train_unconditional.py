@@ -107,8 +107,6 @@ def test_the_averaged_weights_are_saved_and_no_pickle_is(finished):
     ["--prediction_type", "sample", "--ddpm_beta_schedule", "squaredcos_cap_v2"],
     ["--snr_gamma", "5"],
     ["--random_flip"],
-    ["--no_use_ema"],
-    ["--optimizer", "muon"],
     ["--mixed_precision", "bf16"],
     ["--unet_config", '{"in_channels": 3, "out_channels": 3, "block_out_channels": [8, 8]}',
      "--logger", "tensorboard"],
@@ -123,6 +121,22 @@ def test_variants(train, plain, flags):
     given = dict(zip(flags[::2], flags[1::2], strict=False))
     assert pipe.scheduler.config.prediction_type == given.get("--prediction_type", "epsilon")
     assert pipe.scheduler.config.beta_schedule == given.get("--ddpm_beta_schedule", "scaled_linear")
+
+
+def test_muon_moves_the_inner_kernels_and_adamw_the_rest(train):
+    output_dir = train("--optimizer", "muon", "--checkpointing_steps", "3")
+    state = load_file(output_dir / "checkpoint-3" / "optimizer.safetensors")
+    averages = {key.removesuffix(".exp_avg") for key in state if key.endswith(".exp_avg")}
+    squares = {key.removesuffix(".exp_avg_sq") for key in state if key.endswith(".exp_avg_sq")}
+    kernels = {name for name, weight in load_file(output_dir / WEIGHTS).items() if weight.ndim == 4}
+    assert averages - squares == kernels - {"stem.weight", "out_block.layers.2.weight"}  # which read or write images
+
+
+def test_without_an_average_the_trained_weights_are_saved(train):
+    output_dir = train("--no_use_ema", "--checkpointing_steps", "3")
+    trained = load_file(output_dir / "checkpoint-3" / WEIGHTS)
+    assert all(torch.equal(weight, trained[name]) for name, weight in load_file(output_dir / WEIGHTS).items())
+    assert not (output_dir / "checkpoint-3" / "unet_ema").exists()
 
 
 def test_gradient_checkpointing_takes_memory_not_precision(train, plain):
