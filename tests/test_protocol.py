@@ -120,11 +120,11 @@ def test_a_cache_that_cannot_be_written_is_told_and_leaves_no_rest(extractor, tm
     assert not list((tmp_path / "ddpm-diffusers").iterdir())
 
 
-def test_a_spread_takes_evenly_from_first_to_last():
+def test_a_subset_takes_evenly_from_first_to_last():
     sorted_set = Statistics(torch.arange(1000.0)[:, None], torch.zeros(8, 8))
-    spread = sorted_set.subset(12)
-    assert spread[0] == 0 and spread[-1] == 999
-    assert all(90 <= step <= 92 for step in spread.diff(dim=0))
+    subset = sorted_set.subset(12)
+    assert subset[0] == 0 and subset[-1] == 999
+    assert all(90 <= step <= 92 for step in subset.diff(dim=0))
     assert torch.equal(sorted_set.subset(1000), sorted_set.features)
 
 

@@ -93,7 +93,7 @@ SOURCES = {
 }
 
 
-WITH_WORKERS = {"6 row groups in 3 files", "an image folder in file order"}  # else the reading process is one
+WITH_WORKERS = {"6 row groups in 3 files", "an image folder in file order"}  # the others without worker processes
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -202,7 +202,7 @@ def test_a_run_stopped_after_any_batch_goes_on_exactly(source, batch_size, buffe
     assert max(position["pass"] for position in positions) >= 1  # so that the end of a pass is among them
     assert any(position["used"] for position in positions) or buffer_size == 1
 
-    # with workers each start is as many processes: these stops meet every place among them
+    # each start with workers starts processes, so only some stops: among them, each worker is once the next in turn
     for stop in range(20) if num_workers == 0 else (0, 1, 2, 7, 13, 19):
         resumed = run_of(stream, batch_size, state=json.loads(states[stop]), **arguments)
         assert json.dumps(resumed.state_dict()) == states[stop]

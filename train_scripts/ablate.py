@@ -102,7 +102,7 @@ class AblateArguments:
 def main(args: AblateArguments) -> None:
     unet_configs = read_ladder(Path(args.ladder))
     names = args.rows or list(unet_configs)
-    pictured = args.pictured or []  # none is all
+    pictured = args.pictured or list(unet_configs)
     if args.pictured is None and Path(args.ladder).resolve() == LADDER:
         pictured = [name for name in PICTURED if name in unet_configs]
     for name in (*names, *pictured):

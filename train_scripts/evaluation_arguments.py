@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,9 +98,9 @@ def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> 
 
 def provenance(args: EvaluationArguments, accelerator: Accelerator, pipe: PixelDiffusionPipeline | None) -> dict:
     """What a figure depends on beyond its record: data, weights, precision, versions. No local paths."""
-    local = Path(args.train_data_dir or args.dataset_name)
+    local = Path(os.path.abspath(args.train_data_dir or args.dataset_name))  # by its own name, also if it is a link
     record = {
-        "dataset": args.dataset_id or (local.resolve().name if local.exists() else args.dataset_name),
+        "dataset": args.dataset_id or (local.name if local.exists() else args.dataset_name),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "device": accelerator.device.type,

@@ -88,7 +88,10 @@ def check_agreement(resume_path: Path | None, goes_on: bool) -> None:
 
 
 def check_data(data: str) -> None:
-    """Raise a ValueError in every process unless all pass the same `data`, a text of the images. All must call it."""
+    """Raise a ValueError in every process unless all pass the same `data`, the text that identifies the images.
+
+    Every process must call it.
+    """
     found = sorted(set(gather_object([data])))
     if len(found) > 1:
         raise ValueError(f"The machines have different images ({' and '.join(found)}): give all of them the same.")

@@ -320,7 +320,7 @@ def main(args: TrainingArguments) -> None:
     train_step = None  # frees the memory of the CUDA graph
 
     def release() -> None:
-        """Drop the prepared network and shut this process down (see `let_go`)."""
+        """Drop the prepared network, free what accelerate holds, and end the tracking (see `let_go`)."""
         nonlocal unet  # `train_on` holds it, too
         unet = None
         let_go(accelerator)

@@ -63,7 +63,7 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     metric.update(generated.double(), real=False)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # seed of the subsets
-        return metric.compute()[0].item()  # the mean over the subsets, [1] its standard deviation
+        return metric.compute()[0].item()  # the mean of the subsets' scores; [1] is their standard deviation
 
 
 def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) -> tuple[float, float]:

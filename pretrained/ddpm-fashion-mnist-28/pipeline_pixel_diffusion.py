@@ -253,7 +253,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 f"The U-Net has {channels} `in_channels` and {predicted} `out_channels`; with this"
                 f" {type(self.scheduler).__name__} it must have {expected}: as many, or twice as many for a scheduler"
                 " that takes a learned `variance_type` from it (`DDPMScheduler`; with 3 channels and predicted noise"
-                " also DPM-Solver)."
+                " also DPM-Solver). Set another scheduler, or another U-Net."
             )
         if output_type == "pil" and channels > 4:
             raise ValueError(
