@@ -149,7 +149,7 @@ def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(garment
         (("--num_inference_steps", "0"), "num_inference_steps"),
         (
             ("--dataset_name", str(tmp_path / "nowhere"), "--train_seeds", "5"),
-            f"data set {str(tmp_path / 'nowhere')!r}",
+            repr(str(tmp_path / "nowhere")),
         ),
         (("--num_images", "96"), "more than the 96 features"),
         (("--optimizer", "muon"), "made with `optimizer` not given, and `optimizer` muon is asked for"),
