@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 import time
-import tracemalloc
 from pathlib import Path
 
 import psutil
@@ -21,7 +20,8 @@ from report import table, thousands, with_quartiles
 from windows import quartiles, time_arms, turns
 
 from ddpm_diffusers import OptimizedUNet2DModel
-from ddpm_diffusers.data import ImageArrays, ShuffledBatches, load_images
+from ddpm_diffusers.data import ImageArrays, load_images
+from ddpm_diffusers.shuffling import ShuffledBatches
 
 NETWORKS = ("default",)
 START = {"resolution": 16, "batch_size": 16, "widths": (64, 64, 128)}
@@ -79,17 +79,14 @@ def read_in_process(num_images: int, cache: Path, device: torch.device) -> dict:
 def read(num_images: int, cache: str) -> dict:
     garments = load_images("synthetic-fashion", resolution=16, max_samples=num_images, cache_dir=cache)
     images = ImageArrays(garments, (1, 16, 16))
-    shuffled = ShuffledBatches(num_images, READ_BATCH_SIZE, 0, range(READ_BATCHES))
-    before, start = file_bytes(), time.perf_counter()
-    for indices in shuffled:
+    (own_before, files_before), start = resident_bytes(), time.perf_counter()
+    for indices in ShuffledBatches(num_images, READ_BATCH_SIZE, 0, range(READ_BATCHES)):
         images.__getitems__(indices)
     seconds = time.perf_counter() - start
-    of_files = file_bytes() - before
-    tracemalloc.start()  # resident memory would not tell: freed memory is used again
-    ends = num_images // READ_BATCH_SIZE  # of the batch where two epochs meet
-    for indices in ShuffledBatches(num_images, READ_BATCH_SIZE, 0, range(max(ends - 1, 0), ends + 2)):
+    of_files, own = resident_bytes()[1] - files_before, 0
+    for indices in ShuffledBatches(num_images, READ_BATCH_SIZE, 0, range(READ_BATCHES, 2 * READ_BATCHES)):
         images.__getitems__(indices)
-    own = tracemalloc.get_traced_memory()[1]
+        own = max(own, resident_bytes()[0] - own_before)  # not in the first loop: it takes as long as the batch
     return {
         "images_seen": READ_BATCHES * READ_BATCH_SIZE,
         "images_per_second": READ_BATCHES * READ_BATCH_SIZE / seconds,
@@ -97,9 +94,11 @@ def read(num_images: int, cache: str) -> dict:
     }
 
 
-def file_bytes() -> int:
-    """Resident pages of files, which the system can drop, where it reports them."""
-    return getattr(psutil.Process().memory_info(), "shared", 0)
+def resident_bytes() -> tuple[int, int]:
+    """Resident memory of the process's own, and its pages of files, which the system can drop (0 if not reported)."""
+    memory = psutil.Process().memory_info()
+    of_files = getattr(memory, "shared", 0)
+    return memory.rss - of_files, of_files
 
 
 def grow_processes(args, folder: Path, device: torch.device) -> list[dict]:
@@ -160,7 +159,7 @@ def report(result: dict) -> str:
         f" time, precision {result['precision']}:",
         table(("", "GFLOP", "ms", "images/s", "GFLOP/s"), steps),
         f"{READ_BATCHES:,} shuffled batches of {READ_BATCH_SIZE} from a memory-mapped data set of 16x16, each once:",
-        table(("images in it", "images/s", "memory while it reads, MiB", "pages of the file, MiB more"), data),
+        table(("images in it", "images/s", "resident memory, MiB more", "pages of the file, MiB more"), data),
         f"The training script on several processes, each with batches of {BATCH_SIZE} and its share of the threads:",
         table(("processes", "images/s"), processes),
     ])  # fmt: skip

@@ -50,7 +50,9 @@ class BenchmarkArguments:
         f"some of {', '.join(SECTIONS)}; all but {', '.join(LONG)} by default",
     )
     networks: list[str] = listed(list(NETWORKS), f"training_step: some of {', '.join(ALL_NETWORKS)}")
-    resolutions: list[int] = listed([16, 28], "height and width; training_script and operators use only the first")
+    resolutions: list[int] = listed(
+        [16, 28], "height and width; training_script and operators use only the first, time_to_quality 16"
+    )
     batch_sizes: list[int] | None = listed(
         None, "for training; by default 128, on a GPU also 1024 and 4096; only training_step uses more than the first"
     )

@@ -18,7 +18,7 @@ from processes import flags, run
 from report import table
 
 from ddpm_diffusers.checkpointing import config_of
-from ddpm_diffusers.data import load_images
+from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.evaluation import load_feature_extractor
 
 NETWORKS = ("default", "stock")
@@ -30,19 +30,20 @@ SCHEDULER, NUM_INFERENCE_STEPS = "ddim", 50
 def measure(args, device: torch.device) -> dict:
     # decoded, and known to be there, before the first training
     load_images(args.dataset_name, resolution=RESOLUTION, split="test")
-    num_images = len(load_images(args.dataset_name, resolution=RESOLUTION))
+    images = ImageArrays(load_images(args.dataset_name, resolution=RESOLUTION), (1, RESOLUTION, RESOLUTION))
     of_default = args.quality_batch_size, args.quality_learning_rate, args.quality_optimizer
     runs = []
     for name, epochs, batch_size, rate, optimizer in (
         ("stock", STOCK_EPOCHS, STOCK_BATCH_SIZE, STOCK_LEARNING_RATE, "adamw"),
         *(("default", epochs, *of_default) for epochs in args.epochs),
     ):
-        steps = max(1, round(epochs * num_images / batch_size))
+        steps = max(1, round(epochs * len(images) / batch_size))
         budget = {"max_train_steps": steps, "train_batch_size": batch_size, "learning_rate": rate}
         folder = f"{name}-{steps}x{batch_size}-{rate:g}"
         if optimizer != "adamw":  # older records have none
             budget, folder = budget | {"optimizer": optimizer}, f"{folder}-{optimizer}"
-        runs.append((name, epochs, budget, Path(args.work_dir, folder), settings_of(name, budget, args, device)))
+        runs.append((name, epochs, budget, Path(args.work_dir, folder), {
+            "data": images.fingerprint(), **settings_of(name, budget, args, device)}))  # fmt: skip
     for *_, folder, settings in runs:  # all of them before the first training
         trained_before(folder, settings)
     rows = []
@@ -63,12 +64,11 @@ def settings_of(name: str, budget: dict, args, device: torch.device) -> dict:
     """What the seconds and weights of a training depend on, and a little more: any change of package or scripts."""
     machine = describe(device)
     del machine["versions"][PEER]
-    files = [*(ROOT / "ddpm_diffusers").glob("*.py"), *(ROOT / "train_scripts").glob("*.py")]
+    files = [*(ROOT / "ddpm_diffusers").rglob("*.py"), *(ROOT / "train_scripts").glob("*.py")]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
     return {
         "network": config_of(make_network(name, RESOLUTION)),
         "budget": budget,
-        "dataset": args.dataset_id or Path(args.dataset_name).name,
         "mixed_precision": args.precisions[-1],
         "code": code.hexdigest()[:12],
         **{key: machine[key] for key in ("device", "threads", "versions")},
@@ -138,7 +138,7 @@ def seconds_of_steps(folder: Path, budget: dict) -> float:
 
 
 def report(result: dict) -> str:
-    stock, *others = result["rows"]
+    stock = result["rows"][0]
     digits = 0 if stock["seconds"] > 100 else 1
     lines = [
         (
@@ -153,7 +153,7 @@ def report(result: dict) -> str:
             f"{row['distance']:.3f}",
             "yes" if row["distance"] <= stock["distance"] else "no",
         )
-        for row in (stock, *others)
+        for row in result["rows"]
     ]
     head = ("network", "epochs", "optimizer", "batch size", "learning rate", "seconds of the script",
             "of them in its loop", "x stock's", "distance", "reached")  # fmt: skip

@@ -77,40 +77,6 @@ class ImageArrays(torch.utils.data.Dataset):
         return torch.from_numpy(batch)
 
 
-class ShuffledBatches(torch.utils.data.Sampler):
-    """A `batch_sampler` of one process's batches of a run; for given sizes, batch i depends on (seed, i) alone.
-
-    The shuffled epochs are concatenated and cut into batches: each epoch visits every image exactly once, in a new
-    order, and a batch may contain the end of one epoch and the start of the next, so that no image is left out.
-
-    Args:
-        num_images: Number of images in the data set.
-        batch_size: Indices per batch.
-        seed: Seed of the orders.
-        batches: Which of the run's batches this process takes, such as `range(start + rank, stop, num_processes)`.
-    """
-
-    def __init__(self, num_images: int, batch_size: int, seed: int, batches: range):
-        self.num_images, self.batch_size, self.seed, self.batches = num_images, batch_size, seed, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self):
-        shuffled_epoch, order = None, None
-        for i in self.batches:
-            place, end, parts = i * self.batch_size, (i + 1) * self.batch_size, []  # in the concatenated epochs
-            while place < end:
-                epoch, first = divmod(place, self.num_images)
-                if epoch != shuffled_epoch:
-                    order = None  # freed before the next is made: one takes 8 bytes an image
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-                    shuffled_epoch = epoch
-                parts.append(order[first : first + end - place].copy())  # a view would keep the whole order
-                place += len(parts[-1])
-            yield np.concatenate(parts)
-
-
 def as_batch(images: torch.Tensor) -> torch.Tensor:
     """`collate_fn` for `ImageArrays`: a batch is already one tensor."""
     return images
@@ -212,9 +178,14 @@ def stamps(source: Dataset) -> list[tuple[int, int]]:
 def cache_file(cache_dir: str | None, *content) -> str:
     """Path of the cache file for rows that this code makes from `content`. The source's folder may be read-only."""
     code = [Path(file).read_bytes() for file in (__file__, image_decoding.__file__, synthetic_fashion.__file__)]
-    folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / "ddpm-diffusers"
+    folder = cache_folder(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder / f"{Hasher.hash([code, content])}.arrow")
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where this package keeps what it computes once: in `cache_dir`, by default the cache of `datasets`."""
+    return Path(cache_dir or datasets_config.HF_DATASETS_CACHE).expanduser() / "ddpm-diffusers"
 
 
 def draw_synthetic(count: int, seed: int, resolution: int, channels: int, cache_dir: str | None = None) -> Dataset:

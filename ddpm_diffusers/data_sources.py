@@ -1,6 +1,7 @@
 """Where images come from: data sets of the Hub, local ones, and folders of images, opened by `datasets`."""
 
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from diffusers.utils import logging
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import httpx
 
 from .synthetic_fashion import SYNTHETIC
 
@@ -36,6 +38,7 @@ def open_dataset(
     advice = "pass a data set of the Hub or a local folder as `dataset_name`, or a folder of images as"
     advice += f" `train_data_dir`, and one of its splits as `split`; or use `dataset_name` {SYNTHETIC}, built in"
     name = train_data_dir or dataset_name
+    dataset_name = dataset_name and os.path.expanduser(dataset_name)
     try:
         if train_data_dir is not None:
             files = files_by_split(train_data_dir)
@@ -54,12 +57,21 @@ def open_dataset(
         return loaded
     except DatasetNotFoundError as error:
         raise ValueError(f"There is no data set {name!r} that can be read ({error}): {advice}.") from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+    except (httpx.HTTPError, ConnectionError) as error:
         raise ConnectionError(f"The Hub cannot be reached for data set {name!r} ({error}): {advice}.") from error
     except IndexError as error:  # what `datasets` raises for no rows on disk, and for an empty name
         raise ValueError(f"Data set {name!r} is empty: {advice}.") from error
     except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:  # RuntimeError: it has a script
+        if found_nothing := not_answered(error):
+            raise ConnectionError(f"The Hub cannot be reached for {name!r} ({found_nothing}): {advice}.") from error
         raise ValueError(f"Data set {name!r} cannot be read ({error}): {advice}.") from error
+
+
+def not_answered(error: BaseException | None) -> LocalEntryNotFoundError | None:
+    """The error of a Hub that failed to answer, where `datasets` took it for a missing file."""
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def files_by_split(folder: str) -> dict[str, list[str]]:

@@ -32,6 +32,7 @@ from .synthetic_fashion import SYNTHETIC
 logger = logging.get_logger(__name__)
 
 WAITS = (1, 4, 16)  # seconds before the second, third and fourth try of a push
+UNET_MODULE = "unet_2d_optimized"  # whose code a repository carries
 TASK = {"task_type": "unconditional-image-generation", "task_name": "unconditional image generation"}
 
 # what the Hub's client raises: refusals, broken connections, both also from its upload threads, rejected metadata
@@ -241,6 +242,8 @@ def pipeline_files(folder: str | Path) -> list[str]:
     root = [README, SAMPLES, "model_index.json"]
     if isinstance(index.get("_class_name"), list):
         root.append(f"{index['_class_name'][0]}.py")
+        if not (folder / root[-1]).is_file():
+            raise ValueError(f"{folder} lacks {root[-1]}, the pipeline's code: save it again.")
     files = [name for name in root if (folder / name).is_file()]
     for name, value in index.items():
         if not name.isidentifier() or name.startswith("_") or not isinstance(value, list):
@@ -252,6 +255,8 @@ def pipeline_files(folder: str | Path) -> list[str]:
         found = component_files(folder / name)
         if not found or ("config.json" in found and not any(file.endswith(".safetensors") for file in found)):
             raise ValueError(f"{folder} lacks {'the weights' if found else 'all files'} of `{name}`: save it again.")
+        if value[0] == UNET_MODULE and f"{UNET_MODULE}.py" not in found:
+            raise ValueError(f"{folder} lacks {name}/{UNET_MODULE}.py, the network's code: save it again.")
         files += [f"{name}/{file}" for file in found]
     return files
 

@@ -103,7 +103,9 @@ def decode_image(encoded: dict | None, index: int) -> PILImage.Image:
             " have 8 bits a channel, or 16 bits of grey: convert them."
         )
     if image.mode.startswith("I;16"):
-        return PILImage.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))  # 65535 to 255
+        values = np.array(image)
+        values[values == image.info.get("transparency", -1)] = 0  # PIL's own handling has only 8 bits
+        return PILImage.fromarray(np.round(values / 257).astype(np.uint8))  # 65535 to 255
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "black"), image)

@@ -71,7 +71,7 @@ def open_stream(
     # `cast_column` would not turn off the threaded decoding that `datasets` sets up for image folders on the Hub
     stream = stream.decode(False).select_columns([image_column])
     # local parquet files are read by row group, in any order; on the Hub, each row group would need its own requests
-    return stream.reshard() if Path(dataset_name).is_dir() else stream
+    return stream.reshard() if train_data_dir is None and Path(dataset_name).expanduser().is_dir() else stream
 
 
 class StreamedBatches:

@@ -42,14 +42,18 @@ def draw_garments(indices, seed=0, resolution=28, channels=1):
         `CLASS_NAMES`.
 
     Raises:
-        ValueError: If the seed or the resolution is out of its range.
+        ValueError: If an index, the seed, the resolution or the number of channels is out of its range.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"`seed` is {seed!r}; for {SYNTHETIC} it must be in [0, 2^64).")
     if resolution < 8:
         raise ValueError(f"`resolution` is {resolution!r}; for {SYNTHETIC} it must be at least 8.")
+    if channels not in (1, 3):
+        raise ValueError(f"`channels` is {channels!r}; it must be 1 (grey) or 3 (RGB).")
 
     indices = np.asarray(indices, np.int64)
+    if (indices < 0).any():
+        raise ValueError(f"`indices` holds {indices.min()}; they must be from 0 to 2^63 - 1.")
     labels = indices % len(CLASS_NAMES)
     images = np.empty((len(indices), channels, resolution, resolution), np.uint8)
     step = max(1, _CHUNK_PIXELS // resolution**2)

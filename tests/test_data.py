@@ -7,10 +7,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import tracemalloc
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from ddpm_diffusers import data, image_decoding
-from ddpm_diffusers.data import ImageArrays, ShuffledBatches, as_batch, load_images
+from ddpm_diffusers.data import ImageArrays, as_batch, load_images
 from ddpm_diffusers.image_decoding import decode_image
 from ddpm_diffusers.streaming import StreamedBatches, open_stream
 
@@ -280,6 +281,15 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(format, dtype, tmp_path, cache):
         np.testing.assert_array_equal(read(decoded, 8, channels), expected)
 
 
+def test_the_transparent_value_of_sixteen_bit_grey_shows_black(tmp_path, cache):
+    values = np.linspace(0, 65535, 64).round().astype("<u2").reshape(8, 8)
+    image = PILImage.frombytes("I;16", (8, 8), values.tobytes())
+    source = store([encode(image, transparency=int(values[7, 7]))], tmp_path / "source")  # white
+    decoded = load_images(**source, resolution=8, cache_dir=cache)
+    values[7, 7] = 0
+    np.testing.assert_array_equal(read(decoded, 8)[0, 0], np.round(values / 65535 * 255))
+
+
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_transparent_pixels_show_black(mode, tmp_path, cache):
     pixels = pixels_of((8, 8, len(mode)))
@@ -403,29 +413,6 @@ def test_the_fingerprint_is_of_the_content_wherever_it_is(tmp_path, cache):
     assert found.pop("parquet") == found["disk"] and len(set(found.values())) == len(found)
 
 
-def test_every_epoch_visits_every_image_once_whatever_the_batches_and_the_processes():
-    for num_images, batch_size in ((11, 3), (12, 3), (5, 8), (1, 4)):
-        stop = 6 * num_images
-        run = np.concatenate(list(ShuffledBatches(num_images, batch_size, 5, range(stop))))
-        epochs = run[: stop * batch_size // num_images * num_images].reshape(-1, num_images)
-        assert (np.sort(epochs) == np.arange(num_images)).all()
-        if num_images > 1:
-            assert len({tuple(epoch) for epoch in epochs[:6]}) > 2  # in another order each
-    for processes in (1, 2, 4):
-        shares = [list(ShuffledBatches(11, 12 // processes, 5, range(rank, 5 * processes, processes)))
-                  for rank in range(processes)]  # fmt: skip
-        steps = [np.concatenate(batches) for batches in zip(*shares, strict=True)]
-        np.testing.assert_array_equal(steps, list(ShuffledBatches(11, 12, 5, range(5))))
-
-
-def test_batches_go_on_anywhere():
-    whole = list(ShuffledBatches(11, 3, 5, range(9)))
-    for start in range(9):
-        np.testing.assert_array_equal(list(ShuffledBatches(11, 3, 5, range(start, 9))), whole[start:])
-    assert not np.array_equal(list(ShuffledBatches(11, 3, 6, range(9))), whole)
-    assert len(ShuffledBatches(11, 3, 5, range(4, 9, 2))) == 3
-
-
 # cache
 
 
@@ -452,16 +439,6 @@ def test_a_data_set_saved_anew_with_other_pixels_is_decoded_anew(tmp_path, cache
         saved.save_to_disk(tmp_path / "saved")
         found = read(load_images(str(tmp_path / "saved"), resolution=8, cache_dir=cache), 8)
         np.testing.assert_array_equal(found, reference(images, 8))
-
-
-def test_a_run_holds_the_order_of_one_epoch():
-    tracemalloc.start()
-    try:
-        for _ in ShuffledBatches(1_000_000, 128, 0, range(7811, 7814)):  # from one to the next
-            pass
-        assert tracemalloc.get_traced_memory()[1] < 1.1 * 8_000_000
-    finally:
-        tracemalloc.stop()
 
 
 def test_no_setting_reads_the_cache_of_another(tmp_path, cache, monkeypatch):
@@ -732,14 +709,23 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
                 try:
                     read("zalando-datasets/fashion_mnist")
                 except ConnectionError as error:
-                    print(error)
+                    print(str(error).replace("\\n", " "))
     """
-    with socket.socket() as closed:  # bound, and not listening
-        closed.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
-        messages = run(script, env=env).splitlines()
-    assert len(messages) == 3 and "offline" in messages[2].lower()
-    for message in messages:
+    with socket.socket() as closed, HubServer() as hub, HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as proxy:
+        closed.bind(("127.0.0.1", 0))  # and not listening
+        hub.fault = lambda method, path: 503
+        Thread(target=proxy.serve_forever, daemon=True).start()  # it refuses whatever it is asked for
+        endpoints = {
+            "closed": {"HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}", "NO_PROXY": "127.0.0.1"},
+            "failing": {"HF_ENDPOINT": hub.endpoint, "NO_PROXY": "127.0.0.1"},
+            "behind": {"HF_ENDPOINT": "https://hub.example", "HTTPS_PROXY": f"http://127.0.0.1:{proxy.server_port}"},
+        }
+        messages = {
+            name: run(script, env={**env, "HF_HOME": str(tmp_path / name)}).splitlines()
+            for name, env in endpoints.items()
+        }
+        proxy.shutdown()
+    assert all(len(them) == 3 and "offline" in them[2].lower() for them in messages.values()), messages
+    for message in sum(messages.values(), []):
         for words in ("cannot be reached", "'zalando-datasets/fashion_mnist'", "`dataset_name` synthetic-fashion"):
             assert words in message

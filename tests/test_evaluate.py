@@ -151,7 +151,7 @@ def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, garments, tmp_
     assert wide["per_seed"] == [expected]
 
     Image.new("RGB", (16, 16), "red").save(folder / "000400.png")  # all are read in colour, and refused for it
-    with pytest.raises(ValueError, match="The images are RGB, but .* is for grey ones"):
+    with pytest.raises(ValueError, match="The images have 3 channels, and .* takes 1"):
         evaluate("--images", str(folder), "--num_images", "1000", "--overwrite")
     (folder / "000401.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"000401.png of `--images` cannot be read \(.*\): repair or remove it"):
@@ -208,7 +208,7 @@ def test_a_network_in_colour_is_refused_by_a_grey_extractor_before_any_data_is_r
     widths = {"block_out_channels": (8, 16), "norm_num_groups": 4, "block_norm_num_groups": 4}
     unet = OptimizedUNet2DModel(in_channels=3, out_channels=3, **widths)
     PixelDiffusionPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "colour")
-    with pytest.raises(ValueError, match="The images are RGB, but .* is for grey ones"):
+    with pytest.raises(ValueError, match="The images have 3 channels, and .* takes 1"):
         evaluate("--model", str(tmp_path / "colour"), "--dataset_name", str(tmp_path / "absent"))
 
 

@@ -282,11 +282,17 @@ def test_the_script_refuses_what_it_cannot_use_before_it_writes(drawn_data, tmp_
     }  # fmt: skip
     for name, data in variants.items():
         data.save_to_disk(tmp_path / name)
+    for split, data in both.items():
+        data.sort("label").to_parquet(tmp_path / "sorted" / f"{split}.parquet")
     refused("no split 'test', but train", dataset_name=str(tmp_path / "no-test"))
+    refused("no split 'seen', but ", train_split="seen")
+    refused("no split 'unseen', but ", test_split="unseen")
     refused("no column `label` of classes", dataset_name=str(tmp_path / "no-label"))
     refused("no column `label` of classes", dataset_name=str(tmp_path / "text-label"))
     refused("have different classes", dataset_name=str(tmp_path / "other-classes"))
     refused("Image 0 of split 'test' has no label", dataset_name=str(tmp_path / "unlabelled"))
+    first_class = {"dataset_name": str(tmp_path / "sorted"), "train_split": "train[:10%]"}
+    refused("The split train.:10%. has no image of .*, and test has: slices", **first_class)
     refused("is not an empty folder", output_dir=str(drawn_data))
     refused("`--lowest_resolution` is 12; it must not exceed 8", resolution=8)
     refused("`--learning_rate` is nan", learning_rate=float("nan"))

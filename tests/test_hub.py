@@ -304,6 +304,11 @@ def test_a_folder_that_is_no_whole_pipeline_is_refused_before_any_request(hub, c
     make_pipe().save_pretrained(tmp_path, safe_serialization=False)
     answer = client("push_folder", folder=tmp_path, repo_id="user/x")
     assert answer["error"] == "ValueError" and "the weights of `unet`" in answer["text"]
+    for file in ("unet/unet_2d_optimized.py", "pipeline_pixel_diffusion.py"):  # without these it cannot be loaded
+        make_pipe().save_pretrained(tmp_path)
+        (tmp_path / file).unlink()
+        answer = client("push_folder", folder=tmp_path, repo_id="user/x")
+        assert answer["error"] == "ValueError" and f"lacks {file}" in answer["text"]
     assert len(hub.requests) == asked
 
 

@@ -94,14 +94,14 @@ def test_the_figures_of_the_front_page_are_of_the_records():
         cell("stock", "ladder_16", "ladder_16_gpu"), cell("stock", *of_gpu), speed["stock"]]  # fmt: skip
     assert line("our default network") == [
         cell("default", "switches_16", "ladder_16_gpu"), cell("default", *of_gpu), speed["default"]]  # fmt: skip
-    muon = "our default network with Muon, three trainings and one"
+    muon = "our default network with Muon (three trainings at 16x16, one at 28x28)"
     for label, row in (("`UNet2DModel` with the optimizer Muon in place of AdamW, one training each", "stock"),
                        (muon, "default")):  # fmt: skip
         assert [re.sub(r" \(.*\)", "", part) for part in line(label)[:2]] == [
             cell(row, "muon_16"),
             cell(row, "muon_28"),
         ]
-    same_noise = f"({distances('default', 'muon_16')['0'][0]:.2f} from the noise of the row above)"
+    same_noise = f"({distances('default', 'muon_16')['0'][0]:.2f} with the seed of the row above)"
     assert same_noise in line(muon)[0]
     for size in ("16", "28"):
         record = json.loads((RESULTS / f"released_{size}" / "evaluation.json").read_text())["figures"]

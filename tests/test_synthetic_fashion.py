@@ -88,11 +88,13 @@ def test_edges_are_antialiased():
         ({"seed": -1}, r"`seed` is -1; .* in \[0, 2\^64\)"),
         ({"seed": 2**64}, "`seed` is 18446744073709551616"),
         ({"resolution": 7}, "`resolution` is 7; .* at least 8"),
+        ({"channels": 2}, "`channels` is 2; it must be 1 .grey. or 3"),
+        ({"indices": [3, -1]}, "`indices` holds -1; they must be from 0"),
     ],
 )
 def test_errors_name_the_value_and_the_rule(arguments, message):
     with pytest.raises(ValueError, match=message):
-        draw_garments([0], **arguments)
+        draw_garments(**{"indices": [0]} | arguments)
 
 
 @pytest.mark.parametrize(("channels", "split", "seed"), [(1, "train", 0), (3, "test", 1)])

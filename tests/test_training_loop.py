@@ -11,8 +11,9 @@ from conftest import TINY, UNET, reset_accelerate
 from safetensors.torch import load_file
 
 from ddpm_diffusers import OptimizedUNet2DModel
-from ddpm_diffusers.data import ImageArrays, ShuffledBatches, load_images
+from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.objectives import draw_noise_and_timesteps
+from ddpm_diffusers.shuffling import ShuffledBatches
 
 SEED, RESOLUTION, IMAGES, BATCH, PARTS, STEPS, WARMUP = 3, 8, 70, 8, 2, 6, 2
 TIMESTEPS, SNR_GAMMA, RATE, BETAS, EPS, DECAY, NORM, EMA_DECAY = 400, 0.5, 4e-3, (0.8, 0.95), 1e-3, 0.3, 0.05, 0.22

@@ -343,8 +343,7 @@ def add_to_row(results_dir: Path, row: dict, seed: int, folder: Path) -> None:
     }
     row["seeds"] = seeds = dict(sorted(row["seeds"].items(), key=lambda item: int(item[0])))
     row["figures"] = mean_and_sd([take_means(entry["figures"]) for entry in seeds.values()])
-    for key in ("loss", "images_per_second"):
-        row[key] = mean_and_sd([entry[key] for entry in seeds.values()])
+    row["loss"] = mean_and_sd([entry["loss"] for entry in seeds.values()])
     if next(iter(seeds)) == str(seed):
         strip = first_row(folder / "evaluation" / "grid.png")
         write_file(results_dir / f"{row['name']}.png", lambda path: strip.save(path, optimize=True))

@@ -15,8 +15,8 @@ from ddpm_diffusers.synthetic_fashion import SYNTHETIC
 # must not change between a checkpoint and the run resumed from it; the script sets the first three itself
 DEFINES_THE_RUN = (
     "data", "global_batch_size", "mixed_precision", "resolution", "random_flip", "prediction_type", "ddpm_num_steps",
-    "ddpm_beta_schedule", "snr_gamma", "seed", "optimizer", "learning_rate", "adam_beta1", "adam_beta2",
-    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "use_ema", "ema_max_decay",
+    "ddpm_beta_schedule", "snr_gamma", "seed", "optimizer", "learning_rate", "lr_scheduler", "adam_beta1",
+    "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "use_ema", "ema_max_decay",
 )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ from accelerate import Accelerator
 from arguments import TrainingArguments
 from datasets import IterableDataset
 
-from ddpm_diffusers.data import ImageArrays, ShuffledBatches, as_batch, load_images
+from ddpm_diffusers.data import ImageArrays, as_batch, load_images
+from ddpm_diffusers.shuffling import VERSION, ShuffledBatches
 from ddpm_diffusers.streaming import StreamedBatches, open_stream
 from ddpm_diffusers.worker_signals import LeaveSignalsToMain
 
@@ -35,7 +36,7 @@ def open_images(
         cache_dir=args.cache_dir,
     )
     images = ImageArrays(dataset, image_shape)
-    return images, len(images), images.fingerprint()
+    return images, len(images), f"{images.fingerprint()}, order {VERSION}"
 
 
 def make_batches(

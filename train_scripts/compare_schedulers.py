@@ -218,9 +218,10 @@ def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yar
     shown = first + by_label
     model = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     findings = describe_best(records, yardstick)
+    how = caption({**shown[0], **settings, "train_split": args.train_split}, with_sampler=False)
     report = [
         f"# Schedulers for {model}",
-        caption({**shown[0], **settings, "train_split": args.train_split}, with_sampler=False),
+        how,
         "\n".join(f"- {line}" for line in findings),
         figures_table([(leading_cells(record, yardstick), record["figures"]) for record in shown]),
     ]
@@ -235,7 +236,7 @@ def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yar
             for r in [*first, *few.values()]}  # fmt: skip
     if rows:
         write_file(output_dir / "grid.png", lambda path: plot_rows(rows, path))
-    print("\n".join([*findings, f"Table: {output_dir / 'comparison.md'}"]))
+    print("\n".join([how, *findings, f"Table: {output_dir / 'comparison.md'}"]))
 
 
 def leading_cells(record: dict, yardstick: dict | None) -> dict:

@@ -55,7 +55,9 @@ CARD_FIGURES = {
     "precision": ("precision, k=3 (share of samples among real images)", "train", "precision"),
     "recall": ("recall, k=3 (share of real images among samples)", "train", "recall"),
     "cb2_db": ("checkerboard CB2, dB (0: as in real images)", "train", "cb2_db"),
+    "cb4_db": ("checkerboard CB4, dB (0: as in real images)", "train", "cb4_db"),
     "hf_db": ("sharpness HF, dB (0: as in real images, below: blurred)", "train", "hf_db"),
+    "frechet_distance_to_test": ("Frechet distance to images not trained on", "test", "frechet_distance"),
 }
 
 
@@ -79,12 +81,12 @@ class EvaluateArguments(EvaluationArguments):
         if (self.model is None) == (self.images is None):
             raise ValueError("Give either `--model`, a pipeline, or `--images`, images in place of its samples.")
         if self.images is not None:
-            for name in ("scheduler", "scheduler_config", "variant"):
+            for name in ("scheduler", "scheduler_config", "variant", "mixed_precision"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"`--{name}` is for a `--model`; `--images` are judged as they are: leave it out."
                     )
-            if len(self.seeds) > 1:
+            if self.seeds != [0]:
                 raise ValueError(
                     "`--seeds` are those of a `--model`'s samples; `--images` are judged once: leave them out."
                 )
@@ -227,19 +229,20 @@ def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
         "mixed_precision": record["mixed_precision"],
         "features": f"{extractor['name']} {extractor['digest']}",
     }
-    return [
-        {
-            "dataset_type": record["dataset"],
-            "dataset_name": record["dataset"].rpartition("/")[2],
-            "dataset_split": args.train_split,
-            "metric_type": metric,
-            "metric_name": heading,
-            "metric_value": float(f"{record['figures'][group][name]['mean']:.4g}"),
-            "metric_args": measured_with,
-        }
-        for metric, (heading, group, name) in CARD_FIGURES.items()
-        if record["figures"][group][name] is not None
-    ]
+    figures = []
+    for metric, (heading, group, name) in CARD_FIGURES.items():
+        figure = record["figures"][group][name]
+        if figure is not None:
+            figures.append({
+                "dataset_type": record["dataset"],
+                "dataset_name": record["dataset"].rpartition("/")[2],
+                "dataset_split": args.test_split if group == "test" else args.train_split,
+                "metric_type": metric,
+                "metric_name": heading + (f", ± {figure['sd']:.2g} over the seeds" if "sd" in figure else ""),
+                "metric_value": float(f"{figure['mean']:.4g}"),
+                "metric_args": measured_with,
+            })  # fmt: skip
+    return figures
 
 
 if __name__ == "__main__":

@@ -101,12 +101,12 @@ def provenance(args: EvaluationArguments, accelerator: Accelerator, pipe: PixelD
     local = Path(os.path.abspath(args.train_data_dir or args.dataset_name))  # by its own name, also if it is a link
     record = {
         "dataset": args.dataset_id or (local.name if local.exists() else args.dataset_name),
-        "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "torchmetrics")},
     }
     if pipe is not None:
+        record["mixed_precision"] = accelerator.mixed_precision
         weights = {name: tensor.cpu().contiguous() for name, tensor in pipe.unet.state_dict().items()}
         record["weights"] = hashlib.sha256(safetensors.torch.save(weights)).hexdigest()[:12]
     return record

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from command_line import arg, check, run_script
 from datasets import ClassLabel
@@ -27,9 +28,10 @@ from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from ddpm_diffusers.checkpointing import checksum, flush, versions
-from ddpm_diffusers.data import ImageArrays, ShuffledBatches, load_images
+from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.evaluation.features import to_input
 from ddpm_diffusers.hub import is_hub_id, table
+from ddpm_diffusers.shuffling import ShuffledBatches
 from ddpm_diffusers.synthetic_fashion import SYNTHETIC
 
 CARD = """
@@ -57,16 +59,19 @@ Made by
 {command}
 ```
 
-from the train split alone. Two of three batches were first reduced to a random resolution from {lowest_resolution} to
-{resolution} pixels; images were not mirrored, shifted or otherwise changed. The test split gave the accuracies alone.
+from the split {train_split} alone. Two of three batches were first reduced to a random resolution from
+{lowest_resolution} to {resolution} pixels; images were not mirrored, shifted or otherwise changed. The split
+{test_split} gave the accuracies alone.
 """
 
 
 @dataclass
 class FeatureExtractorArguments:
     dataset_name: str = arg(
-        "zalando-datasets/fashion_mnist", "Hub id or local folder, with splits train and test and a column `label`"
+        "zalando-datasets/fashion_mnist", "Hub id or local folder, with a column `label` of classes"
     )
+    train_split: str = arg("train", "split to train on")
+    test_split: str = arg("test", "split that gives the accuracies alone")
     image_column: str = arg("image", "column that holds the images")
     center_crop: bool = arg(False, "crop each image to its central square first")
     channels: int = arg(1, "1 for grey images, 3 for RGB")
@@ -105,10 +110,20 @@ def main(args: FeatureExtractorArguments) -> None:
     if output_dir.exists() and not is_empty_folder:
         raise ValueError(f"`--output_dir` {args.output_dir} exists and is not an empty folder: choose another.")
 
-    images, labels, names = load_split(args, "train", args.resolution)
-    tests = {size: load_split(args, "test", size) for size in sorted({args.resolution, min(args.resolution, 16)})}
+    images, labels, names = load_split(args, args.train_split, args.resolution)
+    sizes = sorted({args.resolution, min(args.resolution, 16)})
+    tests = {size: load_split(args, args.test_split, size) for size in sizes}
     if any(test_names != names for _, _, test_names in tests.values()):
-        raise ValueError("The splits train and test have different classes: their `label` columns must agree.")
+        raise ValueError(
+            f"The splits {args.train_split} and {args.test_split} have different classes: their `label` columns must"
+            " agree."
+        )
+    if unseen := {label for test in tests.values() for label in test[1].tolist()} - set(labels.tolist()):
+        missing = ", ".join(sorted(names[label] for label in unseen))
+        raise ValueError(
+            f"The split {args.train_split} has no image of {missing}, and {args.test_split} has: slices of a data set"
+            " that is sorted by class lack some. Shuffle it first, or give it a split of its own for testing."
+        )
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)  # now, so that an unwritable folder fails before the training
@@ -156,7 +171,7 @@ def main(args: FeatureExtractorArguments) -> None:
     accuracies = {size: accuracy(model, *test[:2]) for size, test in tests.items()}
     model.save_pretrained(partial)
     digest = checksum(partial / "model.safetensors")
-    card = model_card(args, model.config, digest, accuracies)
+    card = model_card(args, accelerator, model.config, digest, accuracies)
     card.save(partial / "README.md")
     for path in partial.iterdir():
         flush(path)
@@ -197,7 +212,11 @@ def accuracy(model, images: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def model_card(
-    args: FeatureExtractorArguments, config: ResNetConfig, digest: str, accuracies: dict[int, float]
+    args: FeatureExtractorArguments,
+    accelerator: Accelerator,
+    config: ResNetConfig,
+    digest: str,
+    accuracies: dict[int, float],
 ) -> ModelCard:
     public = is_hub_id(args.dataset_name)
     command = [f"OMP_NUM_THREADS={torch.get_num_threads()}", "python", "train_scripts/train_feature_extractor.py"]
@@ -207,12 +226,15 @@ def model_card(
             command += ["--output_dir", Path(value).resolve().name]
         elif field.name == "dataset_name":
             command += ["--dataset_name", value if public or value == SYNTHETIC else "path/to/images"]
+        elif field.name == "mixed_precision":  # whatever chose it
+            command += ["--mixed_precision", accelerator.mixed_precision]
         elif value != field.default:
             command += [f"--{field.name}", str(value)]
     source = f"[{args.dataset_name}](https://huggingface.co/datasets/{args.dataset_name})" if public else "a local set"
     rows = {f"test accuracy at {size}x{size}": f"{value:.4f}" for size, value in accuracies.items()}
     rows |= {"features": config.hidden_sizes[-1], "seed": args.seed, "SHA-256 of model.safetensors": f"`{digest}`"}
-    rows |= {"made with": ", ".join(f"{name} {value}" for name, value in versions().items())}
+    made_with = {**versions(), "device": accelerator.device.type}
+    rows |= {"made with": ", ".join(f"{name} {value}" for name, value in made_with.items())}
     data = ModelCardData(
         license=args.hub_license,
         library_name="transformers",
@@ -229,6 +251,8 @@ def model_card(
         command=shlex.join(command),
         lowest_resolution=args.lowest_resolution,
         resolution=args.resolution,
+        train_split=args.train_split,
+        test_split=args.test_split,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 

@@ -147,7 +147,7 @@ def most_steps(scheduler: SchedulerMixin, evaluations: int) -> int:
 @torch.no_grad()
 def warm_up(pipe, batch_size: int) -> None:
     """Evaluate the network once, so that the time of the first measurement does not include loading kernels."""
-    pipe.unet(torch.zeros(batch_size, *image_shape(pipe), dtype=pipe.unet.dtype, device=pipe.device), 0)
+    pipe.unet(torch.zeros(batch_size, *image_shape(pipe), dtype=pipe.unet.dtype, device=pipe._execution_device), 0)
 
 
 def with_progress(settings: Sequence[Setting], progress: bool = True) -> Iterable[Setting]:

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from torchmetrics.image.fid import NoTrainInceptionV3
 from transformers import AutoModel
@@ -62,8 +62,8 @@ class FeatureExtractor(torch.nn.Module):
         """Raise a ValueError if images of so many channels cannot be used."""
         if channels > self.num_channels:
             raise ValueError(
-                f"The images are RGB, but {self.name!r} is for grey ones: make them grey (PIL's convert('L')), or"
-                " choose an extractor of 3 channels."
+                f"The images have {channels} channels, and {self.name!r} takes {self.num_channels}: make the images"
+                " grey (PIL's convert('L')), or choose an extractor of 3 channels."
             )
 
     @torch.no_grad()
@@ -201,7 +201,7 @@ def find_folder(name_or_path: str) -> Path:
         return Path(snapshot_download(name_or_path, allow_patterns=files))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise ValueError(unknown) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (httpx.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(
             f"{name_or_path!r} is no local folder, and the Hub cannot be asked ({error}): give {CHOICES}."
         ) from error

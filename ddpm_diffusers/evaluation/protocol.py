@@ -23,11 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import config as datasets_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..data import ImageArrays, load_images
+from ..data import ImageArrays, cache_folder, load_images
 from ..pipeline_pixel_diffusion import check_positive
 from ..sampling import count_sampled, sample_images
 from ..schedulers import count_evaluations
@@ -65,7 +64,7 @@ class Statistics:
         digest = hashlib.sha256(b"".join([*code, f"{extractor.digest} {extractor} {images.shape}".encode()]))
         for part in parts(images):
             digest.update(part.numpy())
-        folder = Path(cache_dir or datasets_config.HF_DATASETS_CACHE) / "ddpm-diffusers"
+        folder = cache_folder(cache_dir)
         path = folder / f"statistics-{digest.hexdigest()[:32]}.safetensors"
         with contextlib.suppress(FileNotFoundError, SafetensorError):  # not there yet, or cut off by a full disk
             return cls(**load_file(path))
@@ -138,7 +137,8 @@ class Reference:
     ) -> "Reference":
         """Reference from a data set on the Hub or in a local folder; other arguments are passed to `load_images`."""
         if resolution < 6 or resolution % 2:  # before anything is decoded
-            raise ValueError(f"`resolution` is {resolution}; it must be even, and at least 6, for the spectra.")
+            raise ValueError(f"`resolution`, the size of the images, is {resolution}; for the spectra it must be"
+                             " even, and at least 6.")  # fmt: skip
         test, train = (  # in this order: a test split that is missing shows before the larger one is decoded
             ImageArrays(
                 load_images(dataset_name, resolution=resolution, channels=channels, split=split, cache_dir=cache_dir,
@@ -279,6 +279,9 @@ def check_run(pipe, reference: Reference | None, num_images: int, seeds: Sequenc
     if len(set(seeds)) != len(seeds) or not len(seeds) or not whole:
         raise ValueError(f"`seeds` is {list(seeds)}; it must hold different whole numbers from 0.")
     check_positive(num_images=num_images, batch_size=batch_size)
+    most = (2**64 - count_sampled(num_images, batch_size)) // num_images  # torch's seeds are below 2^64
+    if max(seeds) > most:
+        raise ValueError(f"`seeds` is {list(seeds)}; for {num_images} images a seed must not exceed {most}.")
     shape = image_shape(pipe)
     if reference is not None:
         check_images(torch.empty(num_images, *shape, dtype=torch.uint8, device="meta"), reference)

@@ -669,7 +669,9 @@ def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | No
                     source, name, revision=revision, cache_dir=cache_dir, token=token
                 )
             if not Path(folder, name).exists():
-                shutil.copyfile(path, Path(folder, name))
+                partial = Path(folder, f".{name}.partial")  # a full disk must leave no part of it under its name
+                shutil.copyfile(path, partial)
+                partial.replace(Path(folder, name))
 
 
 def has_weights_of(unet: ModelMixin, folder: Path) -> bool:
