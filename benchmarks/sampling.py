@@ -5,6 +5,7 @@ from itertools import product
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from networks import make_network
 from report import grouped, table, thousands, with_quartiles
 from windows import ratio, time_arms
@@ -33,7 +34,7 @@ def measure(args, device: torch.device) -> dict:
             evaluations |= {f"{name}, network alone": FEW_STEPS}
             if name == "default":  # what is left of its few steps: less than the network's own time varies
                 idle = make_pipeline(name, resolution, precision, device)
-                idle.unet.forward = lambda sample, *args, **kwargs: (torch.zeros_like(sample),)
+                idle.unet.forward = lambda sample, timestep: UNet2DOutput(torch.zeros_like(sample))
                 arms[f"{name}, {BESIDE}"] = sample_with(idle, few, batch_size, FEW_STEPS)
                 evaluations |= {f"{name}, {BESIDE}": FEW_STEPS}
         times = time_arms(arms, args.windows, args.window_seconds)
@@ -92,9 +93,11 @@ def report(result: dict) -> str:
     parts = [
         f"Few steps: DPM-Solver++'s SDE variant with Karras' sigmas. DDPM's 1,000 are {1000 // DDPM_STEPS} times"
         f" {DDPM_STEPS} of them. Images are made up to PIL objects."
-        " The last column is the time an evaluation against that of the network alone. What pipeline and scheduler add"
-        " is the row without the network, whose calls return zeros there."
+        " The last column is the time an evaluation against that of the network alone: what it is above 1 is the"
+        " pipeline and the scheduler."
     ]
+    if any(row["arm"].endswith(BESIDE) for row in result["rows"]):  # older records have none
+        parts[0] += " Without the network, pipeline and scheduler run on zeros in place of its output."
     for title, rows in grouped(result["rows"], "resolution", "precision", "batch_size"):
         lines = [
             (

@@ -108,7 +108,7 @@ def samplings(record: dict) -> Iterator[tuple]:
     rows = {(row["arm"], row["resolution"], row["batch_size"]): row for row in of_last_precision(record)}
     for (arm, *settings), ours in rows.items():
         name, _, kind = arm.partition(", ")
-        if name == "default" and kind != "network alone":
+        if name == "default" and "network" not in kind:
             theirs = rows[(f"stock, {kind}", *settings)]
             times = paired(theirs["measured"]["windows"], ours["measured"]["windows"])
             what = f"sampling by {ours['evaluations']:,} evaluations, {described(ours)}, images/s"

@@ -101,10 +101,15 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     results = ModelCard.load(model / "README.md").data.eval_results
     values = {result.metric_type: result.metric_value for result in results}
     expected = {
-        **{name: of_train[name] for name in ("frechet_distance", "kernel_distance", "precision", "recall", "cb2_db")},
-        "hf_db": of_train["hf_db"],
+        **{name: of_train[name] for name in ("frechet_distance", "kernel_distance", "precision", "recall")},
+        **{name: of_train[name] for name in ("cb2_db", "cb4_db", "hf_db")},
         "frechet_distance_to_floor": to_floor["frechet_distance"],
+        "frechet_distance_to_test": record["figures"]["test"]["frechet_distance"],
     }
+    splits = {result.metric_type: result.dataset_split for result in results}
+    assert splits == dict.fromkeys(splits, "train") | {"frechet_distance_to_test": "test"}
+    spreads = {result.metric_type: result.metric_name.rpartition("± ")[2] for result in results}
+    assert spreads == {name: f"{figure['sd']:.2g} over the seeds" for name, figure in expected.items()}
     assert values == {name: float(f"{figure['mean']:.4g}") for name, figure in expected.items()}
     assert {result.dataset_type for result in results} == {"user/garments"}
     assert all(result.metric_args["solver_order"] == 1 for result in results)

@@ -122,7 +122,7 @@ def test_a_model_of_transformers_gets_the_size_and_the_scale_of_its_configs(tmp_
         (torch.zeros(2, 8, 8, dtype=torch.uint8), ValueError, r"\(2, 8, 8\); it must be \(B, C, H, W\)"),
         (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), ValueError, r"\(0, 1, 8, 8\); it must be"),
         (torch.zeros(2, 8, 8, 1, dtype=torch.uint8), ValueError, "C being 1 or 3"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ValueError, "RGB, but 'fashion-mnist-classifier' is for grey"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ValueError, "3 channels, and 'fashion-mnist-classifier' takes 1"),
     ],
 )
 def test_images_that_cannot_serve_are_refused(extractor, images, error, text):
