@@ -86,7 +86,7 @@ def read(num_images: int, cache: str) -> dict:
     of_files, own = resident_bytes()[1] - files_before, 0
     for indices in ShuffledBatches(num_images, READ_BATCH_SIZE, 0, range(READ_BATCHES, 2 * READ_BATCHES)):
         images.__getitems__(indices)
-        own = max(own, resident_bytes()[0] - own_before)  # not in the first loop: it takes as long as the batch
+        own = max(own, resident_bytes()[0] - own_before)  # not in the first loop, which is timed
     return {
         "images_seen": READ_BATCHES * READ_BATCH_SIZE,
         "images_per_second": READ_BATCHES * READ_BATCH_SIZE / seconds,

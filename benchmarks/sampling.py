@@ -32,7 +32,7 @@ def measure(args, device: torch.device) -> dict:
             arms[f"{name}, network alone"] = network_alone(pipe.unet, batch_size, FEW_STEPS, device)
             evaluations |= {f"{name}, {FEW}": FEW_STEPS, f"{name}, ddpm": DDPM_STEPS}
             evaluations |= {f"{name}, network alone": FEW_STEPS}
-            if name == "default":  # what is left of its few steps: less than the network's own time varies
+            if name == "default":  # as a difference, it would be lost in how much the network's time varies
                 idle = make_pipeline(name, resolution, precision, device)
                 idle.unet.forward = lambda sample, timestep: UNet2DOutput(torch.zeros_like(sample))
                 arms[f"{name}, {BESIDE}"] = sample_with(idle, few, batch_size, FEW_STEPS)
@@ -97,7 +97,10 @@ def report(result: dict) -> str:
         " pipeline and the scheduler."
     ]
     if any(row["arm"].endswith(BESIDE) for row in result["rows"]):  # older records have none
-        parts[0] += " Without the network, pipeline and scheduler run on zeros in place of its output."
+        parts[0] += (
+            " Without the network, pipeline and scheduler run on zeros in place of its output, and the column is what"
+            " they take themselves."
+        )
     for title, rows in grouped(result["rows"], "resolution", "precision", "batch_size"):
         lines = [
             (

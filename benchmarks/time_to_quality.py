@@ -32,7 +32,7 @@ def measure(args, device: torch.device) -> dict:
     load_images(args.dataset_name, resolution=RESOLUTION, split="test")
     images = ImageArrays(load_images(args.dataset_name, resolution=RESOLUTION), (1, RESOLUTION, RESOLUTION))
     of_default = args.quality_batch_size, args.quality_learning_rate, args.quality_optimizer
-    runs = []
+    data, runs = images.fingerprint(), []
     for name, epochs, batch_size, rate, optimizer in (
         ("stock", STOCK_EPOCHS, STOCK_BATCH_SIZE, STOCK_LEARNING_RATE, "adamw"),
         *(("default", epochs, *of_default) for epochs in args.epochs),
@@ -42,8 +42,8 @@ def measure(args, device: torch.device) -> dict:
         folder = f"{name}-{steps}x{batch_size}-{rate:g}"
         if optimizer != "adamw":  # older records have none
             budget, folder = budget | {"optimizer": optimizer}, f"{folder}-{optimizer}"
-        runs.append((name, epochs, budget, Path(args.work_dir, folder), {
-            "data": images.fingerprint(), **settings_of(name, budget, args, device)}))  # fmt: skip
+        settings = settings_of(name, budget, data, args, device)
+        runs.append((name, epochs, budget, Path(args.work_dir, folder), settings))
     for *_, folder, settings in runs:  # all of them before the first training
         trained_before(folder, settings)
     rows = []
@@ -60,19 +60,23 @@ def measure(args, device: torch.device) -> dict:
     }
 
 
-def settings_of(name: str, budget: dict, args, device: torch.device) -> dict:
+def settings_of(name: str, budget: dict, data: str, args, device: torch.device) -> dict:
     """What the seconds and weights of a training depend on, and a little more: any change of package or scripts."""
     machine = describe(device)
     del machine["versions"][PEER]
-    files = [*(ROOT / "ddpm_diffusers").rglob("*.py"), *(ROOT / "train_scripts").glob("*.py")]
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
     return {
         "network": config_of(make_network(name, RESOLUTION)),
         "budget": budget,
+        "data": data,
         "mixed_precision": args.precisions[-1],
-        "code": code.hexdigest()[:12],
+        "code": digest_of(ROOT / "ddpm_diffusers", ROOT / "train_scripts"),
         **{key: machine[key] for key in ("device", "threads", "versions")},
     }
+
+
+def digest_of(*folders: Path) -> str:
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def trained_before(folder: Path, settings: dict) -> dict | None:
@@ -88,8 +92,13 @@ def trained_before(folder: Path, settings: dict) -> dict | None:
 
 def train_and_judge(name: str, budget: dict, folder: Path, settings: dict, args, device: torch.device) -> dict:
     record, known = folder / "time_to_quality.json", trained_before(folder, settings)
-    judged = {"num_images": args.num_images, "extractor": load_feature_extractor().digest, "scheduler": SCHEDULER,
-              "num_inference_steps": NUM_INFERENCE_STEPS}  # fmt: skip
+    judged = {
+        "num_images": args.num_images,
+        "extractor": load_feature_extractor().digest,
+        "scheduler": SCHEDULER,
+        "num_inference_steps": NUM_INFERENCE_STEPS,
+        "code": digest_of(ROOT / "ddpm_diffusers" / "evaluation"),
+    }
     if record.is_file():  # else the evaluation was cut off
         row = json.loads(record.read_text())
         if row.pop("judged", None) == judged:

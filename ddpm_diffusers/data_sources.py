@@ -62,15 +62,15 @@ def open_dataset(
     except IndexError as error:  # what `datasets` raises for no rows on disk, and for an empty name
         raise ValueError(f"Data set {name!r} is empty: {advice}.") from error
     except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:  # RuntimeError: it has a script
-        if found_nothing := not_answered(error):
-            raise ConnectionError(f"The Hub cannot be reached for {name!r} ({found_nothing}): {advice}.") from error
+        if absent := not_answered(error):
+            raise ConnectionError(f"The Hub cannot be reached for data set {name!r} ({absent}): {advice}.") from error
         raise ValueError(f"Data set {name!r} cannot be read ({error}): {advice}.") from error
 
 
 def not_answered(error: BaseException | None) -> LocalEntryNotFoundError | None:
     """The error of a Hub that failed to answer, where `datasets` took it for a missing file."""
     while error is not None and not isinstance(error, LocalEntryNotFoundError):
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or error.__context__  # `datasets` raises others "from None"
     return error
 
 

@@ -9,7 +9,7 @@ import torch
 
 VERSION = 2  # of the orders, for the records of runs: a run cannot go on in another order
 PART = 2**14  # places of an order that are computed and held at a time
-ROUNDS = 8  # four are enough for large data sets (Luby and Rackoff, 1988), but not for five images
+ROUNDS = 8  # Luby and Rackoff (1988) need four; more mix small data sets, too (tests/test_shuffling.py)
 
 
 class ShuffledBatches(torch.utils.data.Sampler):

@@ -51,9 +51,10 @@ def draw_garments(indices, seed=0, resolution=28, channels=1):
     if channels not in (1, 3):
         raise ValueError(f"`channels` is {channels!r}; it must be 1 (grey) or 3 (RGB).")
 
-    indices = np.asarray(indices, np.int64)
-    if (indices < 0).any():
-        raise ValueError(f"`indices` holds {indices.min()}; they must be from 0 to 2^63 - 1.")
+    given, indices = indices, np.asarray(indices)
+    if indices.size and not 0 <= indices.min() <= indices.max() < 2**63:
+        raise ValueError(f"`indices` is {given!r}; they must be from 0 to 2^63 - 1.")
+    indices = indices.astype(np.int64)
     labels = indices % len(CLASS_NAMES)
     images = np.empty((len(indices), channels, resolution, resolution), np.uint8)
     step = max(1, _CHUNK_PIXELS // resolution**2)

@@ -13,6 +13,7 @@ import summary
 import torch
 import windows
 from conftest import ROOT
+from datasets import DatasetDict, load_from_disk
 from networks import make_network
 from run import SECTIONS, BenchmarkArguments
 
@@ -173,6 +174,8 @@ def test_time_to_quality_trains_each_once_and_takes_none_of_other_settings(garme
     again = measure()
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "out" / "time_to_quality.json").read_text())["rows"] == rows
-    other = measure("--dataset_id", "user/others")
+    sets = load_from_disk(garments)  # as many images, in another order
+    DatasetDict(train=sets["train"].select(range(299, -1, -1)), test=sets["test"]).save_to_disk(tmp_path / "others")
+    other = measure("--dataset_name", tmp_path / "others")
     assert other.returncode != 0 and "give another `--work_dir`" in other.stderr
     assert weights() == trained and len(trained) == 2

@@ -32,11 +32,11 @@ def test_the_default_is_cheaper_than_its_peers(costs):
     assert costs["default"]["parameters"] < 0.95 * costs["stock"]["parameters"]
     assert costs["default"]["operations"] < 0.53 * costs["stock"]["operations"]
     assert costs["default"]["operations"] < 0.59 * costs["guide"]["operations"]
-    for precision in ("", ", bf16"):
+    for precision, share in (("", 0.9), (", bf16", 0.95)):
         ours, theirs = costs[f"default{precision}"], costs[f"stock{precision}"]
         assert ours["kernels"] < 1.05 * theirs["kernels"]
         assert ours["allocations"] < 0.95 * theirs["allocations"]
-        assert ours["allocated_bytes"] < 0.95 * theirs["allocated_bytes"]
+        assert ours["allocated_bytes"] < share * theirs["allocated_bytes"]
 
 
 # a little more than was counted: GFLOP, aten calls and allocations in float32, aten calls in bf16

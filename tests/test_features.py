@@ -292,7 +292,7 @@ def test_the_script_refuses_what_it_cannot_use_before_it_writes(drawn_data, tmp_
     refused("have different classes", dataset_name=str(tmp_path / "other-classes"))
     refused("Image 0 of split 'test' has no label", dataset_name=str(tmp_path / "unlabelled"))
     first_class = {"dataset_name": str(tmp_path / "sorted"), "train_split": "train[:10%]"}
-    refused("The split train.:10%. has no image of .*, and test has: slices", **first_class)
+    refused("The split train.:10%. has no image of .*, and test has: add some", **first_class)
     refused("is not an empty folder", output_dir=str(drawn_data))
     refused("`--lowest_resolution` is 12; it must not exceed 8", resolution=8)
     refused("`--learning_rate` is nan", learning_rate=float("nan"))

@@ -1,10 +1,10 @@
-"""The order of the training images: closed forms, and that memory does not grow with their number."""
+"""The order of the training images: each once, by chance, from anywhere on, in memory that does not grow."""
 
 import tracemalloc
 
 import numpy as np
 
-from ddpm_diffusers.shuffling import PART, ShuffledBatches, shuffled
+from ddpm_diffusers.shuffling import PART, VERSION, ShuffledBatches, shuffled
 
 
 def test_every_epoch_visits_every_image_once_whatever_the_batches_and_the_processes():
@@ -35,6 +35,12 @@ def test_an_order_of_many_parts_holds_every_image_once():
         batches = list(ShuffledBatches(length, 1000, 0, range(length // 1000 + 1)))
         first_epoch = np.concatenate(batches)[:length]
         np.testing.assert_array_equal(np.sort(first_epoch), np.arange(length))
+        later = list(ShuffledBatches(length, 1000, 0, range(length // 1000 - 2, length // 1000 + 1)))
+        np.testing.assert_array_equal(later, batches[-3:])
+
+
+def test_another_order_has_another_version():
+    assert shuffled(np.arange(11), 11, (5, 0)).tolist() == [9, 5, 0, 1, 10, 7, 4, 2, 3, 6, 8] and VERSION == 2
 
 
 def test_orders_are_drawn_evenly():

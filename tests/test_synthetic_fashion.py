@@ -89,7 +89,8 @@ def test_edges_are_antialiased():
         ({"seed": 2**64}, "`seed` is 18446744073709551616"),
         ({"resolution": 7}, "`resolution` is 7; .* at least 8"),
         ({"channels": 2}, "`channels` is 2; it must be 1 .grey. or 3"),
-        ({"indices": [3, -1]}, "`indices` holds -1; they must be from 0"),
+        ({"indices": [3, -1]}, r"`indices` is \[3, -1\]; they must be from 0"),
+        ({"indices": [2**63]}, "`indices` is .*; they must be from 0"),
     ],
 )
 def test_errors_name_the_value_and_the_rule(arguments, message):

@@ -343,6 +343,7 @@ def add_to_row(results_dir: Path, row: dict, seed: int, folder: Path) -> None:
     }
     row["seeds"] = seeds = dict(sorted(row["seeds"].items(), key=lambda item: int(item[0])))
     row["figures"] = mean_and_sd([take_means(entry["figures"]) for entry in seeds.values()])
+    row.pop("images_per_second", None)  # of older records: a mean over machines; each seed has its own
     row["loss"] = mean_and_sd([entry["loss"] for entry in seeds.values()])
     if next(iter(seeds)) == str(seed):
         strip = first_row(folder / "evaluation" / "grid.png")

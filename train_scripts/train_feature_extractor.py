@@ -2,8 +2,8 @@
 
     python train_scripts/train_feature_extractor.py --output_dir runs/classifier
 
-It is trained on the data set's train split, at many resolutions, so that its features suit generators of any of them.
-The test split is used only for the accuracies on its model card. The same command gives bit-identical weights with the
+It is trained on `--train_split`, at many resolutions, so that its features suit generators of any of them;
+`--test_split` is used only for the accuracies on its model card. The same command gives bit-identical weights with the
 same versions, kind of processor and number of threads.
 """
 
@@ -121,8 +121,8 @@ def main(args: FeatureExtractorArguments) -> None:
     if unseen := {label for test in tests.values() for label in test[1].tolist()} - set(labels.tolist()):
         missing = ", ".join(sorted(names[label] for label in unseen))
         raise ValueError(
-            f"The split {args.train_split} has no image of {missing}, and {args.test_split} has: slices of a data set"
-            " that is sorted by class lack some. Shuffle it first, or give it a split of its own for testing."
+            f"The split {args.train_split} has no image of {missing}, and {args.test_split} has: add some, or leave"
+            " them out of both. (A slice of data that is sorted by class lacks some: shuffle such data first.)"
         )
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
