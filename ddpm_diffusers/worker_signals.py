@@ -15,7 +15,6 @@ class LeaveSignalsToMain:
 
     def finish(self) -> None:
         self.done.value = True
-        atexit.unregister(self.finish)
 
     def __call__(self, worker_id: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
