@@ -94,7 +94,7 @@ def files_by_split(folder: str) -> dict[str, list[str]]:
     mixed = len(named) < len(sources) or any(map(is_image, entries))
     if patterns and not mixed:
         return patterns
-    if len(named) > 1:
+    if len(named) > 1 or set(patterns) - {"train"}:  # a class of one such name may be meant, "test" hardly
         logger.warning(f"{folder} has other images than in {', '.join(sorted(named))}: all are taken for one split.")
     return {"train": [f"{glob.escape(str(root))}/**"]}
 

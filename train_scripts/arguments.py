@@ -46,7 +46,7 @@ class TrainingArguments:
     )
     prediction_type: str = arg("epsilon", "what the network predicts: epsilon, v_prediction or sample")
     ddpm_num_steps: int = arg(1000, "timesteps of the noise schedule")
-    ddpm_beta_schedule: str = arg("scaled_linear", "linear, scaled_linear or squaredcos_cap_v2")
+    ddpm_beta_schedule: str = arg("scaled_linear", "linear, scaled_linear or, with v_prediction, squaredcos_cap_v2")
     snr_gamma: float | None = arg(None, "gamma of Min-SNR loss weighting, 5.0 in its paper; no weighting by default")
     # optimization
     output_dir: str = arg("ddpm-model", "folder for the pipeline, checkpoints and logs")

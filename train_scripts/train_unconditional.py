@@ -88,7 +88,7 @@ def main(args: TrainingArguments) -> None:
         logger.warning(
             f"After {args.ddpm_num_steps} timesteps of `--ddpm_beta_schedule` {args.ddpm_beta_schedule},"
             f" {signal_left**0.5:.0%} of the image is left, and sampling starts from pure noise, which the network"
-            " never saw: give more `--ddpm_num_steps`, or squaredcos_cap_v2."
+            " never saw: give more `--ddpm_num_steps`, or squaredcos_cap_v2 with v_prediction."
         )
     pretrained = args.pretrained_model_name_or_path
     if pretrained is None:
