@@ -129,8 +129,6 @@ def main(args: BenchmarkArguments) -> None:
     failures = []
     for name in args.sections:
         section, start = importlib.import_module(name), time.perf_counter()
-        for suffix in (".json", ".md"):  # of an earlier run: this one may fail
-            (output_dir / f"{name}{suffix}").unlink(missing_ok=True)
         try:
             measured = installed(args.networks) if name == "training_step" else section.NETWORKS
             networks = sizes(measured, args.resolutions)

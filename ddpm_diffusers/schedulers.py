@@ -12,6 +12,7 @@ from diffusers.utils import requires_backends
 from .pipeline_pixel_diffusion import (
     CARRIED_OVER,
     TRAINED_WITH,
+    check_steps,
     init_parameters,
     refusal,
     set_timesteps,
@@ -125,6 +126,7 @@ def count_evaluations(scheduler: SchedulerMixin, num_inference_steps: int) -> in
     Raises:
         ValueError: If the scheduler cannot take that number of steps.
     """
+    check_steps(scheduler, num_inference_steps)
     return len(set_timesteps(copy.deepcopy(scheduler), num_inference_steps))  # the caller's keeps its timesteps
 
 

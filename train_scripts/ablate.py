@@ -54,7 +54,7 @@ class AblateArguments:
     dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub id or local folder")
     dataset_id: str | None = arg(None, "Hub id of a local data set, for the records")
     resolution: int = arg(16, "height and width of the images")
-    num_epochs: int = arg(5, "passes over the data")
+    num_epochs: int | None = arg(None, "passes over the data; 5 unless --max_train_steps is given")
     max_train_steps: int | None = arg(None, "optimizer steps, in place of --num_epochs")
     train_batch_size: int = arg(64, "batch size per process")
     optimizer: str = arg("adamw", "adamw or muon, as in train_unconditional.py")
@@ -86,6 +86,8 @@ class AblateArguments:
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise ValueError(f"`--{name}` is {values}; it must hold different ones.")
         check(self, self.jobs >= 1, "jobs", "be at least 1")
+        if self.num_epochs is None and self.max_train_steps is None:
+            self.num_epochs = 5
         use_cpu = yaml.safe_load(Path(self.accelerate_config).read_text("utf-8")).get("use_cpu", False)
         self.mixed_precision = choose_precision(self.mixed_precision, use_cpu)
         check(self, not (use_cpu and self.mixed_precision == "fp16"), "mixed_precision",
@@ -187,13 +189,11 @@ def folder_of(args: AblateArguments, name: str, seed: int) -> Path:
 
 
 def training_arguments(args: AblateArguments, seed: int) -> dict:
-    length = {"num_epochs": args.num_epochs}
-    if args.max_train_steps is not None:
-        length = {"max_train_steps": args.max_train_steps}
+    length = {"num_epochs": args.num_epochs, "max_train_steps": args.max_train_steps}
     return {
         "dataset_name": args.dataset_name,
         "resolution": args.resolution,
-        **length,
+        **{name: value for name, value in length.items() if value is not None},
         "train_batch_size": args.train_batch_size,
         **({} if args.optimizer == "adamw" else {"optimizer": args.optimizer}),  # older records have none
         "learning_rate": args.learning_rate,

@@ -133,11 +133,7 @@ class TrainingArguments:
             check(self, not self.lr_warmup_steps, "lr_warmup_steps",
                   "be 0 with `--lr_scheduler constant`, which does not warm up: use constant_with_warmup")  # fmt: skip
         if self.dataset_id is not None:
-            if self.train_data_dir is not None or not has_form_of_hub_id(self.dataset_id):
-                raise ValueError(
-                    f"`--dataset_id` is {self.dataset_id!r}; it must be owner/name on the Hub, of what"
-                    " `--dataset_name` is a local copy of."
-                )
+            check(self, has_form_of_hub_id(self.dataset_id), "dataset_id", "be owner/name on the Hub")
         if self.num_epochs is not None and self.max_train_steps is not None:
             raise ValueError(
                 f"`--num_epochs` is {self.num_epochs} and `--max_train_steps` {self.max_train_steps}: give one alone."

@@ -21,7 +21,7 @@ from evaluation_arguments import (
     provenance,
     source_of,
 )
-from files import lock, write_file, write_text
+from files import check_empty, lock, write_file, write_text
 from launch import make_accelerator
 from samplers import swap_scheduler
 from tables import caption, figures_table
@@ -125,7 +125,10 @@ def main(args: EvaluateArguments) -> None:
         if args.damage is not None:
             images = DAMAGE[args.damage](images, args.damage_amount)
         side, channels = images.shape[-1], images.shape[1]
-    folder_lock = lock(output_dir) if accelerator.is_main_process else None
+    if accelerator.is_main_process:
+        folder_lock = lock(output_dir)
+        if not args.overwrite:  # another process may have filled it since
+            check_empty(output_dir)
     reference = open_reference(args, accelerator, extractor, side, channels)
 
     if pipe is not None:

@@ -53,9 +53,10 @@ def main(args: GenerateArguments) -> None:
     pipe.to(args.device or accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     swap_scheduler(pipe, args.scheduler, args.scheduler_config)
-    folder_lock = (
-        lock(output_dir) if accelerator.is_main_process else None
-    )  # before the sampling, so that it fails early
+    if accelerator.is_main_process:  # before the sampling, so that it fails early
+        folder_lock = lock(output_dir)
+        if not args.overwrite:  # another process may have filled it since
+            check_empty(output_dir)
 
     start = time.perf_counter()
     images = sample_images(

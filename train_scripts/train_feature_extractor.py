@@ -109,6 +109,8 @@ def main(args: FeatureExtractorArguments) -> None:
     is_empty_folder = output_dir.is_dir() and not any(output_dir.iterdir())
     if output_dir.exists() and not is_empty_folder:
         raise ValueError(f"`--output_dir` {args.output_dir} exists and is not an empty folder: choose another.")
+    if output_dir.is_mount():  # it is renamed to at the end
+        raise ValueError(f"`--output_dir` {args.output_dir} is a mounted volume: choose a folder in it.")
 
     images, labels, names = load_split(args, args.train_split, args.resolution)
     sizes = sorted({args.resolution, min(args.resolution, 16)})
@@ -163,9 +165,9 @@ def main(args: FeatureExtractorArguments) -> None:
         lr_scheduler.step()
         if step % 50 == 0:
             progress_bar.set_postfix(loss=f"{loss.item():.4f}")
-    if not math.isfinite(loss.item()):
-        shutil.rmtree(partial)
-        raise SystemExit(f"The loss is {loss.item()} at the end: lower `--learning_rate`. Nothing was saved.")
+        if (step % 50 == 0 or step == steps - 1) and not math.isfinite(loss.item()):
+            shutil.rmtree(partial)
+            raise SystemExit(f"The loss is {loss.item()} at step {step}: lower `--learning_rate`. Nothing was saved.")
 
     model = accelerator.unwrap_model(classifier, keep_fp32_wrapper=False).eval()
     accuracies = {size: accuracy(model, *test[:2]) for size, test in tests.items()}

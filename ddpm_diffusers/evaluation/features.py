@@ -115,7 +115,7 @@ def to_input(images: torch.Tensor, image_size, mean=0.5, std=0.5) -> torch.Tenso
     return (images / 255 - mean) / std
 
 
-def load_feature_extractor(name_or_path: str = FASHION_MNIST) -> FeatureExtractor:
+def load_feature_extractor(name_or_path: str | Path = FASHION_MNIST) -> FeatureExtractor:
     """Load a feature extractor, on the CPU.
 
     Args:
@@ -132,6 +132,7 @@ def load_feature_extractor(name_or_path: str = FASHION_MNIST) -> FeatureExtracto
         ImportError: For Inception, if torch-fidelity is not installed.
         ConnectionError: If a necessary download fails.
     """
+    name_or_path = str(name_or_path)
     if name_or_path.partition(":")[0] == INCEPTION:
         return load_inception(name_or_path.partition(":")[2])
     folder = SHIPPED if name_or_path == FASHION_MNIST else find_folder(name_or_path)

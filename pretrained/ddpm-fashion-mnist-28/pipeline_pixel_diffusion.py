@@ -219,13 +219,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """Check the arguments and return the shape to sample, (batch_size, in_channels, height, width)."""
         if self.unet is None:
             raise ValueError("The pipeline has no `unet`: set `pipe.unet` first.")
-        check_positive(batch_size=batch_size, num_inference_steps=num_inference_steps)
-        train_steps = self.scheduler.config.num_train_timesteps
-        if num_inference_steps > train_steps:
-            raise ValueError(
-                f"`num_inference_steps` is {num_inference_steps}; it must not exceed the {train_steps} timesteps of"
-                " the scheduler's noise schedule (`num_train_timesteps`)."
-            )
+        check_positive(batch_size=batch_size)
+        check_steps(self.scheduler, num_inference_steps)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"`output_type` is {output_type!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}."
@@ -310,11 +305,15 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """diffusers' method; also copies the model card of the source that the network was loaded from, if available.
 
         The card is copied only if the folder has none and the weights are still the source's, since its figures are
-        theirs. With `push_to_hub`, the index, the code, the components' files and a card (see `push_to_hub`) are then
-        uploaded to `repo_id`, by default the folder's name; other files in the folder are not. A card that the
-        repository already has is kept. If it has none, the snippets of the folder's card are changed to load
-        `repo_id`. No card is uploaded into a `subfolder`.
+        theirs. If the folder has the card of other weights, which are now replaced, that card is renamed.
+
+        With `push_to_hub`, the index, the code, the components' files and a card (see `push_to_hub`) are then uploaded
+        to `repo_id`, by default the folder's name; other files in the folder are not. A card that the repository
+        already has is kept. If it has none, the snippets of the folder's card are changed to load `repo_id`. No card
+        is uploaded into a `subfolder`.
         """
+        if self.unet is not None:
+            set_card_aside(self.unet, Path(save_directory))
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         for config in (Path(save_directory, name, "config.json") for name in self.components):
             if config.is_file():  # diffusers' networks write the path that they were loaded from, ours do not
@@ -406,6 +405,17 @@ def check_positive(**values) -> None:
     for name, value in values.items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
+
+
+def check_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Raise a ValueError if no scheduler of this noise schedule can take that number of steps."""
+    check_positive(num_inference_steps=num_inference_steps)
+    timesteps = scheduler.config.num_train_timesteps
+    if num_inference_steps > timesteps:
+        raise ValueError(
+            f"`num_inference_steps` is {num_inference_steps}; it must not exceed the {timesteps} timesteps of the"
+            " scheduler's noise schedule (`num_train_timesteps`)."
+        )
 
 
 def check_scheduler(scheduler: SchedulerMixin, replaced: dict | None) -> None:
@@ -672,6 +682,15 @@ def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | No
                 partial = Path(folder, f".{name}.partial")  # a full disk must leave no part of it under its name
                 shutil.copyfile(path, partial)
                 partial.replace(Path(folder, name))
+
+
+def set_card_aside(unet: ModelMixin, folder: Path) -> None:
+    """Rename the card and samples of a saved pipeline if the network's weights, which replace its own, are others."""
+    if any(Path(folder, "unet").glob("*.safetensors")) and not has_weights_of(unet, Path(folder, "unet")):
+        for path in (folder / README, folder / SAMPLES):
+            if path.exists():
+                aside = path.replace(path.with_stem(f"{path.stem}.before"))
+                logger.warning(f"{path} is of the weights that are replaced now: it is {aside.name} from here on.")
 
 
 def has_weights_of(unet: ModelMixin, folder: Path) -> bool:

@@ -261,6 +261,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ConvStem", "DownBlock", "MidBlock", "UpBlock", "OutBlock"]  # one device each (`device_map`)
     _repeated_blocks = ["DownBlock", "MidBlock", "UpBlock"]  # what `compile_repeated_blocks` compiles
+    _group_offload_block_modules = ["mid_block"]  # which `enable_group_offload` looks for blocks in, beside lists
     _skip_layerwise_casting_patterns = ["norm", "time_proj"]  # what `enable_layerwise_casting` does not cast
 
     @register_to_config
