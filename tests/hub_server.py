@@ -57,6 +57,11 @@ class HubError(Exception):
         self.status, self.headers = status, {"X-Error-Message": message, **code_header, **dict(headers)}
 
 
+def files_of(folder):
+    """A folder as a commit takes it: {path: bytes}."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def uses_lfs(path, sample, size):
     return size > 0 and (path.endswith(LFS_SUFFIXES) or b"\0" in sample or size > 10_000_000)
 

@@ -1,88 +1,19 @@
-"""Checkpoints: exact to the bit, whole or absent whenever the process dies, and no pickle."""
+"""Checkpoints: exact to the bit, without pickle, damaged ones passed over, those of another run refused."""
 
-import errno
 import gc
 import json
 import os
-import resource
-import shutil
-import signal
-import stat
-import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
+from conftest import WEIGHTS
 from safetensors import safe_open
+from toy_training import Run
 
 from ddpm_diffusers import OptimizedUNet2DModel
-from ddpm_diffusers.checkpointing import (
-    find_damage,
-    list_checkpoints,
-    load_checkpoint,
-    resolve_checkpoint,
-    save_checkpoint,
-)
-from ddpm_diffusers.muon import Muon
-
-SMALLEST = {"block_out_channels": (8, 8), "norm_num_groups": 2, "block_norm_num_groups": 2, "time_embedding_dim": 8}
-OPTIMIZERS = {
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
-    "amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, amsgrad=True, betas=(0.95, 0.99)),
-    "muon": lambda parameters: Muon(parameters, lr=3e-3),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
-    "stateless": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-}
-
-
-class Run:
-    """A small training whose batches are a function of the step."""
-
-    def __init__(self, seed=0, optimizer="adamw", with_ema=True, **config):
-        torch.manual_seed(seed)
-        self.unet = OptimizedUNet2DModel(sample_size=8, **{**SMALLEST, **config})
-        self.ema = EMAModel(self.unet.parameters(), foreach=True) if with_ema else None
-        self.optimizer = OPTIMIZERS[optimizer](self.unet.parameters())
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 0.9**step)
-        self.step = 0
-
-    def train(self, steps):
-        for _ in range(steps):
-            generator = torch.Generator().manual_seed(self.step)
-            batch = torch.randn(2, 1, 8, 8, generator=generator)
-            loss = (self.unet(batch, self.step * 100).sample - batch.flip(-1)).square().mean()
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.schedule.step()
-            if self.ema is not None:
-                self.ema.step(self.unet.parameters())
-            self.step += 1
-        return self
-
-    def save(self, folder, total_limit=None):
-        state = {"lr_scheduler": self.schedule.state_dict(), "note": "kept", "arguments": {"seed": 0, "betas": (1, 2)}}
-        return save_checkpoint(folder, self.step, self.unet, self.ema, self.optimizer, state, total_limit)
-
-    def load(self, path, **arguments):
-        state = load_checkpoint(path, self.unet, self.ema, self.optimizer, {"betas": (1, 2), **arguments})
-        self.schedule.load_state_dict(state["lr_scheduler"])
-        self.step = state["step"]
-        return state
-
-    def everything(self):
-        """All that decides how the training goes on."""
-        values = {"step": self.step, "lr": self.schedule.get_last_lr(), **self.unet.state_dict()}
-        values |= {f"optimizer.{i}": state for i, state in self.optimizer.state_dict()["state"].items()}
-        groups = self.optimizer.state_dict()["param_groups"]
-        values["groups"] = [{**group, "betas": list(group.get("betas", []))} for group in groups]
-        if self.ema is not None:
-            values |= {f"ema.{i}": parameter for i, parameter in enumerate(self.ema.shadow_params)}
-            values["ema_step"] = self.ema.optimization_step
-        return values
+from ddpm_diffusers.checkpointing import list_checkpoints, resolve_checkpoint
 
 
 def assert_same(first, second):
@@ -144,81 +75,6 @@ def test_every_file_is_json_safetensors_or_source(tmp_path):
             compile(file.read_text(), file.name, "exec")
 
 
-# killed at any moment
-
-
-def in_a_fork(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-def fork_and_kill(work, folder, at_event):
-    """Run `work` in a forked process that kills itself before file operation number `at_event`; True if it was killed.
-
-    The operations are those that Python announces to audit hooks: mkdir, rename, remove, rmdir, open to write.
-    """
-    pid = os.fork()
-    if pid == 0:
-        events = 0
-
-        def hook(event, arguments):
-            nonlocal events
-            writes = event == "open" and str(folder) in str(arguments[0]) and "w" in (arguments[1] or "")
-            if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-                events += 1
-                if events == at_event:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        status = 1
-        try:
-            sys.addaudithook(hook)
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-def test_killed_at_any_file_operation_every_checkpoint_listed_is_whole(tmp_path):
-    before, folder = tmp_path / "before", tmp_path / "run"
-    run = Run()
-    for _ in range(2):
-        run.train(1).save(before)
-    run.train(1)
-
-    at_event, killed, seen = 0, True, set()
-    while killed:
-        at_event += 1
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(before, folder)
-        killed = fork_and_kill(lambda: run.save(folder, total_limit=2), folder, at_event)
-        listed = list_checkpoints(folder)
-        assert not any(find_damage(path) for path in listed)
-        seen.add(tuple(path.name[-1] for path in listed))
-        assert f"checkpoint-{Run().load(listed[-1])['step']}" == listed[-1].name
-    assert at_event > 20
-    assert seen == {("1", "2"), ("1", "2", "3"), ("2", "3")}
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
-
-
-def test_the_next_save_clears_what_a_killed_one_left(tmp_path):
-    run = Run().train(1)
-    run.save(tmp_path)
-    run.train(1)
-    assert fork_and_kill(lambda: run.save(tmp_path), tmp_path, 12)
-    assert any(path.name.startswith(".") for path in tmp_path.iterdir())
-    run.train(1).save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
-
-
 # which are kept, and which is meant
 
 
@@ -264,7 +120,6 @@ def test_latest_and_paths(tmp_path, caplog):
             assert words in str(error.value)
 
 
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 DAMAGES = {
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "it has no manifest.json"),
     "a manifest of nothing": (lambda path: (path / "manifest.json").write_text("{}"), "does not list"),
@@ -312,48 +167,6 @@ def test_of_other_versions_the_resume_tells(tmp_path, caplog):
     (path / "training_state.json").write_text(json.dumps(state))
     Run().load(path)
     assert f"torch: '1.0' there, '{torch.__version__}' here" in caplog.text
-
-
-def test_a_drive_that_flushes_no_folders_serves(tmp_path, monkeypatch):
-    fsync, refused = os.fsync, []
-
-    def flush_files_alone(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
-            refused.append(handle)
-            raise OSError(errno.EINVAL, "Invalid argument")
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", flush_files_alone)
-    assert find_damage(Run().train(1).save(tmp_path)) is None and refused
-
-
-@pytest.mark.parametrize("trouble", ["full", "read-only"])
-def test_what_cannot_be_written_says_how_to_go_on_and_loses_nothing(trouble):
-    with tempfile.TemporaryDirectory() as folder:  # in reach of another user, as pytest's own are not
-        folder = Path(folder)
-        run = Run().train(1)
-        run.save(folder, total_limit=1)
-        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        reader, writer = os.pipe()
-
-        def save():
-            if trouble == "full":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # bytes a file
-            else:
-                os.chmod(folder, 0o555)
-                os.seteuid(65534 if os.geteuid() == 0 else os.geteuid())  # root may write anywhere
-            with pytest.raises(OSError) as error:
-                run.save(folder, total_limit=1)
-            os.write(writer, str(error.value).encode())
-
-        run.train(1)
-        in_a_fork(save)
-        said = os.read(reader, 10_000).decode()
-        os.chmod(folder, 0o755)
-        assert f"checkpoint-2 cannot be written to {folder}" in said and "is intact: make room or mend" in said
-        assert ("File too large" if trouble == "full" else "Permission denied") in said
-        assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
-        assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
 
 
 def test_a_checkpoint_of_another_config_is_refused_with_the_differences(tmp_path):

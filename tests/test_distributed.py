@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, WEIGHTS, run_training, torchrun
+from conftest import ROOT, SMALL_RUN, WEIGHTS, run_training, torchrun
+from in_this_process import train_here
 from safetensors.torch import load_file
 
 from ddpm_diffusers import OptimizedUNet2DModel
@@ -28,6 +29,12 @@ def trained(*args: str, **env: str) -> Path:
     return args[0]
 
 
+def trained_here(output_dir: Path, *flags: str) -> Path:
+    """By the one process of this test."""
+    train_here(*SMALL_RUN, "--output_dir", output_dir, *FLAGS, *flags)
+    return output_dir
+
+
 def relative_difference(first: Path, second: Path) -> float:
     """Of the largest kind: over each tensor by itself."""
     first, second = load_file(first), load_file(second)
@@ -35,18 +42,18 @@ def relative_difference(first: Path, second: Path) -> float:
     return max((first[name] - second[name]).norm().item() / first[name].norm().item() for name in first)
 
 
-HUNDRED = ["--max_train_steps", "100", "--checkpointing_steps", "50"]
+FORTY = ["--max_train_steps", "40", "--checkpointing_steps", "20"]
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    """A hundred steps of 64 images in one process, in float32, over 19 epochs."""
-    return trained(tmp_path_factory.mktemp("one") / "run", [sys.executable], *HUNDRED, "--train_batch_size", "64")
+    """Forty steps of 64 images in one process, in float32, over 7 epochs."""
+    return trained_here(tmp_path_factory.mktemp("one") / "run", *FORTY, "--train_batch_size", "64")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    return trained(tmp_path_factory.mktemp("two") / "run", torchrun(2), *HUNDRED, "--train_batch_size", "32")
+    return trained(tmp_path_factory.mktemp("two") / "run", torchrun(2), *FORTY, "--train_batch_size", "32")
 
 
 def losses(output_dir: Path) -> torch.Tensor:
@@ -56,7 +63,7 @@ def losses(output_dir: Path) -> torch.Tensor:
 
 def assert_follows(one: Path, other: Path) -> None:
     assert relative_difference(one / WEIGHTS, other / WEIGHTS) < 1e-5
-    assert relative_difference(one / "checkpoint-100" / WEIGHTS, other / "checkpoint-100" / WEIGHTS) < 1e-5
+    assert relative_difference(one / "checkpoint-40" / WEIGHTS, other / "checkpoint-40" / WEIGHTS) < 1e-5
     torch.testing.assert_close(losses(one), losses(other), rtol=1e-5, atol=0)
 
 
@@ -72,23 +79,38 @@ def test_two_processes_follow_one(one, two):
 @pytest.mark.slow
 def test_any_split_of_the_global_batch_follows(one, processes, batch_size, accumulation, tmp_path):
     flags = ["--train_batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation)]
-    assert_follows(one, trained(tmp_path / "run", torchrun(processes), *HUNDRED, *flags))
+    assert_follows(one, trained(tmp_path / "run", torchrun(processes), *FORTY, *flags))
 
 
 def test_another_number_of_processes_goes_on(one, two, tmp_path):
     (tmp_path / "run").mkdir()
-    shutil.copytree(two / "checkpoint-50", tmp_path / "run" / "checkpoint-50")
-    flags = [*HUNDRED, "--train_batch_size", "64", "--resume_from_checkpoint", "latest"]
-    resumed = trained(tmp_path / "run", [sys.executable], *flags)
+    shutil.copytree(two / "checkpoint-20", tmp_path / "run" / "checkpoint-20")
+    flags = [*FORTY, "--train_batch_size", "64", "--resume_from_checkpoint", "latest"]
+    resumed = trained_here(tmp_path / "run", *flags)
     assert relative_difference(one / WEIGHTS, resumed / WEIGHTS) < 1e-5
-    torch.testing.assert_close(losses(one)[7:], losses(resumed), rtol=1e-5, atol=0)  # the line that 50 falls into, too
+    torch.testing.assert_close(losses(one)[2:], losses(resumed), rtol=1e-5, atol=0)  # the line that 20 falls into, too
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
-    hidden = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}  # a GPU would be shared by both
-    result = train(tmp_path / "run", torchrun(2), *HUNDRED, **hidden)
-    assert "2 processes were launched, but accelerate connects 1" in result.stderr
+NO_GPU = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}  # accelerate is to look for one, and find none
+UNCONNECTED = "2 processes were launched, but accelerate connects 1"
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher sets it
+    with pytest.raises(ValueError, match=UNCONNECTED):
+        trained_here(tmp_path / "run", *FORTY)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_nor_does_torchrun_start_two_without_a_gpu_for_each(tmp_path):
+    result = train(tmp_path / "run", torchrun(2), *FORTY, **NO_GPU)
+    assert result.returncode and UNCONNECTED in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+TWENTY = ["--max_train_steps", "20", "--checkpointing_steps", "8"]
 
 
 def sharded(output_dir: Path, kind: str, *flags: str) -> Path:
@@ -100,38 +122,41 @@ def sharded(output_dir: Path, kind: str, *flags: str) -> Path:
         str(ROOT / "tests" / "on_cpu.py"),
         kind,
     ]
-    flags = ["--max_train_steps", "20", "--checkpointing_steps", "8", "--train_batch_size", "32", *flags]
-    # accelerate is to take the processes for GPUs, and to find none
-    hidden = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
-    return trained(output_dir, launcher, *flags, DS_ACCELERATOR="cpu", **hidden)
+    return trained(output_dir, launcher, *TWENTY, "--train_batch_size", "32", *flags, DS_ACCELERATOR="cpu", **NO_GPU)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, flags", [
-    ("fsdp", ["--mixed_precision", "no"]),
-    ("fsdp", ["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"]),
-    pytest.param("deepspeed", [], marks=[pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")]),
-])  # fmt: skip
-def test_sharded_training_resumes_exactly(kind, flags, tmp_path):
-    uninterrupted = sharded(tmp_path / "uninterrupted", kind, *flags)
-    resumed = tmp_path / "resumed"
+def assert_resumes_exactly(uninterrupted: Path, resumed: Path, kind: str, *flags: str) -> None:
     resumed.mkdir()
     shutil.copytree(uninterrupted / "checkpoint-8", resumed / "checkpoint-8")
     shutil.copyfile(uninterrupted / "metrics.jsonl", resumed / "metrics.jsonl")
     sharded(resumed, kind, *flags, "--resume_from_checkpoint", "latest")
-    averaged = f"checkpoint-20/unet_ema/{Path(WEIGHTS).name}"
-    for name in (
-        WEIGHTS,
-        "metrics.jsonl",
-        f"checkpoint-20/{WEIGHTS}",
-        averaged,
-        "checkpoint-20/optimizer.safetensors",
-    ):
+    averaged = f"unet_ema/{Path(WEIGHTS).name}"
+    last = [f"checkpoint-20/{name}" for name in (WEIGHTS, averaged, "optimizer.safetensors")]
+    for name in (WEIGHTS, "metrics.jsonl", *last):
         assert (uninterrupted / name).read_bytes() == (resumed / name).read_bytes(), name
     unet = OptimizedUNet2DModel.from_pretrained(uninterrupted / "checkpoint-20" / "unet_ema")
     for name, weight in load_file(uninterrupted / WEIGHTS).items():
         assert torch.equal(unet.state_dict()[name], weight)
+
+
+@pytest.mark.slow
+def test_sharded_training_follows_one_process_and_resumes_exactly(tmp_path):
+    shards = sharded(tmp_path / "fsdp", "fsdp", "--mixed_precision", "no")
+    whole = trained_here(tmp_path / "one", *TWENTY, "--train_batch_size", "64")
+    for name in (f"checkpoint-20/{WEIGHTS}", "checkpoint-20/optimizer.safetensors", WEIGHTS):
+        assert relative_difference(whole / name, shards / name) < 1e-5
+    assert_resumes_exactly(shards, tmp_path / "resumed", "fsdp", "--mixed_precision", "no")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, flags", [
+    ("fsdp", ["--mixed_precision", "bf16", "--gradient_accumulation_steps", "2"]),
+    pytest.param("deepspeed", [], marks=[pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")]),
+])  # fmt: skip
+def test_other_sharded_trainings_resume_exactly(kind, flags, tmp_path):
+    uninterrupted = sharded(tmp_path / "uninterrupted", kind, *flags)
+    assert_resumes_exactly(uninterrupted, tmp_path / "resumed", kind, *flags)
 
 
 @pytest.mark.slow
@@ -145,12 +170,3 @@ def test_sharding_that_could_not_be_saved_is_refused_before_the_training(tmp_pat
     launcher[-3] = str(ROOT / "train_scripts" / "accelerate" / "fsdp2.yaml")
     done = train(tmp_path / "run", launcher, "--max_train_steps", "2", "--optimizer", "muon")
     assert done.returncode and "`--optimizer muon` needs whole kernels" in done.stderr
-
-
-@pytest.mark.slow
-def test_sharded_training_follows_one_process(tmp_path):
-    shards = sharded(tmp_path / "fsdp", "fsdp", "--mixed_precision", "no")
-    flags = ["--max_train_steps", "20", "--checkpointing_steps", "8", "--train_batch_size", "64"]
-    whole = trained(tmp_path / "one", [sys.executable], *flags)
-    for name in (f"checkpoint-20/{WEIGHTS}", "checkpoint-20/optimizer.safetensors", WEIGHTS):
-        assert relative_difference(whole / name, shards / name) < 1e-5

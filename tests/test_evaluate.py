@@ -125,13 +125,8 @@ def test_test_images_give_the_floor_and_damage_moves_the_right_figure(evaluate):
     whole = figures()
     assert whole["train"] == whole["floor"] and whole["to_floor"]["frechet_distance"] == 1
     assert abs(whole["test"]["frechet_distance"]) < 1e-6 and whole["test"]["precision"] == 1
-    change = {}
-    for damage, amount in (("blur", "0.5"), ("checker", "0.1"), ("noise", "0.1")):
-        damaged = figures("--damage", damage, "--damage_amount", amount)
-        assert damaged["to_floor"]["frechet_distance"] > 1.5
-        change[damage] = {name: damaged["train"][name] - whole["train"][name] for name in ("cb2_db", "hf_db")}
-    assert change["blur"]["hf_db"] < -0.5 and change["noise"]["hf_db"] > 0.5
-    assert change["checker"]["cb2_db"] > 3 and change["checker"]["cb2_db"] > 3 * abs(change["noise"]["cb2_db"])
+    damaged = figures("--damage", "checker", "--damage_amount", "0.1")
+    assert damaged["to_floor"]["frechet_distance"] > 1.5 and damaged["train"]["cb2_db"] > whole["train"]["cb2_db"] + 3
 
 
 def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, garments, tmp_path):
@@ -142,18 +137,15 @@ def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, garments, tmp_
         image.save(folder / f"{i:06d}.png")
     Image.new("L", (99, 99)).save(folder / "grid.png")  # as generate.py leaves one
     reference = Reference.of_dataset(garments, load_feature_extractor(), resolution=16)
-    expected = evaluate_images(images, reference)
     record = evaluate("--images", str(folder), "--num_images", "1000")
     assert record["num_images"] == 160
-    assert record["per_seed"] == [expected]
-    fewer = evaluate("--images", str(folder), "--num_images", "120", "--overwrite")  # spread over all, as if sorted
-    spread = images[np.linspace(0, 159, 120).round().astype(int)]
-    assert fewer["per_seed"] == [evaluate_images(spread, reference)]
+    assert record["per_seed"] == [evaluate_images(images, reference)]
     (tmp_path / "wide").mkdir()
     for path in folder.glob("0*.png"):
         ImageOps.expand(Image.open(path), (2, 0)).save(tmp_path / "wide" / path.name)
-    wide = evaluate("--images", str(tmp_path / "wide"), "--num_images", "1000", "--center_crop", "--overwrite")
-    assert wide["per_seed"] == [expected]
+    fewer = evaluate("--images", str(tmp_path / "wide"), "--num_images", "120", "--center_crop", "--overwrite")
+    spread = images[np.linspace(0, 159, 120).round().astype(int)]  # over all, as if sorted
+    assert fewer["per_seed"] == [evaluate_images(spread, reference)]
 
     Image.new("RGB", (16, 16), "red").save(folder / "000400.png")  # all are read in colour, and refused for it
     with pytest.raises(ValueError, match="The images have 3 channels, and .* takes 1"):
@@ -194,10 +186,12 @@ def test_a_folder_is_read_as_the_training_reads_it(evaluate, tmp_path):
         (["--images", "nowhere"], "nowhere is no folder with images .*nor one of the splits train and test"),
         (["--model", "MODEL", "--num_images", "20"], "20 images to evaluate; there must be more than the"),
         (["--model", "MODEL", "--seeds", "1", "1"], r"`--seeds` is \[1, 1\]; it must hold different"),
-        (["--model", "MODEL", "--scheduler", "eular"], "'eular' is unknown"),
         (["--model", "MODEL", "--scheduler_config", "{"], "is no JSON"),
         (["--model", "MODEL", "--scheduler_config", '{"speed": 1}'], "`speed` is no argument of DDPMScheduler"),
-        (["--model", "MODEL", "--num_inference_steps", "5000"], "cannot take 5000 `num_inference_steps`"),
+        (
+            ["--model", "MODEL", "--num_inference_steps", "5000"],
+            "is 5000; it must not exceed the 1000 timesteps",
+        ),
         (["--model", "MODEL", "--test_split", "validation"], "no split 'validation'"),
         (["--model", "MODEL", "--feature_extractor", "resnet"], "There is no feature extractor 'resnet'"),
         (["--model", "MODEL", "--mixed_precision", "int8"], "must be auto, no, fp16 or bf16"),
@@ -238,13 +232,12 @@ def test_nothing_is_overwritten_and_nan_is_not_judged(evaluate, model, tmp_path,
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(model, garments, tmp_path):
-    records = []
-    for processes in (1, 2):
-        command = [*torchrun(processes), str(SCRIPT), "--model", str(model), "--dataset_name", garments,
-                   "--num_images", str(NUM_IMAGES), "--num_inference_steps", "2", "--batch_size", "40",
-                   "--output_dir", str(tmp_path / str(processes))]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        records.append(json.loads((tmp_path / str(processes) / "evaluation.json").read_text()))
-    assert records[0]["per_seed"] == records[1]["per_seed"] and records[1]["num_processes"] == 2
+def test_two_processes_measure_what_one_does(evaluate, model, garments, tmp_path):
+    flags = ["--model", str(model), "--num_inference_steps", "2", "--batch_size", "40"]
+    one = evaluate(*flags)
+    command = [*torchrun(2), str(SCRIPT), *flags, "--dataset_name", garments, "--num_images", str(NUM_IMAGES),
+               "--output_dir", str(tmp_path / "two")]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    assert one["per_seed"] == two["per_seed"] and (one["num_processes"], two["num_processes"]) == (1, 2)

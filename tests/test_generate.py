@@ -79,6 +79,19 @@ def test_only_samples_are_overwritten_and_only_if_asked(generate):
     assert (folder / "20240131.png").exists()
 
 
+def test_samples_that_came_while_it_loaded_are_kept(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path / "model")
+    args = script.GenerateArguments(
+        model=str(tmp_path / "model"), num_inference_steps=1, output_dir=str(tmp_path / "samples")
+    )
+    (tmp_path / "samples").mkdir()  # by another process, now that this one has found none
+    for name in ("grid.png", "000000.png"):
+        (tmp_path / "samples" / name).write_bytes(b"theirs")
+    with pytest.raises(ValueError, match="is not empty: choose another, or pass `--overwrite`"):
+        script.main(args)
+    assert (tmp_path / "samples" / "000000.png").read_bytes() == b"theirs"
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--scheduler", "eular"], "'eular' is unknown; it must be one of ddpm"),
     (["--scheduler_config", '{"beta_end": "wide"}'], "`beta_end` is 0.02 in the scheduler"),

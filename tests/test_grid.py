@@ -35,8 +35,8 @@ def test_grid_is_the_images_row_by_row_enlarged_by_whole_factors(mode, count, si
     np.testing.assert_array_equal(np.asarray(grid.convert("RGB")), expected)
 
 
-@pytest.mark.parametrize("count", range(1, 20))
-def test_the_grid_is_as_near_to_a_square_as_the_count_allows(count):
-    width, height = (side // 56 for side in image_grid([Image.new("L", (56, 56), 255)] * count).size)
-    assert width * height - count < width  # no row is empty
-    assert width - height in (0, 1)
+def test_the_grid_is_as_near_to_a_square_as_the_count_allows():
+    for count in range(1, 20):
+        width, height = (side // 56 for side in image_grid([Image.new("L", (56, 56), 255)] * count).size)
+        assert width * height - count < width  # no row is empty
+        assert width - height in (0, 1)

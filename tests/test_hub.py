@@ -1,27 +1,21 @@
-"""Pushes and model cards: real clients in fresh processes, against a Hub on the loopback that fails on demand."""
+"""Pushes: the real client in another process, against a Hub on the loopback that fails on demand."""
 
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
-from arguments import TrainingArguments
 from conftest import ROOT, TINY
-from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
-from hub_server import HubError, HubServer
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
+from diffusers import DDPMScheduler, DiffusionPipeline
+from hub_server import HubError, HubServer, files_of
+from interpreter import Interpreter
 
-from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
-from ddpm_diffusers.hub import add_figures, model_card, pipeline_files
+from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, pipeline_pixel_diffusion
+from ddpm_diffusers.hub import model_card, pipeline_files
 
-SCRIPT = ROOT / "train_scripts" / "push_to_hub.py"
+SCRIPTS = ROOT / "train_scripts"
 PIPELINE = {
     "README.md", "model_index.json", "pipeline_pixel_diffusion.py", "samples.png", "scheduler/scheduler_config.json",
     "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/unet_2d_optimized.py",
@@ -29,59 +23,40 @@ PIPELINE = {
 BESIDE = ("checkpoint-5/optimizer.safetensors", "checkpoint-5/state.json", "logs/events.out", "metrics.jsonl",
           "samples/step-5.png", "unet/optimizer.bin", "unet/checkpoint-5/optimizer.safetensors", "other.py",
           "trainer_state.json", ".env")  # fmt: skip
-FIGURE = {
-    "dataset_type": "zalando-datasets/fashion_mnist", "dataset_name": "Fashion-MNIST", "dataset_split": "test",
-    "metric_type": "frechet_distance", "metric_name": "Frechet distance", "metric_value": 2.5,
-    "metric_args": {"samples": 10_000},
-}  # fmt: skip
-HIDE = "import sys; sys.modules['ddpm_diffusers'] = None\n"  # `import ddpm_diffusers` now raises ImportError
 
-# calls functions of hub.py, or methods of the pipeline in `source`: a call a line of JSON, many in one process
-CLIENT = """
-import json, sys, traceback
+FIRST = """
+import time
+import ddpm_diffusers
+time.sleep = lambda seconds: None  # between the tries of a push, and of the client libraries
+"""
+# a function of hub.py, or a method of the pipeline in `source`
+CALL = """
+import json, traceback
+from diffusers import DiffusionPipeline
 from ddpm_diffusers import hub
-from diffusers import DiffusionPipeline
-for line in sys.stdin:
-    name, source, kwargs = json.loads(line)
-    try:
-        owner = DiffusionPipeline.from_pretrained(source) if source else hub
-        answer = {"result": str(getattr(owner, name)(**kwargs))}
-    except Exception as error:
-        answer = {"error": type(error).__name__, "text": str(error), "traceback": traceback.format_exc()}
-    print(json.dumps(answer), flush=True)
+try:
+    owner = DiffusionPipeline.from_pretrained(source) if source else hub
+    answer = {"result": str(getattr(owner, name)(**kwargs))}
+except Exception as error:
+    answer = {"error": type(error).__name__, "text": str(error), "traceback": traceback.format_exc()}
+print(json.dumps(answer))
 """
-
-LOAD = """
-import sys
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+RUN_SCRIPT = """
+import runpy, sys
+sys.argv = [script, *flags]
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as end:
+    print("It ended:", end.code)
 """
-
-
-def environment(hub: HubServer, home: Path, token: bool = True) -> dict:
-    return {**os.environ, **hub.env(home, token)}
-
-
-def run(command: list, env: dict, cwd="/") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, command)], env=env, cwd=cwd, capture_output=True, text=True)
-
-
-def python(script: str, *args, env: dict, cwd="/") -> str:
-    """What a fresh process prints."""
-    result = run(["-c", script, *args], env, cwd)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def front_matter(card: bytes | str) -> tuple[dict, str]:
-    """The metadata and the body of a card."""
-    text = card.decode() if isinstance(card, bytes) else card
-    _, metadata, body = re.split(r"^---\n", text, maxsplit=2, flags=re.MULTILINE)
-    return yaml.safe_load(metadata), body
 
 
 def make_pipe() -> PixelDiffusionPipeline:
     return PixelDiffusionPipeline(OptimizedUNet2DModel(**TINY), DDPMScheduler(timestep_spacing="trailing"))
+
+
+def snippets(card: bytes) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card.decode(), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +65,7 @@ def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     pipe = make_pipe()
     pipe.save_pretrained(folder)
-    card = add_figures(str(model_card(pipe, "user/first-name", has_samples=True)), [FIGURE])
-    (folder / "README.md").write_text(card)
+    model_card(pipe, "user/first-name", has_samples=True).save(folder / "README.md")
     (folder / "samples.png").write_bytes(b"\x89PNG\0")
     for name in BESIDE:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -114,26 +88,21 @@ def hub(server):
 
 
 @pytest.fixture(scope="module")
-def client(server, tmp_path_factory):
-    """`client("push_folder", ...)` in a process of its own: what it returned or raised."""
-    home = tmp_path_factory.mktemp("client")
-    with open(home / "stderr", "w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT], env=environment(server, home), cwd="/", text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
-        )  # fmt: skip
+def python(server, tmp_path_factory):
+    """With the package, its scripts and a token."""
+    env = {**server.env(tmp_path_factory.mktemp("client"), token=True), "PYTHONPATH": f"{ROOT}{os.pathsep}{SCRIPTS}"}
+    with Interpreter(env, first=FIRST) as python:
+        yield python
 
-        def call(name: str, source: str | Path | None = None, **kwargs) -> dict:
-            if name == "push_folder":
-                kwargs = {"waits": (0.01, 0.02, 0.03), **kwargs}
-            process.stdin.write(json.dumps([name, source, kwargs], default=str) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
 
-        call.stderr = home / "stderr"
-        yield call
-        process.stdin.close()
-        process.wait(30)
+@pytest.fixture(scope="module")
+def client(python):
+    """`client("push_folder", ...)` there: what it returned or raised."""
+
+    def call(name: str, source: str | Path | None = None, **kwargs) -> dict:
+        return json.loads(python(CALL, name=name, source=source, kwargs=kwargs))
+
+    return call
 
 
 def once(request: str, fault):
@@ -148,73 +117,35 @@ def once(request: str, fault):
     return answer
 
 
-@pytest.fixture(scope="module")
-def pushed(server, client, tmp_path_factory) -> str:
-    """A new pipeline pushed by its own method, so with a card that the pipeline made."""
-    folder = tmp_path_factory.mktemp("plain")
-    make_pipe().save_pretrained(folder)
-    assert "result" in client("push_to_hub", folder, repo_id="user/plain")
-    return "user/plain"
-
-
-def test_a_pushed_pipeline_has_a_card_made_from_it(hub, pushed):
-    metadata, body = front_matter(hub.repos[pushed].files["README.md"])
-    assert metadata.pop("tags") == ["ddpm", "diffusion", "pixel-space", "unconditional-image-generation"]
-    assert metadata == {
-        "library_name": "diffusers", "pipeline_tag": "unconditional-image-generation",
+def test_what_arrives_by_a_push_is_the_pipeline_and_its_code_and_a_card(hub, client, tmp_path):
+    pipe = make_pipe()
+    pipe.save_pretrained(tmp_path)
+    assert "result" in client("push_to_hub", tmp_path, repo_id="user/plain")
+    files = hub.repos["user/plain"].files
+    card = str(pipeline_pixel_diffusion.model_card(pipe, "user/plain")).encode()
+    assert {name: data for name, data in files.items() if name != ".gitattributes"} == {
+        **files_of(tmp_path), "README.md": card,
     }  # fmt: skip
-    parameters = make_pipe().unet.num_parameters()
-    for fact in ("OptimizedUNet2DModel", f"{parameters:,} parameters", "8x8 pixels", "grey", "1,000"):
-        assert fact in body
-    assert "samples.png" not in body and len(hub.repos[pushed].commits) == 2
+    assert len(hub.repos["user/plain"].commits) == 2  # of the creation, and of the push
+    index = json.loads(files["model_index.json"])
+    assert index["_class_name"] == ["pipeline_pixel_diffusion", "PixelDiffusionPipeline"]
+    assert index["unet"] == ["unet_2d_optimized", "OptimizedUNet2DModel"]
+    for path in ("pipeline_pixel_diffusion.py", "unet/unet_2d_optimized.py"):
+        assert files[path] == (ROOT / "ddpm_diffusers" / Path(path).name).read_bytes()
+    published = b"".join(data for name, data in files.items() if name.endswith(("json", "md")))
+    assert str(tmp_path).encode() not in published
 
 
-@pytest.mark.parametrize("mode", ["installed", "absent"])
-def test_the_snippets_of_a_card_run_as_they_stand(hub, pushed, mode, tmp_path):
-    snippets = re.findall(r"```python\n(.*?)```", hub.repos[pushed].files["README.md"].decode(), re.DOTALL)
-    assert [snippet.startswith("import ddpm_diffusers ") for snippet in snippets] == [True, False]
-    script = snippets[0] if mode == "installed" else HIDE + snippets[1]
-    script += "print(len(images), *images[0].size, type(pipe).__module__.split('.')[0], type(pipe.scheduler).__name__)"
-    result = run(["-c", script], environment(hub, tmp_path, token=False))
-    installed = "16 8 8 ddpm_diffusers DPMSolverMultistepScheduler\n"
-    assert result.stdout == (installed if mode == "installed" else "16 8 8 diffusers_modules DDPMScheduler\n")
-    assert "not found in your environment" not in result.stderr  # diffusers' warning of what a file imports
-
-
-def test_a_card_goes_along_from_repository_to_folder_to_repository(hub, client, saved, pushed, tmp_path):
-    client("push_folder", folder=saved, repo_id="user/source")
-    chain = HIDE + LOAD + "pipe.push_to_hub('user/direct')\npipe.save_pretrained(sys.argv[2])\n"
-    chain += "pipe = DiffusionPipeline.from_pretrained(sys.argv[2], trust_remote_code=True)\n"
-    chain += "pipe.push_to_hub('user/relayed')\n"
-    chain += "pipe = DiffusionPipeline.from_pretrained(sys.argv[3], trust_remote_code=True)\n"
-    chain += "pipe.push_to_hub('user/absent')\n"
-    make_pipe().save_pretrained(tmp_path / "plain")
-    python(chain, "user/source", tmp_path / "folder", tmp_path / "plain", env=environment(hub, tmp_path / "home"))
-    source = hub.repos["user/source"].files
-    assert '"user/source"' in source["README.md"].decode() and "Measured figures" in source["README.md"].decode()
-    for name in ("user/direct", "user/relayed"):
-        files = hub.repos[name].files
-        assert files["README.md"].decode() == source["README.md"].decode().replace("user/source", name)
-        assert files["samples.png"] == source["samples.png"] and len(hub.repos[name].commits) == 2
-        weights = "unet/diffusion_pytorch_model.safetensors"
-        assert files[weights] == source[weights]
-    card = hub.repos["user/absent"].files["README.md"]  # made without the package
-    assert card == hub.repos[pushed].files["README.md"].replace(b"user/plain", b"user/absent")
-
-
-def test_the_card_of_an_older_revision_is_its_own(hub, client, saved, tmp_path):
-    client("push_folder", folder=saved, repo_id="user/older")
-    older = hub.repos["user/older"].commits[-1]
-    hub.repos["user/older"].commit("newer weights", {"README.md": b"---\n---\nOf newer weights.\n"})
-    script = "import sys\nfrom ddpm_diffusers import PixelDiffusionPipeline\n"
-    script += "pipe = PixelDiffusionPipeline.from_pretrained('user/older', revision=sys.argv[1])\n"
-    script += "pipe.save_pretrained(sys.argv[2])\n"
-    python(script, older.sha, tmp_path / "older", env=environment(hub, tmp_path / "home"))
-    assert (tmp_path / "older" / "README.md").read_bytes() == older.files["README.md"]
+def test_the_first_snippet_of_a_pushed_card_runs_as_it_stands(hub, client, python, saved):
+    assert "result" in client("push_to_hub", saved, repo_id="user/shown")
+    snippet = snippets(hub.repos["user/shown"].files["README.md"])[0]
+    assert snippet.startswith("import ddpm_diffusers ")
+    facts = "print(len(images), *images[0].size, type(pipe).__module__.split('.')[0], type(pipe.scheduler).__name__)"
+    assert python(snippet + facts) == "16 8 8 ddpm_diffusers DPMSolverMultistepScheduler\n"
 
 
 def test_a_card_of_the_repository_is_kept_and_a_push_without_change_makes_no_commit(hub, client, saved):
-    client("push_folder", folder=saved, repo_id="user/kept")
+    assert "result" in client("push_folder", folder=saved, repo_id="user/kept")
     own = b"---\nlicense: mit\n---\nMy own words.\n"
     hub.repos["user/kept"].commit("edit", {"README.md": own})
     for _ in range(2):
@@ -224,48 +155,29 @@ def test_a_card_of_the_repository_is_kept_and_a_push_without_change_makes_no_com
 
 def test_saving_with_a_push_uploads_nothing_beside_the_pipeline(hub, client, saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "from-folder")
-    client("save_pretrained", saved, save_directory=folder, push_to_hub=True, private=True)
+    assert "result" in client("save_pretrained", saved, save_directory=folder, push_to_hub=True, private=True)
     repo = hub.repos["user/from-folder"]  # named as the folder
     assert repo.private and PIPELINE <= repo.files.keys() and not set(BESIDE) & repo.files.keys()
     assert b'"user/from-folder"' in repo.files["README.md"]
 
 
-def test_the_snippets_load_a_repository_of_a_variant_alone(hub, client, saved, tmp_path):
+def test_the_snippets_ask_for_the_variant_where_there_is_no_other(hub, client, saved, tmp_path):
     assert "result" in client("push_to_hub", saved, repo_id="user/half", variant="fp16")
-    _, body = front_matter(hub.repos["user/half"].files["README.md"])
-    [first, second] = re.findall(r"```python\n(.*?)```", body, re.S)
-    assert all('from_pretrained("user/half", variant="fp16"' in snippet for snippet in (first, second))
-    loading = second.partition("images =")[0] + "print(pipe.unet.num_parameters())"
-    printed = python(loading, env=environment(hub, tmp_path), cwd=tmp_path)
-    assert int(printed.split()[-1]) == make_pipe().unet.num_parameters()
-    own = tmp_path / "own"
-    DiffusionPipeline.from_pretrained(saved).save_pretrained(own, variant="fp16")
-    (own / "README.md").write_bytes(hub.repos["user/half"].files["README.md"])
-    assert "result" in client("push_folder", folder=own, repo_id="user/folder")
+    card = hub.repos["user/half"].files["README.md"]
+    assert ['from_pretrained("user/half", variant="fp16"' in snippet for snippet in snippets(card)] == [True, True]
+    DiffusionPipeline.from_pretrained(saved).save_pretrained(tmp_path, variant="fp16")
+    (tmp_path / "README.md").write_bytes(card)
+    assert "result" in client("push_folder", folder=tmp_path, repo_id="user/folder")
     assert b'from_pretrained("user/folder", variant="fp16"' in hub.repos["user/folder"].files["README.md"]
-    DiffusionPipeline.from_pretrained(saved).save_pretrained(own)  # the plain weights, too
-    assert "result" in client("push_folder", folder=own, repo_id="user/both")
+    DiffusionPipeline.from_pretrained(saved).save_pretrained(tmp_path)  # the plain weights, too
+    assert "result" in client("push_folder", folder=tmp_path, repo_id="user/both")
     assert b"variant=" not in hub.repos["user/both"].files["README.md"]
 
 
-def test_a_card_does_not_go_along_with_another_network(saved, tmp_path, monkeypatch):
-    pipe = DiffusionPipeline.from_pretrained(saved)
-    pipe.unet = torch.compile(pipe.unet)
-    pipe.save_pretrained(tmp_path / "same")
-    assert (tmp_path / "same" / "README.md").read_bytes() == (saved / "README.md").read_bytes()
-    with torch.no_grad():
-        next(pipe.unet.parameters()).mul_(1.001)  # trained further
-    pipe.save_pretrained(tmp_path / "trained")
-    assert not (tmp_path / "trained" / "README.md").exists()
-    half = DiffusionPipeline.from_pretrained(saved, dtype=torch.float16)
-    half.save_pretrained(tmp_path / "half", variant="fp16")
-    assert (tmp_path / "half" / "README.md").read_bytes() == (saved / "README.md").read_bytes()
-    pipe.unet = other = make_pipe().unet
-    monkeypatch.chdir(saved)
-    loaded = [DiffusionPipeline.from_pretrained(source, unet=other) for source in (saved, ".")]
-    for number, another in enumerate((pipe, *loaded)):
-        another.save_pretrained(tmp_path / f"other-{number}")
-        assert not {"README.md", "samples.png"} & {path.name for path in (tmp_path / f"other-{number}").iterdir()}
+def test_a_pipeline_in_a_subfolder_brings_no_card(hub, client, saved):
+    assert "result" in client("push_to_hub", saved, repo_id="user/parts", subfolder="small")
+    expected = {f"small/{name}" for name in PIPELINE - {"README.md", "samples.png"}}
+    assert set(hub.repos["user/parts"].files) - {".gitattributes"} == expected
 
 
 def test_push_folder_sends_the_files_of_the_pipeline_alone_in_one_commit(hub, client, saved):
@@ -293,7 +205,7 @@ def test_all_files_of_a_further_component_are_files_of_the_pipeline(hub, client,
         (folder / name).write_text("{}")
     index = tmp_path / "own" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": ["transformers", "BertTokenizer"]}))
-    client("push_folder", folder=tmp_path / "own", repo_id="user/own")
+    assert "result" in client("push_folder", folder=tmp_path / "own", repo_id="user/own")
     found = {name for name in hub.repos["user/own"].files if name.startswith("tokenizer/")}
     assert found == {"tokenizer/tokenizer_config.json", "tokenizer/vocab.txt", "tokenizer/parts/merges.txt"}
 
@@ -345,7 +257,7 @@ def test_a_push_that_cannot_succeed_ends_in_a_sentence_that_says_how_to_go_on(hu
     ],
 )
 def test_a_refusal_is_not_tried_again(hub, client, saved, token, repo_id, status):
-    client("push_folder", folder=saved, repo_id="user/first")
+    assert "result" in client("push_folder", folder=saved, repo_id="user/first")
     creations = sum(path == "/api/repos/create" for _, path, _ in hub.requests)
     answer = client("push_folder", folder=saved, repo_id=repo_id, token=token)
     assert answer["error"] == "PushError" and f"the Hub answered {status}" in answer["text"]
@@ -387,29 +299,28 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, client, saved):
 
 
 @pytest.mark.parametrize("kind", ["reset", 503])
-def test_a_hub_in_trouble_does_not_stop_a_training(hub, client, kind):
+def test_a_hub_in_trouble_does_not_stop_a_training(hub, client, python, kind):
     hub.fault = lambda method, path: kind
-    told = len(client.stderr.read_text())
     assert client("prepare_repo", repo_id="later") == {"result": "later"}
-    assert "the push will be tried after the training" in client.stderr.read_text()[told:]
+    assert "the push will be tried after the training" in python.stderr
 
 
-def test_a_private_repository_needs_the_token(hub, client, saved, tmp_path):
-    client("push_folder", folder=saved, repo_id="user/private", private=True)
+def test_the_card_of_a_private_repository_is_asked_for_with_the_token(hub, client, saved, tmp_path):
+    assert "result" in client("push_folder", folder=saved, repo_id="user/private", private=True)
     assert "result" in client("save_pretrained", "user/private", save_directory=tmp_path)
     assert (tmp_path / "README.md").read_bytes() == hub.repos["user/private"].files["README.md"]
-    with pytest.raises(RepositoryNotFoundError):
-        HfApi(hub.endpoint, token=False).model_info("user/private")
+    assert all(with_token for _, path, with_token in hub.requests if path.startswith("/user/private/"))
 
 
-def test_the_script_pushes_and_fails_in_one_sentence(hub, saved, tmp_path):
-    env = environment(hub, tmp_path)
-    done = run([SCRIPT, "--model", saved, "--hub_model_id", "user/script", "--hub_private_repo"], env)
-    assert done.returncode == 0 and done.stdout == f"{hub.endpoint}/user/script\n"
-    assert hub.repos["user/script"].private
-    failed = run([SCRIPT, "--model", saved, "--hub_model_id", "other/script"], env)
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert failed.stderr.splitlines()[-1].startswith("The push to other/script failed: the Hub answered 403")
+def test_the_script_pushes_and_fails_in_one_sentence(hub, python, saved):
+    def push(repo_id: str) -> str:
+        flags = ["--model", str(saved), "--hub_model_id", repo_id, "--hub_private_repo", "--hub_token", hub.token]
+        return python(RUN_SCRIPT, script=SCRIPTS / "push_to_hub.py", flags=flags)
+
+    assert push("user/script") == f"{hub.endpoint}/user/script\n" and hub.repos["user/script"].private
+    end = push("other/script")
+    assert end.startswith("It ended: The push to other/script failed: the Hub answered 403") and end.count("\n") == 1
+    assert "Traceback" not in python.stderr and hub.token not in end + python.stderr
 
 
 @pytest.mark.parametrize("token", ["", "hf_se cret", "hf_sec\nret", "hf_secré\u200bt", "hf_secret\0"])
@@ -423,113 +334,24 @@ def test_what_cannot_be_a_token_is_refused_unseen(hub, client, saved, token):
     assert "hf_" not in str(error.value) and len(hub.requests) == asked
 
 
-@pytest.mark.slow
-def test_the_token_is_nowhere_but_in_its_header_and_nothing_is_a_pickle(saved, tmp_path):
-    with HubServer() as hub:
-        echo = HubError(403, f"Token {hub.token} may not do this")
-        env = environment(hub, tmp_path / "home")
-        push = "import ddpm_diffusers" + LOAD + "pipe.push_to_hub('user/scan', token=sys.argv[2])\n"
-        pushed = ["-c", push, saved, hub.token]
-        script = [SCRIPT, "--model", saved, "--hub_model_id", "user/scan-too", "--hub_token", hub.token]
-        outputs = []
-        for command, fault in ((pushed, None), (script, once("commit", "reset")), (script, lambda *_: echo)):
-            hub.fault = fault
-            done = run(command, {**env, "HF_TOKEN": ""})
-            outputs += [done.stdout, done.stderr]
-        assert "Token <token> may not do this" in outputs[-1]
-        seen = [text.encode() for text in outputs] + hub.received + list(hub.blobs.values())
-        seen += [data for repo in hub.repos.values() for commit in repo.commits for data in commit.files.values()]
-        seen += [path.read_bytes() for path in (tmp_path / "home").rglob("*") if path.is_file()]
-        assert all(repo in hub.repos for repo in ("user/scan", "user/scan-too")) and len(seen) > 30
-        assert not any(hub.token.encode() in data for data in seen)
-        for data in seen:
-            assert not re.match(rb"\x80[\x02-\x05]", data) and b"data.pkl" not in data  # pickles; torch's zip of one
+@pytest.mark.parametrize("given", [True, False])
+def test_the_token_is_nowhere_but_in_its_header_and_nothing_is_a_pickle(hub, client, python, saved, given):
+    token, seen = {"token": hub.token} if given else {}, []  # or that of the environment
 
+    def push(name: str, source: Path | None = None, fault=None, **kwargs) -> dict:
+        hub.fault = fault
+        answer = client(name, source, **kwargs, **token)
+        seen.extend([json.dumps(answer).encode(), python.stderr.encode()])
+        return answer
 
-def test_a_pipeline_in_a_subfolder_brings_no_card(hub, client, saved):
-    assert "result" in client("push_to_hub", saved, repo_id="user/parts", subfolder="small")
-    expected = {f"small/{name}" for name in PIPELINE - {"README.md", "samples.png"}}
-    assert set(hub.repos["user/parts"].files) - {".gitattributes"} == expected
-
-
-def test_the_card_of_a_training_says_what_is_known_and_names_no_path(tiny_pipe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "garments").mkdir()
-    settings = {
-        "learning_rate": 2e-3, "use_ema": True, "lr_scheduler": "cosine", "betas": [0.9, 0.999], "snr_gamma": None,
-        "output_dir": "somewhere", "data": "garments", "cache": str(tmp_path), "hub_token": "secret", "x": "hf_secret",
-    }  # fmt: skip
-    for name, published in (
-        ("zalando-datasets/fashion_mnist", ["zalando-datasets/fashion_mnist"]), ("mnist", ["mnist"]),
-        ("garments", None), (str(tmp_path), None), ("./garments", None), ("synthetic-fashion", None), (None, None),
-    ):  # fmt: skip
-        card = str(model_card(tiny_pipe, "user/name", dataset_name=name, settings=settings, license="mit"))
-        metadata, body = front_matter(card)
-        assert metadata["license"] == "mit" and "license" not in front_matter(str(model_card(tiny_pipe, "a/b")))[0]
-        assert metadata.get("datasets") == published and "model-index" not in metadata
-        assert ("not on the Hub" in body) == (published is None and name != "synthetic-fashion")
-        assert not re.search(f"{tmp_path}|secret|somewhere|snr_gamma|None|`?garments`? *\\|", card)
-        assert "| learning_rate | 0.002 |" in body and "| use_ema | True |" in body and "[0.9, 0.999]" in body
-        assert body.index("## Training") < body.index("## Limits")
-    copy = model_card(tiny_pipe, "user/name", dataset_name="garments", dataset_id="user/garments")
-    (tmp_path / "user" / "garments").mkdir(parents=True)  # whether or not there is a folder of that name
-    assert copy.data.datasets == ["user/garments"]
-    again = model_card(tiny_pipe, "user/name", dataset_name="./user/garments", dataset_id="user/garments")
-    assert str(again) == str(copy)
-    assert TrainingArguments(dataset_name="./user/garments", dataset_id="user/garments", logger="none")
-
-
-@pytest.mark.parametrize("unet, scheduler, shown, not_shown", [
-    ({}, {}, "DPMSolverMultistepScheduler", "output_type"),
-    ({"in_channels": 5, "out_channels": 5}, {}, 'num_inference_steps=15, output_type="np")', "=50).images"),
-    ({}, {"beta_schedule": "sigmoid"}, "num_inference_steps=50).images", "DPMSolverMultistepScheduler"),
-    ({}, {"rescale_betas_zero_snr": True}, "DPMSolverMultistepScheduler", "output_type"),
-    ({"sample_size": None}, {}, "of any size", "from_pretrained"),
-])  # fmt: skip
-def test_the_snippets_of_a_card_suit_the_pipeline(unet, scheduler, shown, not_shown):
-    pipe = PixelDiffusionPipeline(OptimizedUNet2DModel(**{**TINY, **unet}), DDPMScheduler(**scheduler))
-    card = str(model_card(pipe, "user/name"))
-    assert shown in card and not_shown not in card
-
-
-def test_no_card_shows_noise_levels_of_another_kind_than_the_networks():
-    flow = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
-    card = str(model_card(PixelDiffusionPipeline(OptimizedUNet2DModel(**TINY), flow), "user/name"))
-    assert "num_inference_steps=50" in card and "use_karras_sigmas" not in card
-
-
-def test_the_card_names_the_model_of_the_hub_that_a_training_started_from(tiny_pipe, tmp_path):
-    metadata, body = front_matter(str(model_card(tiny_pipe, "user/name", base_model="google/ddpm-cifar10-32")))
-    assert metadata["base_model"] == "google/ddpm-cifar10-32"
-    assert "(https://huggingface.co/google/ddpm-cifar10-32)" in body
-    metadata, body = front_matter(str(model_card(tiny_pipe, "user/name", base_model=str(tmp_path))))
-    assert "base_model" not in metadata and "a model that is not on the Hub" in body and str(tmp_path) not in body
-
-
-def test_figures_replace_earlier_ones_in_the_metadata_and_the_body(tiny_pipe):
-    plain = str(model_card(tiny_pipe, "user/name", dataset_name="mnist"))
-    better = {**FIGURE, "metric_value": 2.25}
-    card = add_figures(add_figures(plain, [FIGURE]), [better, {**FIGURE, "metric_type": "kid", "metric_value": 0.5}])
-    metadata, body = front_matter(card)
-    [model] = metadata["model-index"]
-    [result] = model["results"]
-    assert result["task"]["type"] == "unconditional-image-generation"
-    assert result["dataset"] == {"type": FIGURE["dataset_type"], "name": "Fashion-MNIST", "split": "test"}
-    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [
-        ("frechet_distance", 2.25), ("kid", 0.5),
-    ]  # fmt: skip
-    rows = "| metric | value |\n| --- | --- |\n| Frechet distance | 2.25 |\n| Frechet distance | 0.5 |\n"
-    assert f"On Fashion-MNIST test, measured with samples 10000:\n\n{rows}" in body and "2.5 |" not in body
-    other = add_figures(card, [better, {**FIGURE, "metric_args": {"samples": 97}}])
-    assert other.count("| metric | value |") == 2 and "measured with samples 97:\n\n" in other
-    assert body.count("## Measured figures") == 1
-    assert add_figures(card, [better]) == add_figures(plain, [better]) and add_figures(card, []) == plain
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"metric_value": float("nan")}, {"metric_value": float("inf")}, {"dataset_type": "/data/mnist"}, {"metrik": 1}],
-)
-def test_a_figure_that_is_none_is_refused(tiny_pipe, wrong):
-    with pytest.raises(ValueError, match="figure|dataset_type"):
-        add_figures(str(model_card(tiny_pipe, "user/name")), [{**FIGURE, **wrong}])
+    assert "result" in push("push_to_hub", saved, repo_id=f"user/scan-{given}")
+    assert "result" in push("push_folder", None, once("commit", "reset"), folder=saved, repo_id=f"user/again-{given}")
+    echo = HubError(403, f"Token {hub.token} may not do this")
+    answer = push("push_folder", None, lambda *_: echo, folder=saved, repo_id="user/echo")
+    assert "Token <token> may not do this" in answer["text"]
+    seen += [*hub.received, *hub.blobs.values(), *files_of(Path(python.env["HF_HOME"])).values()]
+    seen += [data for repo in hub.repos.values() for commit in repo.commits for data in commit.files.values()]
+    assert len(seen) > 30
+    for data in seen:
+        assert hub.token.encode() not in data
+        assert not re.match(rb"\x80[\x02-\x05]", data) and b"data.pkl" not in data  # pickles; torch's zip of one

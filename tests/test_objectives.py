@@ -37,7 +37,7 @@ def test_a_timestep_lies_in_each_stratum(batch, num_train_timesteps):
     assert seen.min() >= 0 and seen.max() < num_train_timesteps
 
 
-@pytest.mark.parametrize(("batch", "num_train_timesteps"), [(1, 50), (8, 100), (6, 50), (32, 20)])
+@pytest.mark.parametrize(("batch", "num_train_timesteps"), [(6, 50), (32, 20)])
 def test_every_member_of_the_batch_has_a_uniform_timestep(batch, num_train_timesteps):
     # the first member, one a draw, so that the counts are of independent timesteps; 6 does not divide 50, 32 > 20
     generator = torch.Generator().manual_seed(0)

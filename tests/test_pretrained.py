@@ -55,11 +55,11 @@ def test_it_draws_garments_of_every_kind(folder):
     pipe = DiffusionPipeline.from_pretrained(str(folder))
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
-    images = sample_images(pipe, 100, 10, batch_size=50)
+    images = sample_images(pipe, 64, 6, batch_size=32)
     classifier = AutoModelForImageClassification.from_pretrained(SHIPPED).eval()
     noise = torch.randint(256, images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         sure, kinds = classifier(to_input(images, classifier.config.image_size)).logits.softmax(1).max(1)
         kinds_of_noise = classifier(to_input(noise, classifier.config.image_size)).logits.argmax(1)
-    assert sure.mean() > 0.8 and kinds.unique().numel() == 10
+    assert sure.mean() > 0.85 and kinds.unique().numel() == 10
     assert kinds_of_noise.unique().numel() < 5  # the classifier does not see every kind in anything

@@ -15,13 +15,17 @@ from safetensors.torch import save_file
 from ddpm_diffusers import PixelDiffusionPipeline
 from ddpm_diffusers.data import ImageArrays, draw_synthetic
 from ddpm_diffusers.evaluation import Reference, evaluate_images, evaluate_pipeline, protocol
-from ddpm_diffusers.evaluation.damage import DAMAGE
 from ddpm_diffusers.evaluation.features import FeatureExtractor, extract_features
 from ddpm_diffusers.evaluation.metrics import frechet_distance, kernel_distance, precision_recall
 from ddpm_diffusers.evaluation.protocol import Statistics, check_run, mean_and_sd
-from ddpm_diffusers.evaluation.spectrum import radial_spectrum, ring_spectrum
+from ddpm_diffusers.evaluation.spectrum import (
+    checkerboard,
+    power_spectrum,
+    radial_spectrum,
+    ring_spectrum,
+    sharpness,
+)
 from ddpm_diffusers.sampling import sample_images
-from ddpm_diffusers.schedulers import make_scheduler
 
 
 class FourNumbers(torch.nn.Module):
@@ -137,7 +141,24 @@ def test_the_floor_is_what_the_test_images_themselves_are_given(reference):
     assert figures["test"]["cb2_db"] == figures["test"]["hf_db"] == pytest.approx(0, abs=1e-6)
 
 
-def test_fewer_images_have_a_floor_of_their_own_and_precision_of_as_many_real_ones(reference, extractor):
+def test_the_figures_are_those_of_the_metrics_against_each_split(extractor):
+    splits = {"train": garment_images(150, resolution=16), "test": garment_images(120, seed=1, resolution=16)}
+    reference = Reference(*splits.values(), extractor)
+    samples = garment_images(60, seed=2, resolution=16)
+    features, power = extract_features(extractor, samples), power_spectrum(samples)
+    found = evaluate_images(samples, reference)
+    for split, images in splits.items():
+        real, real_power = extract_features(extractor, images), power_spectrum(images)
+        as_many = real[np.linspace(0, len(images) - 1, 60).round().astype(int)]
+        precision, recall = precision_recall(as_many, features)
+        assert found[split] == pytest.approx({
+            "frechet_distance": frechet_distance(real, features), "kernel_distance": kernel_distance(real, features),
+            "precision": precision, "recall": recall, "cb2_db": checkerboard(power, real_power, 2),
+            "cb4_db": checkerboard(power, real_power, 4), "hf_db": sharpness(power, real_power),
+        })  # fmt: skip
+
+
+def test_fewer_images_have_a_floor_of_their_own(reference):
     sixty = reference.test.subset(60)
     floor = reference.floor(60)
     assert (floor["precision"], floor["recall"]) == precision_recall(reference.train.subset(60), sixty)
@@ -145,11 +166,7 @@ def test_fewer_images_have_a_floor_of_their_own_and_precision_of_as_many_real_on
     assert floor["kernel_distance"] == kernel_distance(reference.train.features, sixty)
     assert floor != reference.floor(120)
     assert reference.floor(10_000) == reference.floor(120)  # all that there are
-    samples = garment_images(60, seed=2)
-    figures = evaluate_images(samples, reference)
-    assert figures["floor"] == floor
-    found = figures["test"]["precision"], figures["test"]["recall"]
-    assert found == precision_recall(sixty, extract_features(extractor, samples))
+    assert evaluate_images(garment_images(60, seed=2), reference)["floor"] == floor
 
 
 def test_more_samples_than_test_images_are_compared_with_the_floor_by_as_many(extractor):
@@ -170,24 +187,6 @@ def test_statistics_do_not_depend_on_how_many_images_are_read_at_a_time(extracto
         found = Statistics.of_images(images, extractor)
         torch.testing.assert_close(found.features, whole.features)
         torch.testing.assert_close(found.power, whole.power)
-
-
-def test_damaged_garments_are_further_from_the_train_and_the_test_split(extractor):
-    splits = [garment_images(400, seed=seed, resolution=28) for seed in (0, 1)]
-    reference = Reference(*splits, extractor)
-    drawn = garment_images(400, seed=2, resolution=28)
-    undamaged = evaluate_images(drawn, reference)
-    assert undamaged["train"].keys() == {
-        "frechet_distance", "kernel_distance", "precision", "recall", "cb2_db", "cb4_db", "hf_db"
-    }  # fmt: skip
-    for kind, figure, sign in (("blur", "hf_db", -1), ("checker", "cb2_db", 1), ("noise", "hf_db", 1)):
-        damaged = evaluate_images(DAMAGE[kind](drawn, 0.5), reference)
-        for split in ("train", "test"):
-            assert sign * (damaged[split][figure] - undamaged[split][figure]) > 2
-            if kind != "blur":  # which leaves these features, of a coarse 8x8, as they are
-                assert damaged[split]["frechet_distance"] > 10 * undamaged[split]["frechet_distance"]
-                assert damaged[split]["kernel_distance"] > 10 * abs(undamaged[split]["kernel_distance"])
-                assert damaged[split]["precision"] < undamaged[split]["precision"] / 2
 
 
 def test_a_data_set_of_two_splits_is_read_as_training_reads_it(extractor, tmp_path):
@@ -269,17 +268,6 @@ def test_a_single_seed_gives_the_same_figures_and_no_spread(tiny_pipe, reference
     assert one["figures"]["train"]["hf_db"] == {"mean": one["per_seed"][0]["train"]["hf_db"]}
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "heun", "pndm", "dpmsolver++", "kdpm2"])
-def test_evaluations_are_the_calls_of_the_network(tiny_pipe, reference, name):
-    tiny_pipe.scheduler = make_scheduler(name, tiny_pipe.scheduler)
-    calls = []
-    tiny_pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-    record = evaluate_pipeline(tiny_pipe, reference, 6, 5)
-    assert record["evaluations"] == len(calls) >= 5
-    assert (len(calls) > 5) == (name in ("heun", "pndm", "kdpm2"))
-    assert record["scheduler"] == type(tiny_pipe.scheduler).__name__
-
-
 def test_a_ratio_to_a_floor_of_nothing_is_none(tiny_pipe, extractor):
     images = garment_images(60)
     dark, light = images // 8, 255 - images // 8
@@ -337,10 +325,10 @@ def test_too_few_images_are_refused_before_any_is_sampled(untouched_pipe, refere
         evaluate_images(garment_images(4), reference)
 
 
-@pytest.mark.parametrize("num_inference_steps", [0, 1001])
-def test_steps_that_the_scheduler_cannot_take_are_refused(untouched_pipe, reference, num_inference_steps):
-    with pytest.raises(ValueError, match=f"DDPMScheduler cannot take {num_inference_steps} `num_inference_steps`"):
-        evaluate_pipeline(untouched_pipe, reference, 20, num_inference_steps)
+def test_steps_that_the_scheduler_cannot_take_are_refused(untouched_pipe, reference):
+    for num_inference_steps in (0, 1001):
+        with pytest.raises(ValueError, match=f"`num_inference_steps` is {num_inference_steps}; it must"):
+            evaluate_pipeline(untouched_pipe, reference, 20, num_inference_steps)
 
 
 @pytest.mark.parametrize("shape", [{"resolution": 12}, {"channels": 3}])
@@ -350,14 +338,6 @@ def test_a_pipeline_of_other_images_than_the_data_sets_is_refused(untouched_pipe
         evaluate_pipeline(untouched_pipe, reference, 20, 3)
     with pytest.raises(ValueError, match="read the data set at the size of the images"):
         evaluate_images(garment_images(20), reference)
-
-
-def test_images_that_are_not_uint8_tensors_are_refused(reference):
-    for images in (torch.rand(20, 1, 8, 8), garment_images(20).numpy()):
-        with pytest.raises(TypeError, match="they must be a torch.uint8 tensor"):
-            evaluate_images(images, reference)
-    with pytest.raises(ValueError, match=r"it must be \(B, C, H, W\)"):
-        evaluate_images(garment_images(20)[:, 0], reference)
 
 
 def test_splits_that_cannot_serve_are_refused(extractor):

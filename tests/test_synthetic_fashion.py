@@ -39,10 +39,8 @@ def test_another_seed_and_another_index_draw_another_picture(other_seed):
     assert len(np.unique(images.reshape(1000, -1), axis=0)) == 1000
 
 
-@pytest.mark.parametrize("resolution", [8, 28, 33])
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("count", [0, 1, 23])
-def test_shapes_types_and_labels(resolution, channels, count):
+@pytest.mark.parametrize(("count", "channels", "resolution"), [(0, 1, 28), (1, 3, 28), (23, 1, 8), (23, 3, 33)])
+def test_shapes_types_and_labels(count, channels, resolution):
     images, labels = draw_garments(range(100, 100 + count), resolution=resolution, channels=channels)
     assert images.shape == (count, channels, resolution, resolution) and images.dtype == np.uint8
     assert labels.dtype == np.int64 and labels.tolist() == [i % 10 for i in range(count)]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from arguments import TrainingArguments
 from command_line import run_script
-from conftest import run_training
+from conftest import SMALL_RUN, run_training
+from in_this_process import train_here
 
 TOKEN = "hf_thisIsNotForAnyFile"
 LOGGED = ["loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr", "ema_decay"]
@@ -19,15 +20,26 @@ def needs(package: str):
     return pytest.param(package, marks=pytest.mark.skipif(absent, reason=f"{package} is not installed"))
 
 
-def train(folder: Path, logger: str, max_train_steps: int) -> None:
-    flags = ["--max_train_steps", str(max_train_steps), "--logging_steps", "2", "--validation_steps", "3",
-             "--checkpointing_steps", "3", "--logger", logger, "--hub_token", TOKEN,
-             "--resume_from_checkpoint", "latest"]  # fmt: skip
-    # wandb and trackio stay on this machine, in this folder
-    here = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
-    result = run_training(folder / "run", *flags, launcher=[sys.executable], cwd=folder, **here)
-    assert result.returncode == 0, result.stderr
-    assert TOKEN not in result.stdout + result.stderr
+@pytest.fixture
+def train(tmp_path, monkeypatch, capfd, caplog):
+    """Train in a folder up to a step, and see that the token is shown nowhere."""
+
+    def run(logger: str, max_train_steps: int) -> None:
+        flags = ["--max_train_steps", str(max_train_steps), "--logging_steps", "2", "--validation_steps", "3",
+                 "--checkpointing_steps", "3", "--logger", logger, "--hub_token", TOKEN,
+                 "--resume_from_checkpoint", "latest"]  # fmt: skip
+        if logger == "tensorboard":
+            monkeypatch.setattr(sys, "argv", ["train", *SMALL_RUN, "--output_dir", str(tmp_path / "run"), *flags])
+            train_here(*sys.argv[1:])
+            said = "".join(capfd.readouterr()) + caplog.text + str(sys.argv)
+        else:  # processes beside the training's own; they stay on this machine, in this folder
+            here = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
+            result = run_training(tmp_path / "run", *flags, launcher=[sys.executable], cwd=tmp_path, **here)
+            said = result.stdout + result.stderr
+            assert result.returncode == 0, said
+        assert "Samples: " in said and TOKEN not in said
+
+    return run
 
 
 def tensorboard_steps(folder: Path) -> dict[str, list[int]]:
@@ -50,12 +62,12 @@ def trackio_steps(folder: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("logger", [needs("tensorboard"), needs("trackio"), needs("wandb")])
-def test_a_run_in_two_parts_logs_each_step_once_and_the_token_nowhere(logger, tmp_path):
-    train(tmp_path, logger, 5)  # a checkpoint at 3, the last one at 5
+def test_a_run_in_two_parts_logs_each_step_once_and_the_token_nowhere(logger, train, tmp_path):
+    train(logger, 5)  # a checkpoint at 3, the last one at 5
     (tmp_path / "run" / "model_index.json").unlink()
     for path in (tmp_path / "run").glob("checkpoint-5/manifest.json"):
         path.unlink()  # so that steps 4 and 5 come again
-    train(tmp_path, logger, 8)
+    train(logger, 8)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert all(list(row) == ["step", "epoch", *LOGGED] for row in rows)

@@ -7,23 +7,25 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from arguments import TrainingArguments
 from command_line import parse_arguments
 from conftest import ROOT, UNET
 from datasets import Dataset, Features, Image
 from hub_server import HubServer
+from in_this_process import train_here
 from PIL import Image as PILImage
 
 from ddpm_diffusers.checkpointing import list_checkpoints
 
 DRAWN = ["--dataset_name", "synthetic-fashion", "--max_train_samples", "64"]
-FLAGS = ["--resolution", "8", "--unet_config", UNET,
-         "--max_train_steps", "6", "--checkpointing_steps", "3", "--logging_steps", "2", "--eval_batch_size", "4",
-         "--ddpm_num_inference_steps", "2", "--logger", "tensorboard", "--resume_from_checkpoint", "latest",
-         "--push_to_hub"]  # fmt: skip
+FLAGS = ["--resolution", "8", "--unet_config", UNET, "--max_train_steps", "6", "--checkpointing_steps", "3",
+         "--logging_steps", "2", "--eval_batch_size", "4", "--ddpm_num_inference_steps", "2",
+         "--logger", "tensorboard", "--resume_from_checkpoint", "latest"]  # fmt: skip
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SAMPLE = """
 import hashlib, sys
@@ -51,9 +53,12 @@ def environment(hub, home: Path, token: bool = False) -> dict:
 
 def train(env: dict, *flags, launcher=()) -> subprocess.CompletedProcess:
     script = str(ROOT / "train_scripts" / "train_unconditional.py")
-    data = [] if "--streaming" in flags and "--dataset_name" in flags else DRAWN
-    command = [sys.executable, *launcher, script, *data, *FLAGS, *map(str, flags)]
+    command = [sys.executable, *launcher, script, *FLAGS, *map(str, flags)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+
+
+def train_and_push(env: dict, *flags, launcher=()) -> subprocess.CompletedProcess:
+    return train(env, *DRAWN, "--push_to_hub", *flags, launcher=launcher)
 
 
 def sample(source, mode: str, env: dict) -> str:
@@ -73,7 +78,7 @@ def test_two_processes_train_and_push_and_a_fresh_process_samples_the_same_bits(
     flags = ["--output_dir", output_dir, "--train_batch_size", "16", "--hub_model_id", "user/garments",
              "--hub_private_repo", "--hub_license", "mit", "--hub_token", hub.token]  # fmt: skip
     env = environment(hub, tmp_path / "home")
-    result = train(env, *flags, launcher=TWO)
+    result = train_and_push(env, *flags, launcher=TWO)
     assert result.returncode == 0, result.stderr
     assert f"Pushed: {hub.endpoint}/user/garments" in result.stdout + result.stderr
     repo = hub.repos["user/garments"]
@@ -91,7 +96,7 @@ def test_two_processes_train_and_push_and_a_fresh_process_samples_the_same_bits(
     assert "synthetic-fashion" in card and "license: mit" in card and str(tmp_path) not in card
 
     # the same command again goes on from the last checkpoint, and there is nothing new to commit
-    again = train(env, *flags, launcher=TWO)
+    again = train_and_push(env, *flags, launcher=TWO)
     assert again.returncode == 0 and len(repo.commits) == 2, again.stderr
 
     # the token went out in the header that it belongs in, and nowhere else; and there is no pickle
@@ -104,17 +109,24 @@ def test_two_processes_train_and_push_and_a_fresh_process_samples_the_same_bits(
     assert len(seen) > 40
 
 
+def test_a_push_that_the_hub_would_refuse_is_refused_before_any_work(hub, tmp_path):
+    flags = ["--output_dir", tmp_path / "run", "--hub_model_id", "user/refused", "--hub_token", "hf_wrong"]
+    result = train_and_push(environment(hub, tmp_path / "home"), *flags)
+    assert result.returncode == 1 and "The token must not write to user/refused" in result.stderr
+    assert "hf_wrong" not in result.stderr
+    assert not (tmp_path / "run").exists() and "user/refused" not in hub.repos
+
+
 @pytest.mark.parametrize("flags, message", [
-    (["--hub_token", "hf_wrong"], "The token must not write to user/refused"),
     (["--hub_token", "hf_in two"], "The Hub token is empty or holds white space"),
     ([], "There is no token of the Hub"),
 ])  # fmt: skip
-def test_what_cannot_be_pushed_is_refused_before_any_work(flags, message, hub, tmp_path):
-    env = {**environment(hub, tmp_path / "home"), "HF_TOKEN": ""}
-    result = train(env, "--output_dir", tmp_path / "run", "--hub_model_id", "user/refused", *flags)
-    assert result.returncode == 1 and message in result.stderr
-    assert "hf_wrong" not in result.stderr and "hf_in two" not in result.stderr
-    assert not (tmp_path / "run").exists() and "user/refused" not in hub.repos
+def test_a_push_without_a_token_is_refused_before_any_work(flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))  # not the developer's own
+    with pytest.raises((PermissionError, ValueError), match=message) as error:
+        train_here(*DRAWN, *FLAGS, "--push_to_hub", "--output_dir", tmp_path / "run", *flags)
+    assert "hf_in two" not in "".join(traceback.format_exception(error.value))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -122,7 +134,7 @@ def test_a_push_that_fails_loses_nothing_and_its_own_command_tries_again(hub, tm
     output_dir, env = tmp_path / "run", environment(hub, tmp_path / "home", token=True)
     hub.fault = lambda method, path: 403 if "/commit/" in path else None  # the right was taken away meanwhile
     try:
-        result = train(env, "--output_dir", output_dir, "--hub_model_id", "user/late")
+        result = train_and_push(env, "--output_dir", output_dir, "--hub_model_id", "user/late")
     finally:
         hub.fault = None
     last = result.stderr.strip().splitlines()[-1]
@@ -155,21 +167,26 @@ STREAM = ["--streaming", "--shuffle_buffer_size", "10", "--train_batch_size", "1
           "--learning_rate", "3e-3", "--logger", "none"]  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher, workers", [
-    ((), "2"),
-    pytest.param((), "0", marks=pytest.mark.slow),
-    pytest.param(TWO, "0", marks=pytest.mark.slow),
+@pytest.mark.parametrize("processes, workers", [
+    (1, 2),
+    pytest.param(1, 0, marks=pytest.mark.slow),
+    pytest.param(2, 0, marks=pytest.mark.slow),
 ], ids=["workers", "alone", "two"])  # fmt: skip
-def test_streamed_training_resumes_exactly(parquet, launcher, workers, hub, tmp_path):
-    env, push = environment(hub, tmp_path / "home", token=True), ["--hub_model_id", f"user/stream-{workers}"]
-    flags = [*STREAM, "--dataset_name", parquet, "--dataloader_num_workers", workers, *push]
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    assert train(env, *flags, "--output_dir", whole, launcher=launcher).returncode == 0
+def test_streamed_training_resumes_exactly(parquet, processes, workers, tmp_path):
+    def stream(output_dir: Path) -> Path:
+        flags = [*STREAM, "--dataset_name", parquet, "--dataloader_num_workers", workers, "--output_dir", output_dir]
+        if processes == 1:
+            train_here(*FLAGS, *flags)
+        else:
+            result = train(dict(os.environ), *flags, launcher=TWO)
+            assert result.returncode == 0, result.stderr
+        return output_dir
+
+    whole, resumed = stream(tmp_path / "whole"), tmp_path / "resumed"
     resumed.mkdir()
     shutil.copytree(whole / "checkpoint-9", resumed / "checkpoint-9")  # in the middle of a pass and of a block
     shutil.copyfile(whole / "metrics.jsonl", resumed / "metrics.jsonl")
-    result = train(env, *flags, "--output_dir", resumed, launcher=launcher)
-    assert result.returncode == 0, result.stderr
+    stream(resumed)
     for name in ("metrics.jsonl", "unet/diffusion_pytorch_model.safetensors", "checkpoint-14/optimizer.safetensors"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
     assert not any("epoch" in line for line in (whole / "metrics.jsonl").read_text().splitlines())

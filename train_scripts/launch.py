@@ -124,5 +124,6 @@ def let_go(accelerator: Accelerator) -> None:
     """
     accelerator.free_memory()
     accelerator.wait_for_everyone()
-    time.sleep(0.2)  # that thread drops them a moment after the barrier
+    if torch.distributed.is_initialized():
+        time.sleep(0.2)  # that thread drops them a moment after the barrier
     accelerator.end_training()

@@ -1,0 +1,42 @@
+"""Small trainings in the process of the test, whose import takes longer than they do, and what they leave."""
+
+import gc
+import json
+import shutil
+from pathlib import Path
+
+import train_unconditional as script
+from command_line import parse_arguments
+from conftest import SMALL_RUN, UNET, reset_accelerate
+
+gc.freeze()  # a training ends with a collection of garbage: it need not go through all that is imported, too
+
+
+def parse(*argv: str) -> script.TrainingArguments:
+    return parse_arguments(script.TrainingArguments, list(argv), script.__doc__)
+
+
+def train_in(folder: Path, *flags: str) -> Path:
+    """Three steps, or as the flags say, into `run` in the folder, or where the flags say; returns that folder."""
+    defaults = [flag for flag in SMALL_RUN if flag not in ("--unet_config", UNET)]
+    if "--pretrained_model_name_or_path" not in flags:
+        defaults += ["--unet_config", UNET]
+    if "--num_epochs" not in flags:
+        defaults += ["--max_train_steps", "3"]
+    reset_accelerate()
+    args = parse(*defaults, "--output_dir", str(folder / "run"), *flags)
+    script.main(args)
+    return Path(args.output_dir)
+
+
+def metrics_of(output_dir: Path, file: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (output_dir / file).read_text().splitlines()]
+
+
+def arguments_of(output_dir: Path) -> dict:
+    return json.loads((output_dir / "run.json").read_text())["arguments"]
+
+
+def copy_of(output_dir: Path, folder: Path) -> Path:
+    """The run once more, as `run` in the folder."""
+    return shutil.copytree(output_dir, folder / "run")
