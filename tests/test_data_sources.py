@@ -97,6 +97,14 @@ def test_a_split_beside_other_images_is_told(tmp_path, caplog):
     save(random_images(1), tmp_path, ["test/0.png"])
     assert files_by_split(str(tmp_path)) == {"train": everything}
     assert "has other images than in test, train: all are taken for one split" in caplog.text
+    (tmp_path / "train").rename(tmp_path / "dogs")
+    files_by_split(str(tmp_path))  # a class of the name "test" is unlikely, images kept back are not
+    assert "has other images than in test: all are taken for one split" in caplog.text
+
+
+def test_a_configuration_of_a_folder_of_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`dataset_config_name` is 'small', but the folder .* has no configurations"):
+        load_images(train_data_dir=str(tmp_path), dataset_config_name="small", resolution=8)
 
 
 def test_images_that_are_left_out_are_told(tmp_path, caplog):

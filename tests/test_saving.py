@@ -54,6 +54,22 @@ def test_what_is_saved_names_no_path_of_this_machine(tmp_path):
     assert again.unet.config.block_out_channels == [8]
 
 
+def test_a_card_of_weights_that_are_replaced_is_set_aside(tiny_pipe, tmp_path, caplog):
+    def save(**kwargs) -> set[str]:
+        tiny_pipe.save_pretrained(tmp_path, **kwargs)
+        return {path.name for path in tmp_path.iterdir() if "md" in path.name or "png" in path.name}
+
+    save()
+    (tmp_path / "README.md").write_text("Its distance is 0.1.")
+    (tmp_path / "samples.png").write_bytes(b"made by it")
+    assert save() == save(variant="fp16") == {"README.md", "samples.png"}  # the same weights
+    with torch.no_grad():
+        next(tiny_pipe.unet.parameters()).add_(1)
+    assert save() == {"README.before.md", "samples.before.png"}
+    assert (tmp_path / "README.before.md").read_text() == "Its distance is 0.1."
+    assert "README.md is of the weights that are replaced now" in caplog.text
+
+
 @pytest.mark.parametrize("network", ["ours", "stock"])
 def test_from_pipe_takes_a_network_of_any_class(tiny_pipe, network):
     if network == "stock":

@@ -122,6 +122,13 @@ def test_group_offloading(offload_type, tmp_path):
     model = make()
     expected = model(sample, timestep).sample
     kwargs = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    held = []  # parameters in memory after each block of the middle
+
+    def count(*_):
+        held.append(sum(parameter.numel() for parameter in model.parameters() if not parameter.isnan().all()))
+
+    for block in model.mid_block.layers:
+        block.register_forward_hook(count)
     torch.use_deterministic_algorithms(True)  # fills the empty tensors that stand for offloaded weights with NaN
     try:
         model.enable_group_offload(
@@ -129,6 +136,7 @@ def test_group_offloading(offload_type, tmp_path):
         )
         assert all(parameter.isnan().all() for parameter in model.parameters())
         torch.testing.assert_close(model(sample, timestep).sample, expected)
+        assert max(held) < model.num_parameters() / 2  # not the whole middle, which is most of the network
     finally:
         torch.use_deterministic_algorithms(False)
 
