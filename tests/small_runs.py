@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 from pathlib import Path
 
 import train_unconditional as script
@@ -31,12 +30,3 @@ def train_in(folder: Path, *flags: str) -> Path:
 
 def metrics_of(output_dir: Path, file: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (output_dir / file).read_text().splitlines()]
-
-
-def arguments_of(output_dir: Path) -> dict:
-    return json.loads((output_dir / "run.json").read_text())["arguments"]
-
-
-def copy_of(output_dir: Path, folder: Path) -> Path:
-    """The run once more, as `run` in the folder."""
-    return shutil.copytree(output_dir, folder / "run")

@@ -124,31 +124,25 @@ def test_the_pipeline_has_its_scheduler_back_after_an_error(tiny_pipe, calls):
     assert tiny_pipe.scheduler is own and dict(own.config) == config
 
 
-@pytest.mark.parametrize(
-    "scheduler, message",
-    [
-        (("unipc", {"timestep_spacing": "even"}), r"'unipc:timestep_spacing=even' cannot sample \(even"),
-        (("ddpm", {"clip_sample_range": "wide"}), "'ddpm:clip_sample_range=wide' cannot sample"),
-        (diffusers.DDIMScheduler(beta_end=0.01), "`beta_end` is 0.02 in the scheduler that the network was trained"),
-        (diffusers.LCMScheduler(), "LCMScheduler cannot be used; use one of DDPMScheduler"),
-    ],
-)
+@pytest.mark.parametrize("scheduler, message", [
+    (("unipc", {"timestep_spacing": "even"}), r"'unipc:timestep_spacing=even' cannot sample \(even"),
+    (("ddpm", {"clip_sample_range": "wide"}), "'ddpm:clip_sample_range=wide' cannot sample"),
+    (diffusers.DDIMScheduler(beta_end=0.01), "`beta_end` is 0.02 in the scheduler that the network was trained"),
+    (diffusers.LCMScheduler(), "LCMScheduler cannot be used; use one of DDPMScheduler"),
+])  # fmt: skip
 def test_names_and_options_are_refused_before_any_sampling(tiny_pipe, calls, scheduler, message):
     with pytest.raises(ValueError, match=message):
         compare_schedulers(tiny_pipe, ["ddim", scheduler], evaluations=(3,), num_images=2)
     assert not calls
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"evaluations": (5, 0)}, r"`evaluations` is \[5, 0\]"),
-        ({"schedulers": ["pndm"], "evaluations": (5,)}, "PNDMScheduler needs more than 5 evaluations"),
-        ({"seeds": (0, 0)}, r"`seeds` is \[0, 0\]"),
-        ({"num_images": 4}, "There are 4 images to evaluate"),
-        ({"batch_size": 0}, "`batch_size` is 0"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [
+    ({"evaluations": (5, 0)}, r"`evaluations` is \[5, 0\]"),
+    ({"schedulers": ["pndm"], "evaluations": (5,)}, "PNDMScheduler needs more than 5 evaluations"),
+    ({"seeds": (0, 0)}, r"`seeds` is \[0, 0\]"),
+    ({"num_images": 4}, "There are 4 images to evaluate"),
+    ({"batch_size": 0}, "`batch_size` is 0"),
+])  # fmt: skip
 def test_numbers_are_refused_before_any_sampling(tiny_pipe, calls, reference, arguments, message):
     with pytest.raises(ValueError, match=message):
         compare_schedulers(tiny_pipe, **{"schedulers": ["ddim"], "reference": reference, **arguments})

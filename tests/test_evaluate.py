@@ -170,33 +170,27 @@ def test_a_folder_is_read_as_the_training_reads_it(evaluate, tmp_path):
     assert record["num_real_images"] == {"train": 150, "test": 150} and record["dataset"] == "photos"
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ([], "Give either `--model`, a pipeline, or `--images`"),
-        (["--model", "MODEL", "--images", "test"], "Give either"),
-        (["--model", "MODEL", "--damage", "blur"], "`--damage` is 'blur'; it must be one of .* with `--images`"),
-        (["--images", "test", "--write_card", "--dataset_id", "a/b"], "needs a local `--model` with a card"),
-        (["--model", "MODEL", "--write_card"], "needs the data set's id on the Hub, which .* is not"),
-        (["--images", "test", "--damage", "blur", "--damage_amount", "nan"], r"is nan; it must be in \[0, 1\]"),
-        (["--images", "test", "--damage_amount", "0.5"], "Give `--damage` and `--damage_amount`, or neither"),
-        (["--images", "test", "--seeds", "0", "1"], "`--images` are judged once"),
-        (["--images", "test", "--resolution", "9"], "`--resolution` is 9; it must be even"),
-        (["--images", "test", "--scheduler", "ddim"], "`--scheduler` is for a `--model`"),
-        (["--images", "nowhere"], "nowhere is no folder with images .*nor one of the splits train and test"),
-        (["--model", "MODEL", "--num_images", "20"], "20 images to evaluate; there must be more than the"),
-        (["--model", "MODEL", "--seeds", "1", "1"], r"`--seeds` is \[1, 1\]; it must hold different"),
-        (["--model", "MODEL", "--scheduler_config", "{"], "is no JSON"),
-        (["--model", "MODEL", "--scheduler_config", '{"speed": 1}'], "`speed` is no argument of DDPMScheduler"),
-        (
-            ["--model", "MODEL", "--num_inference_steps", "5000"],
-            "is 5000; it must not exceed the 1000 timesteps",
-        ),
-        (["--model", "MODEL", "--test_split", "validation"], "no split 'validation'"),
-        (["--model", "MODEL", "--feature_extractor", "resnet"], "There is no feature extractor 'resnet'"),
-        (["--model", "MODEL", "--mixed_precision", "int8"], "must be auto, no, fp16 or bf16"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    ([], "Give either `--model`, a pipeline, or `--images`"),
+    (["--model", "MODEL", "--images", "test"], "Give either"),
+    (["--model", "MODEL", "--damage", "blur"], "`--damage` is 'blur'; it must be one of .* with `--images`"),
+    (["--images", "test", "--write_card", "--dataset_id", "a/b"], "needs a local `--model` with a card"),
+    (["--model", "MODEL", "--write_card"], "needs the data set's id on the Hub, which .* is not"),
+    (["--images", "test", "--damage", "blur", "--damage_amount", "nan"], r"is nan; it must be in \[0, 1\]"),
+    (["--images", "test", "--damage_amount", "0.5"], "Give `--damage` and `--damage_amount`, or neither"),
+    (["--images", "test", "--seeds", "0", "1"], "`--images` are judged once"),
+    (["--images", "test", "--resolution", "9"], "`--resolution` is 9; it must be even"),
+    (["--images", "test", "--scheduler", "ddim"], "`--scheduler` is for a `--model`"),
+    (["--images", "nowhere"], "nowhere is no folder with images .*nor one of the splits train and test"),
+    (["--model", "MODEL", "--num_images", "20"], "20 images to evaluate; there must be more than the"),
+    (["--model", "MODEL", "--seeds", "1", "1"], r"`--seeds` is \[1, 1\]; it must hold different"),
+    (["--model", "MODEL", "--scheduler_config", "{"], "is no JSON"),
+    (["--model", "MODEL", "--scheduler_config", '{"speed": 1}'], "`speed` is no argument of DDPMScheduler"),
+    (["--model", "MODEL", "--num_inference_steps", "5000"], "is 5000; it must not exceed the 1000 timesteps"),
+    (["--model", "MODEL", "--test_split", "validation"], "no split 'validation'"),
+    (["--model", "MODEL", "--feature_extractor", "resnet"], "There is no feature extractor 'resnet'"),
+    (["--model", "MODEL", "--mixed_precision", "int8"], "must be auto, no, fp16 or bf16"),
+])  # fmt: skip
 def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(evaluate, model, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         evaluate(*[str(model) if flag == "MODEL" else flag for flag in flags])

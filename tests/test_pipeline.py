@@ -189,24 +189,21 @@ def test_progress_bar_settings_are_used(tiny_pipe, capsys):
     assert "sampling: 100%" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        ({"batch_size": 0}, "`batch_size` is 0; it must be a positive integer"),
-        ({"batch_size": 2.0}, "`batch_size` is 2.0; it must be a positive integer"),
-        ({"num_inference_steps": -1}, "`num_inference_steps` is -1; it must be a positive integer"),
-        ({"num_inference_steps": 1001}, "`num_inference_steps` is 1001; it must not exceed the 1000 timesteps"),
-        ({"output_type": "jpeg"}, "`output_type` is 'jpeg'; it must be one of 'pil', 'np', 'pt', 'latent'"),
-        ({"batch_size": 2, "generator": generators(0)}, "`generator` holds 1 generators for a `batch_size` of 2"),
-        ({"latents": torch.zeros(1, 1, 8, 9)}, r"`latents` has shape \(1, 1, 8, 9\); it must be \(1, 1, 8, 8\)"),
-        ({"latents": [0.0]}, "`latents` must be a tensor of shape .* it is list"),
-        ({"latents": torch.zeros(8)}, r"`latents` must be a tensor of shape .* it is of shape \(8,\)"),
-        ({"eta": 1.5}, r"`eta` is 1.5; it must be a number in \[0, 1\]"),
-        ({"eta": "0.5"}, r"`eta` is '0.5'; it must be a number"),
-        ({"eta": 0.5}, "`eta` is 0.5, but DDPMScheduler takes none"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"holds \['noise'\]; it may hold \['latents'\]"),
-    ],
-)
+@pytest.mark.parametrize("kwargs, message", [
+    ({"batch_size": 0}, "`batch_size` is 0; it must be a positive integer"),
+    ({"batch_size": 2.0}, "`batch_size` is 2.0; it must be a positive integer"),
+    ({"num_inference_steps": -1}, "`num_inference_steps` is -1; it must be a positive integer"),
+    ({"num_inference_steps": 1001}, "`num_inference_steps` is 1001; it must not exceed the 1000 timesteps"),
+    ({"output_type": "jpeg"}, "`output_type` is 'jpeg'; it must be one of 'pil', 'np', 'pt', 'latent'"),
+    ({"batch_size": 2, "generator": generators(0)}, "`generator` holds 1 generators for a `batch_size` of 2"),
+    ({"latents": torch.zeros(1, 1, 8, 9)}, r"`latents` has shape \(1, 1, 8, 9\); it must be \(1, 1, 8, 8\)"),
+    ({"latents": [0.0]}, "`latents` must be a tensor of shape .* it is list"),
+    ({"latents": torch.zeros(8)}, r"`latents` must be a tensor of shape .* it is of shape \(8,\)"),
+    ({"eta": 1.5}, r"`eta` is 1.5; it must be a number in \[0, 1\]"),
+    ({"eta": "0.5"}, r"`eta` is '0.5'; it must be a number"),
+    ({"eta": 0.5}, "`eta` is 0.5, but DDPMScheduler takes none"),
+    ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"holds \['noise'\]; it may hold \['latents'\]"),
+])  # fmt: skip
 def test_wrong_arguments_are_refused_before_any_work(tiny_pipe, kwargs, message):
     tiny_pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network was called"))
     with pytest.raises(ValueError, match=message):

@@ -13,19 +13,13 @@ from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_sc
 from ddpm_diffusers.evaluation.protocol import image_shape
 
 
-def test_dpmsolver_sde_without_a_generator_is_not_bound_to_the_last_seed(tiny_pipe):
-    tiny_pipe.scheduler = make_scheduler("dpmsolver_sde", tiny_pipe.scheduler)
-    tiny_pipe(2, 3, [torch.Generator().manual_seed(seed) for seed in (0, 1)])
+@pytest.mark.parametrize("seed", [3, None])
+def test_dpmsolver_sde_without_a_generator_has_its_own_seed_if_any_and_not_that_of_the_last_call(tiny_pipe, seed):
+    tiny_pipe.scheduler = make_scheduler("dpmsolver_sde", tiny_pipe.scheduler, noise_sampler_seed=seed)
+    tiny_pipe(2, 3, [torch.Generator().manual_seed(i) for i in (0, 1)])
     noise = torch.zeros(3, 1, 8, 8)
     first, second = (tiny_pipe(3, 3, latents=noise, output_type="pt").images for _ in range(2))
-    assert not torch.equal(first, second)
-
-
-def test_dpmsolver_sde_keeps_a_seed_of_its_own(tiny_pipe):
-    tiny_pipe.scheduler = make_scheduler("dpmsolver_sde", tiny_pipe.scheduler, noise_sampler_seed=3)
-    noise = torch.zeros(2, 1, 8, 8)
-    first, second = (tiny_pipe(2, 3, latents=noise, output_type="pt").images for _ in range(2))
-    assert torch.equal(first, second)
+    assert torch.equal(first, second) == (seed is not None)
 
 
 def test_what_a_scheduler_had_of_its_own_does_not_move_the_noise_of_the_next(tiny_pipe):
@@ -56,22 +50,17 @@ def test_steps_that_a_scheduler_cannot_take_are_refused(tiny_pipe):
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 
 
-@pytest.mark.parametrize(
-    "scheduler, reason",
-    [
-        (diffusers.FlowMatchEulerDiscreteScheduler(), "has no init_noise_sigma"),
-        (diffusers.ScoreSdeVeScheduler(), "has no step"),
-        (diffusers.RePaintScheduler(), "step needs original_image, mask, too"),
-        (None, "has no set_timesteps"),
-        (diffusers.IPNDMScheduler(), "has a noise schedule of its own"),
-        (diffusers.EDMEulerScheduler(), "has a noise schedule of its own"),
-        (diffusers.UnCLIPScheduler(), "step needs prev_timestep, too"),
-        (
-            diffusers.HeunDiscreteScheduler.from_config(diffusers.DDPMScheduler(**ZERO_SNR).config),
-            "cannot follow a schedule with `rescale_betas_zero_snr=True`",
-        ),
-    ],
-)
+@pytest.mark.parametrize("scheduler, reason", [
+    (diffusers.FlowMatchEulerDiscreteScheduler(), "has no init_noise_sigma"),
+    (diffusers.ScoreSdeVeScheduler(), "has no step"),
+    (diffusers.RePaintScheduler(), "step needs original_image, mask, too"),
+    (None, "has no set_timesteps"),
+    (diffusers.IPNDMScheduler(), "has a noise schedule of its own"),
+    (diffusers.EDMEulerScheduler(), "has a noise schedule of its own"),
+    (diffusers.UnCLIPScheduler(), "step needs prev_timestep, too"),
+    (diffusers.HeunDiscreteScheduler.from_config(diffusers.DDPMScheduler(**ZERO_SNR).config),
+     "cannot follow a schedule with `rescale_betas_zero_snr=True`"),
+])  # fmt: skip
 def test_a_scheduler_that_the_loop_cannot_call_is_refused(tiny_pipe, scheduler, reason):
     tiny_pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.DDPMScheduler(**ZERO_SNR))
     name = type(scheduler).__name__
@@ -109,14 +98,10 @@ def test_a_new_scheduler_of_another_noise_schedule_is_told(tiny_pipe, caplog):
     assert not caplog.messages
     tiny_pipe.scheduler = diffusers.DDIMScheduler(beta_end=0.01, prediction_type="v_prediction")
     assert "DDIMScheduler has {'beta_end': 0.01, 'prediction_type': 'v_prediction'}" in caplog.messages[-1]
-    # which the one in place does not know
-    tiny_pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(
-        tiny_pipe.scheduler.config, use_flow_sigmas=True
-    )
-    assert (
-        "has {'use_flow_sigmas': True} where the scheduler in place had {'use_flow_sigmas': None}"
-        in caplog.messages[-1]
-    )
+    config = tiny_pipe.scheduler.config  # which does not know the next
+    tiny_pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(config, use_flow_sigmas=True)
+    told = "has {'use_flow_sigmas': True} where the scheduler in place had {'use_flow_sigmas': None}"
+    assert told in caplog.messages[-1]
 
 
 def test_from_pipe_looks_at_a_new_scheduler_as_an_exchange_does(tiny_pipe, caplog):

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from run_folder import LogLines, choose_start, open_run, save_pipeline
 from safetensors.torch import load_file
-from small_runs import copy_of, metrics_of, train_in
+from small_runs import metrics_of, train_in
 
 from ddpm_diffusers.checkpointing import list_checkpoints
 from ddpm_diffusers.hub import add_figures
@@ -33,25 +33,22 @@ def train(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def plain_run(tmp_path_factory) -> Path:
-    return train_in(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture(scope="module")
 def checkpointed_run(tmp_path_factory) -> Path:
     return train_in(tmp_path_factory.mktemp("checkpointed"), "--checkpointing_steps", "1")
 
 
 @pytest.fixture
-def plain(plain_run, tmp_path) -> Path:
-    """Where `train` writes: a finished run of three steps, without a checkpoint."""
-    return copy_of(plain_run, tmp_path)
+def checkpointed(checkpointed_run, tmp_path) -> Path:
+    """Where `train` writes: a finished run of three steps, with a checkpoint of each."""
+    return shutil.copytree(checkpointed_run, tmp_path / "run")
 
 
 @pytest.fixture
-def checkpointed(checkpointed_run, tmp_path) -> Path:
-    """Where `train` writes: a finished run of three steps, with a checkpoint of each."""
-    return copy_of(checkpointed_run, tmp_path)
+def plain(checkpointed) -> Path:
+    """The same without a checkpoint."""
+    for path in list_checkpoints(checkpointed):
+        shutil.rmtree(path)
+    return checkpointed
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:
@@ -210,27 +207,17 @@ def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(train, checkpointed):
 
 
 CHANGED = {
-    "data": ["--dataset_name", "DRAWN"],
-    "global_batch_size": ["--train_batch_size", "8"],
-    "mixed_precision": ["--mixed_precision", "bf16"],
-    "resolution": ["--resolution", "16"],
-    "random_flip": ["--random_flip"],
-    "prediction_type": ["--prediction_type", "sample"],
-    "ddpm_num_steps": ["--ddpm_num_steps", "500"],
-    "ddpm_beta_schedule": ["--ddpm_beta_schedule", "linear"],
-    "snr_gamma": ["--snr_gamma", "5"],
-    "seed": ["--seed", "1"],
-    "optimizer": ["--optimizer", "muon"],
-    "learning_rate": ["--learning_rate", "1e-3"],
-    "lr_scheduler": ["--lr_scheduler", "constant"],
-    "adam_beta1": ["--adam_beta1", "0.8"],
-    "adam_beta2": ["--adam_beta2", "0.99"],
-    "adam_weight_decay": ["--adam_weight_decay", "0"],
-    "adam_epsilon": ["--adam_epsilon", "1e-6"],
-    "max_grad_norm": ["--max_grad_norm", "2"],
+    "data": ["--dataset_name", "DRAWN"], "global_batch_size": ["--train_batch_size", "8"],
+    "mixed_precision": ["--mixed_precision", "bf16"], "resolution": ["--resolution", "16"],
+    "random_flip": ["--random_flip"], "prediction_type": ["--prediction_type", "sample"],
+    "ddpm_num_steps": ["--ddpm_num_steps", "500"], "ddpm_beta_schedule": ["--ddpm_beta_schedule", "linear"],
+    "snr_gamma": ["--snr_gamma", "5"], "seed": ["--seed", "1"], "optimizer": ["--optimizer", "muon"],
+    "learning_rate": ["--learning_rate", "1e-3"], "lr_scheduler": ["--lr_scheduler", "constant"],
+    "adam_beta1": ["--adam_beta1", "0.8"], "adam_beta2": ["--adam_beta2", "0.99"],
+    "adam_weight_decay": ["--adam_weight_decay", "0"], "adam_epsilon": ["--adam_epsilon", "1e-6"],
+    "max_grad_norm": ["--max_grad_norm", "2"], "ema_max_decay": ["--ema_max_decay", "0.99"],
     "use_ema": ["--no_use_ema"],
-    "ema_max_decay": ["--ema_max_decay", "0.99"],
-}
+}  # fmt: skip
 
 
 def test_a_run_with_anything_that_defines_it_changed_is_not_a_resumed_one(train, checkpointed, tmp_path):

@@ -225,19 +225,16 @@ def test_without_the_pipeline_make_scheduler_keeps_defaults_that_from_config_dro
     assert torch.equal(make_scheduler("heun", original).alphas_cumprod, original.alphas_cumprod)
 
 
-@pytest.mark.parametrize(
-    "name, kwargs, overrides, message",
-    [
-        ("dpm", {}, {}, r"'dpm' is unknown; it must be one of ddpm, ddim"),
-        ("ipndm", {}, {}, "noise schedule of its own"),
-        ("lcm", {}, {}, "needs a consistency-distilled network"),
-        ("ddim", {}, {"order": 2}, "`order` is no argument of DDIMScheduler"),
-        ("ddim", {}, {"beta_end": 0.012}, "`beta_end` is 0.02 in the scheduler that the network was trained with"),
-        ("heun", {"rescale_betas_zero_snr": True}, {}, "rescale_betas_zero_snr"),
-        ("heun", {"beta_schedule": "sigmoid"}, {}, "sigmoid"),
-        ("unipc", {}, {"use_flow_sigmas": True}, "`use_flow_sigmas` is False in the scheduler that the network was"),
-    ],
-)
+@pytest.mark.parametrize("name, kwargs, overrides, message", [
+    ("dpm", {}, {}, r"'dpm' is unknown; it must be one of ddpm, ddim"),
+    ("ipndm", {}, {}, "noise schedule of its own"),
+    ("lcm", {}, {}, "needs a consistency-distilled network"),
+    ("ddim", {}, {"order": 2}, "`order` is no argument of DDIMScheduler"),
+    ("ddim", {}, {"beta_end": 0.012}, "`beta_end` is 0.02 in the scheduler that the network was trained with"),
+    ("heun", {"rescale_betas_zero_snr": True}, {}, "rescale_betas_zero_snr"),
+    ("heun", {"beta_schedule": "sigmoid"}, {}, "sigmoid"),
+    ("unipc", {}, {"use_flow_sigmas": True}, "`use_flow_sigmas` is False in the scheduler that the network was"),
+])  # fmt: skip
 def test_what_cannot_work_is_refused_with_the_reason(name, kwargs, overrides, message):
     with pytest.raises(ValueError, match=message):
         make_scheduler(name, diffusers.DDPMScheduler(**kwargs), **overrides)

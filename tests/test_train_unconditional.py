@@ -18,7 +18,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from small_runs import arguments_of, metrics_of, parse, train_in
+from small_runs import metrics_of, parse, train_in
 
 from ddpm_diffusers.checkpointing import list_checkpoints
 from ddpm_diffusers.data import ImageArrays, load_images
@@ -140,7 +140,7 @@ def test_ones_own_images_are_cropped_and_seen_as_often_as_asked(train, tmp_path)
         "--train_batch_size", "4", "--gradient_accumulation_steps", "2",
         "--unet_config", json.dumps(json.loads(UNET) | {"in_channels": 3, "out_channels": 3}),
     )  # fmt: skip
-    arguments = arguments_of(output_dir)
+    arguments = json.loads((output_dir / "run.json").read_text())["arguments"]
     assert arguments["max_train_steps"] == 5  # 2 x 18 images in batches of 8
     squares = Dataset.from_dict({"picture": [Image.fromarray(image[:, 2:14]) for image in pixels[:18]]})
     squares.save_to_disk(tmp_path / "squares")

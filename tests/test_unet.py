@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, randomize
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from ddpm_diffusers import OptimizedUNet2DModel
@@ -268,38 +269,39 @@ def test_neighbouring_timesteps_stay_apart_in_bfloat16():
     assert not torch.equal(model(sample, 998).sample, model(sample, 999).sample)
 
 
+def test_the_output_is_diffusers_or_a_tuple():
+    sample, timestep = inputs()
+    model = make()
+    output, (alone,) = model(sample, timestep), model(sample, timestep, return_dict=False)
+    assert type(output) is UNet2DOutput and torch.equal(alone, output.sample)
+
+
 # errors
 
 
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        ({"norm_type": "layer"}, "`norm_type` is 'layer'; it must be one of 'group', 'batch'"),
-        ({"act_fn": "swish"}, "`act_fn` is 'swish'"),
-        ({"downsample_type": None}, "`downsample_type` is None"),
-        ({"global_skip": "no"}, "`global_skip` is 'no'; it must be True or False"),
-        ({"skip_type": "none"}, "`skip_type` is 'none'"),
-        ({"block_out_channels": (8,)}, r"`block_out_channels` is \(8,\); it must hold at least two widths"),
-        ({"block_out_channels": 8}, "`block_out_channels` is 8; it must hold at least two widths"),
-        ({"block_out_channels": (8, 0)}, r"`block_out_channels` is \(8, 0\); it must hold positive integers"),
-        ({"block_out_channels": (8, 6)}, r"`block_norm_num_groups` is 4; it must divide .* \(8, 6\)"),
-        ({"norm_num_groups": 3}, r"`norm_num_groups` is 3; it must divide .* \(8,\)"),
-        ({"in_channels": 0}, "`in_channels` is 0; it must be a positive integer"),
-        ({"out_channels": 1.0}, "`out_channels` is 1.0; it must be a positive integer"),
-        ({"up_layers_per_block": -1}, "`up_layers_per_block` is -1; it must be an integer of at least 1"),
-        ({"up_layers_per_block": (1, 0)}, r"`up_layers_per_block` is \(1, 0\); it must be an integer of at least 1"),
-        ({"down_layers_per_block": ()}, r"`down_layers_per_block` is \(\); it must .* hold such integers"),
-        ({"down_layers_per_block": 0, "skip_type": "after_pool"}, "at each level whose width changes, 8 to 16"),
-        ({"mid_block_layers": 0}, "`mid_block_layers` is 0; it must be a positive integer"),
-        ({"time_embedding_dim": 7}, "`time_embedding_dim` is 7; it must be even"),
-        ({"time_embedding_dim": 2}, "`time_embedding_dim` is 2; it must be even and at least 4"),
-        ({"sample_size": 9}, r"`sample_size` is 9; it must be divisible by 2, 2\^\(levels - 1\)"),
-        (
-            {"sample_size": (8, 8, 8)},
-            r"`sample_size` is \(8, 8, 8\); it must be a positive integer or \(height, width\)",
-        ),
-    ],
-)
+@pytest.mark.parametrize("config, message", [
+    ({"norm_type": "layer"}, "`norm_type` is 'layer'; it must be one of 'group', 'batch'"),
+    ({"act_fn": "swish"}, "`act_fn` is 'swish'"),
+    ({"downsample_type": None}, "`downsample_type` is None"),
+    ({"global_skip": "no"}, "`global_skip` is 'no'; it must be True or False"),
+    ({"skip_type": "none"}, "`skip_type` is 'none'"),
+    ({"block_out_channels": (8,)}, r"`block_out_channels` is \(8,\); it must hold at least two widths"),
+    ({"block_out_channels": 8}, "`block_out_channels` is 8; it must hold at least two widths"),
+    ({"block_out_channels": (8, 0)}, r"`block_out_channels` is \(8, 0\); it must hold positive integers"),
+    ({"block_out_channels": (8, 6)}, r"`block_norm_num_groups` is 4; it must divide .* \(8, 6\)"),
+    ({"norm_num_groups": 3}, r"`norm_num_groups` is 3; it must divide .* \(8,\)"),
+    ({"in_channels": 0}, "`in_channels` is 0; it must be a positive integer"),
+    ({"out_channels": 1.0}, "`out_channels` is 1.0; it must be a positive integer"),
+    ({"up_layers_per_block": -1}, "`up_layers_per_block` is -1; it must be an integer of at least 1"),
+    ({"up_layers_per_block": (1, 0)}, r"`up_layers_per_block` is \(1, 0\); it must be an integer of at least 1"),
+    ({"down_layers_per_block": ()}, r"`down_layers_per_block` is \(\); it must .* hold such integers"),
+    ({"down_layers_per_block": 0, "skip_type": "after_pool"}, "at each level whose width changes, 8 to 16"),
+    ({"mid_block_layers": 0}, "`mid_block_layers` is 0; it must be a positive integer"),
+    ({"time_embedding_dim": 7}, "`time_embedding_dim` is 7; it must be even"),
+    ({"time_embedding_dim": 2}, "`time_embedding_dim` is 2; it must be even and at least 4"),
+    ({"sample_size": 9}, r"`sample_size` is 9; it must be divisible by 2, 2\^\(levels - 1\)"),
+    ({"sample_size": (8, 8, 8)}, r"is \(8, 8, 8\); it must be a positive integer or \(height, width\)"),
+])  # fmt: skip
 def test_a_config_that_cannot_work_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         OptimizedUNet2DModel(**{**TINY, **config})
@@ -309,17 +311,14 @@ def test_groups_are_free_where_nothing_is_grouped():
     OptimizedUNet2DModel(**{**TINY, "norm_type": "batch", "norm_num_groups": 3, "block_norm_num_groups": 5})
 
 
-@pytest.mark.parametrize(
-    "sample, timestep, error, message",
-    [
-        (torch.zeros(1, 1, 9, 8), 0, ValueError, "`sample` is 9x8; height and width must be divisible by 2"),
-        (torch.zeros(1, 3, 8, 8), 0, ValueError, r"`sample` has shape \(1, 3, 8, 8\); it must be \(batch, 1"),
-        (torch.zeros(1, 8, 8), 0, ValueError, r"`sample` has shape \(1, 8, 8\)"),
-        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 0, TypeError, "`sample` is of torch.uint8"),
-        (torch.zeros(4, 1, 8, 8), torch.zeros(3), ValueError, r"`timestep` has shape \(3,\).*\(4,\)"),
-        (torch.zeros(4, 1, 8, 8), torch.zeros(4, 1), ValueError, r"`timestep` has shape \(4, 1\)"),
-    ],
-)
+@pytest.mark.parametrize("sample, timestep, error, message", [
+    (torch.zeros(1, 1, 9, 8), 0, ValueError, "`sample` is 9x8; height and width must be divisible by 2"),
+    (torch.zeros(1, 3, 8, 8), 0, ValueError, r"`sample` has shape \(1, 3, 8, 8\); it must be \(batch, 1"),
+    (torch.zeros(1, 8, 8), 0, ValueError, r"`sample` has shape \(1, 8, 8\)"),
+    (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 0, TypeError, "`sample` is of torch.uint8"),
+    (torch.zeros(4, 1, 8, 8), torch.zeros(3), ValueError, r"`timestep` has shape \(3,\).*\(4,\)"),
+    (torch.zeros(4, 1, 8, 8), torch.zeros(4, 1), ValueError, r"`timestep` has shape \(4, 1\)"),
+])  # fmt: skip
 def test_inputs_that_cannot_work_are_refused(sample, timestep, error, message):
     with pytest.raises(error, match=message):
         make()(sample, timestep)
