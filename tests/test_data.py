@@ -54,13 +54,6 @@ def test_a_batch_is_the_rows_one_by_one(decoded):
         np.testing.assert_array_equal(arrays[i], rows[i])
 
 
-def test_three_channels_keep_their_order(tmp_path, cache):
-    images = random_images(4, "RGB")
-    loaded = load_images(**store(images, tmp_path / "source"), resolution=8, channels=3, cache_dir=cache)
-    batch = ImageArrays(loaded, (3, 8, 8)).__getitems__([2, 0])
-    np.testing.assert_array_equal(batch, reference(images, 8, 3)[[2, 0]])
-
-
 def test_an_index_out_of_range_is_an_error(decoded):
     for indices in ([50], [0, -1], [10**9]):
         with pytest.raises(IndexError, match="from 0 to 49"):

@@ -8,8 +8,7 @@ from PIL import Image as PILImage
 
 from ddpm_diffusers import data, image_decoding
 from ddpm_diffusers.data import load_images
-from ddpm_diffusers.image_decoding import decode_image, size_of_all
-from ddpm_diffusers.streaming import StreamedBatches, open_stream
+from ddpm_diffusers.image_decoding import decode_image, decode_images, size_of_all
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -35,69 +34,60 @@ def test_center_crop_takes_the_central_square_of_each(tmp_path):
 # kinds of image
 
 
+def decode(image, channels=1):
+    """One image of 8x8 as `load_images` decodes it, (C, H, W)."""
+    table = as_dataset([image]).select_columns("image").with_format("arrow")[:]
+    pixels = decode_images(table, [0], "image", 8, channels, (8, 8)).column("image")
+    return pixels.to_numpy()[0].reshape(channels, 8, 8)
+
+
 @pytest.mark.parametrize(("format", "dtype"), [("png", "<u2"), ("tiff", "<u2"), ("tiff", ">u2")])
-def test_sixteen_bit_grey_is_scaled_not_clipped(format, dtype, tmp_path):
+def test_sixteen_bit_grey_is_scaled_not_clipped(format, dtype):
     values = np.linspace(0, 65535, 64).round().astype(dtype).reshape(8, 8)
     image = PILImage.frombytes("I;16B" if dtype == ">u2" else "I;16", (8, 8), values.tobytes())
-    source = store([encode(image, format)], tmp_path / "source")
     for channels in (1, 3):
-        decoded = load_images(**source, resolution=8, channels=channels)
-        expected = np.broadcast_to(np.round(values / 65535 * 255), (1, channels, 8, 8))
-        np.testing.assert_array_equal(read(decoded, 8, channels), expected)
+        expected = np.broadcast_to(np.round(values / 65535 * 255), (channels, 8, 8))
+        np.testing.assert_array_equal(decode(encode(image, format), channels), expected)
 
 
 def test_the_transparent_value_of_sixteen_bit_grey_shows_black():
     values = np.linspace(0, 65535, 64).round().astype("<u2").reshape(8, 8)
     image = PILImage.frombytes("I;16", (8, 8), values.tobytes())
-    decoded = decode_image(encode(image, transparency=int(values[7, 7])), 0)  # white
+    decoded = decode(encode(image, transparency=int(values[7, 7])))  # white
     values[7, 7] = 0
-    np.testing.assert_array_equal(np.asarray(decoded), np.round(values / 65535 * 255))
+    np.testing.assert_array_equal(decoded[0], np.round(values / 65535 * 255))
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_transparent_pixels_show_black(mode, tmp_path):
+def test_transparent_pixels_show_black(mode):
     pixels = pixels_of((8, 8, len(mode)))
     pixels[:4, :, -1] = np.where(np.arange(8) < 4, 0, 255)  # wholly clear, and wholly opaque
-    source = store([PILImage.fromarray(pixels)], tmp_path / "source")
-    decoded = load_images(**source, resolution=8, channels=len(mode) - 1)
     expected = pixels[..., :-1].astype(float) * pixels[..., -1:] / 255
-    difference = read(decoded, 8, len(mode) - 1)[0] - expected.transpose(2, 0, 1)
+    difference = decode(PILImage.fromarray(pixels), len(mode) - 1) - expected.transpose(2, 0, 1)
     assert np.abs(difference).max() <= 1 and not difference[:, :4].any()
 
 
-@pytest.mark.parametrize("transparent", [False, True])
-def test_palette_images_are_looked_up(transparent, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"transparency": 5}])
+def test_palette_images_are_looked_up(options):
     colours, indices = pixels_of((16, 3)), pixels_of((8, 8)) % 16
     palette = PILImage.fromarray(indices, "L")
     palette.putpalette(colours.tobytes())
-    image = encode(palette, **({"transparency": 5} if transparent else {}))
-    decoded = load_images(**store([image], tmp_path / "source"), resolution=8, channels=3)
-    if transparent:
+    decoded = decode(encode(palette, **options), 3)
+    if options:
         colours[5] = 0
-    np.testing.assert_array_equal(read(decoded, 8, 3)[0], colours[indices].transpose(2, 0, 1))
+    np.testing.assert_array_equal(decoded, colours[indices].transpose(2, 0, 1))
 
 
-def test_bilevel_images_are_black_and_white(tmp_path):
+def test_bilevel_images_are_black_and_white():
     bits = pixels_of((8, 8)) > 127
-    decoded = load_images(**store([PILImage.fromarray(bits)], tmp_path / "source"), resolution=8)
-    np.testing.assert_array_equal(read(decoded, 8)[0, 0], bits * 255)
+    np.testing.assert_array_equal(decode(PILImage.fromarray(bits))[0], bits * 255)
 
 
 def test_images_are_turned_as_their_exif_says():
     (image,) = random_images(1)
     exif = PILImage.Exif()
     exif[0x0112] = 6  # the camera was held on its side: a quarter turn clockwise shows it upright
-    decoded = decode_image(encode(image, exif=exif), 0)
-    np.testing.assert_array_equal(np.asarray(decoded), np.rot90(np.asarray(image), -1))
-
-
-# what is told
-
-
-@pytest.fixture
-def told(caplog, monkeypatch):
-    monkeypatch.setattr(image_decoding.logger, "handlers", [caplog.handler])
-    return lambda: "are in colour and are made grey" in caplog.text
+    np.testing.assert_array_equal(decode(encode(image, exif=exif))[0], np.rot90(np.asarray(image), -1))
 
 
 @pytest.mark.parametrize(
@@ -111,21 +101,12 @@ def told(caplog, monkeypatch):
         ("grey as RGB", 1, False),
     ],
 )
-def test_colour_that_is_made_grey_is_told(mode, channels, warned, told):
+def test_colour_that_is_made_grey_is_told(mode, channels, warned, caplog, monkeypatch):
+    monkeypatch.setattr(image_decoding.logger, "handlers", [caplog.handler])
     (image,) = random_images(1, "L" if mode in ("L", "grey as RGB") else "RGB")
     first = as_dataset([image.convert(mode.removeprefix("grey as "))]).with_format("arrow")[:].select(["image"])
-    size_of_all(first, channels, center_crop=False)
-    assert told() == warned
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_colour_is_looked_for_before_a_data_set_is_decoded_or_streamed(streamed, told, tmp_path):
-    source = store(random_images(2, "RGB"), tmp_path / "source")
-    if streamed:
-        StreamedBatches(open_stream(**source), (1, 8, 8), 1, buffer_size=2, seed=0)
-    else:
-        load_images(**source, resolution=8)
-    assert told()
+    assert size_of_all(first, channels, center_crop=False) == (8, 8)
+    assert ("are in colour and are made grey" in caplog.text) == warned
 
 
 # images that cannot serve: the message names them and says what to do
@@ -160,20 +141,6 @@ def test_a_missing_image(missing, tmp_path):
     assert_says(error, [f"Image {missing} ", "missing (null)", "remove the row"])
 
 
-def test_pixels_of_unknown_range():
-    for dtype in (np.int32, np.float32):
-        with pytest.raises(ValueError) as error:
-            decode_image(encode(PILImage.fromarray(np.zeros((8, 8), dtype)), "tiff"), 1)
-        assert_says(error, ["Image 1 ", "range is unknown", "8 bits", "convert"])
-
-
-def test_a_colour_space_without_conversion(tmp_path):
-    source = store([*random_images(3), encode(PILImage.new("LAB", (8, 8)), "tiff")], tmp_path / "source")
-    with pytest.raises(ValueError) as error:
-        load_images(**source, resolution=8)
-    assert_says(error, ["Image 3 ", "LAB", "convert it"])
-
-
 PNG = encode(random_images(1)[0])["bytes"]
 DAMAGED = {
     "empty": b"",
@@ -184,13 +151,21 @@ DAMAGED = {
     "short header": PNG[:8] + b"\0\0\0\1" + PNG[12:],
     "65535x65535": b"GIF89a" + b"\xff" * 20,
 }
+NUMBERS = [PILImage.fromarray(np.zeros((8, 8), dtype)) for dtype in (np.int32, np.float32)]
+UNUSABLE = {
+    **{where: ({"bytes": content, "path": None}, ["cannot be decoded", "repair or remove it", "synthetic-fashion"])
+       for where, content in DAMAGED.items()},
+    **{image.mode: (encode(image, "tiff"), ["range is unknown", "8 bits", "convert"]) for image in NUMBERS},
+    "without conversion": (encode(PILImage.new("LAB", (8, 8)), "tiff"), ["LAB", "convert it"]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("where", DAMAGED)
-def test_a_damaged_image(where):
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_an_image_that_cannot_be_used(kind):
+    image, words = UNUSABLE[kind]
     with pytest.raises(ValueError) as error:
-        decode_image({"bytes": DAMAGED[where], "path": None}, 3)
-    assert_says(error, ["Image 3 ", "cannot be decoded", "repair or remove it", "synthetic-fashion"])
+        decode(image)
+    assert_says(error, ["Image 0 ", *words])
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "gif", "webp"])

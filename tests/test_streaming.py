@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_says
-from datasets import Dataset, Features, Image, Value
-from image_sets import encode, pixels_of, save
+from image_sets import as_dataset, encode, pixels_of, store
 from PIL import Image as PILImage
 
 from ddpm_diffusers.data import ImageArrays, load_images
@@ -28,32 +27,20 @@ def numbers(batch):
     return (256 * batch[:, 0, 0, 0].int() + batch[:, 0, 0, 1]).tolist()
 
 
-def store(folder, counts, kind="parquet", images=None):
+def store_numbered(folder, counts, kind="row groups", images=None):
     """Parquet files of `counts` images in row groups of 5, or all in one place; returns `open_stream`'s arguments."""
-    folder.mkdir()
     images = images or [numbered(i) for i in range(sum(counts))]
-    columns = {"image": images, "label": list(range(len(images)))}
-    dataset = Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("int64")}))
-    if kind == "parquet":
-        for i, end in enumerate(np.cumsum(counts)):
-            rows = dataset.select(range(end - counts[i], end))
-            rows.to_parquet(folder / f"train-{i:02}.parquet", batch_size=5)
-    elif kind == "one row group":
-        dataset.to_parquet(folder / "train.parquet")
-    elif kind == "disk":
-        dataset.save_to_disk(folder)
-    else:
-        save(images, folder, [f"{i:04}.png" for i in range(len(images))])
-    return {"dataset_name": str(folder)} | ({"train_data_dir": str(folder)} if kind == "train_data_dir" else {})
+    if kind != "row groups":
+        return {"dataset_name": "", **store(images, folder, kind)}
+    folder.mkdir()
+    for i, end in enumerate(np.cumsum(counts)):
+        as_dataset(images[end - counts[i] : end]).to_parquet(folder / f"train-{i:02}.parquet", batch_size=5)
+    return {"dataset_name": str(folder)}
 
 
 @pytest.fixture
 def stored(tmp_path):
-    def open_stored(counts, kind="parquet", images=None):
-        source = store(tmp_path / "source", counts, kind, images)
-        return open_stream(**source, cache_dir=str(tmp_path / "cache"))
-
-    return open_stored
+    return lambda *arguments: open_stream(**store_numbered(tmp_path / "source", *arguments))
 
 
 def run_of(stream, batch_size=1, buffer_size=7, seed=0, **arguments):
@@ -76,9 +63,9 @@ def first_passes(run, count=2):
 # passes
 
 SOURCES = {
-    "8 row groups in 4 files": ([6, 6, 6, 6], "parquet"),
-    "6 row groups in 3 files": ([11, 3, 8], "parquet"),
-    "19 row groups in 2 files": ([48, 42], "parquet"),
+    "8 row groups in 4 files": ([6, 6, 6, 6], "row groups"),
+    "6 row groups in 3 files": ([11, 3, 8], "row groups"),
+    "19 row groups in 2 files": ([48, 42], "row groups"),
     "an image folder in file order": ([23], "folder"),
     "a saved data set": ([23], "disk"),
 }
@@ -152,10 +139,9 @@ def test_one_worker_gives_what_the_process_itself_gives(stored):
 def test_images_are_those_of_load_images(channels, center_crop, tmp_path):
     sizes = [(16, 12), (11, 20), (14, 14)] if center_crop else [(14, 14)] * 3
     images = [PILImage.fromarray(pixels_of((*size, 3), seed)) for seed, size in enumerate(sizes)]
-    source = store(tmp_path / "source", [3], images=images)
-    arguments = {"center_crop": center_crop}
+    source, arguments = store(images, tmp_path / "source"), {"center_crop": center_crop}
     run = StreamedBatches(open_stream(**source), (channels, 9, 9), 3, buffer_size=3, seed=0, **arguments)
-    loaded = load_images(**source, resolution=9, channels=channels, cache_dir=str(tmp_path / "cache"), **arguments)
+    loaded = load_images(**source, resolution=9, channels=channels, **arguments)
     expected = ImageArrays(loaded, (channels, 9, 9)).__getitems__([0, 1, 2])
     batch = next(iter(run))
     assert batch.dtype == torch.uint8 and batch.shape == expected.shape
@@ -211,22 +197,15 @@ def test_iterating_again_goes_on_after_the_last_batch_handed_out(stored):
     assert torch.equal(torch.cat(pieces), torch.cat(list(islice(run_of(stream, 4, num_workers=2), 8))))
 
 
-@pytest.mark.parametrize(
-    ("name", "other"),
-    [("batch_size", 5), ("buffer_size", 8), ("seed", 1), ("world_size", 3), ("rank", 1), ("num_workers", 3)],
-)
-def test_a_state_of_other_settings_is_refused(name, other, stored):
-    stream, settings = stored([23]), {"batch_size": 4, "world_size": 2, "num_workers": 2}
+def test_a_state_of_other_settings_or_another_data_set_is_refused(stored, tmp_path):
+    stream, settings = stored([23]), {"batch_size": 4, "seed": 0, "world_size": 2, "rank": 0, "num_workers": 2}
     state = run_of(stream, **settings).state_dict()
-    with pytest.raises(ValueError, match=f"`{name}` .*, not {other}: go on with what it has, or start anew"):
-        run_of(stream, state=state, **{**settings, name: other})
-
-
-def test_a_state_of_another_data_set_is_refused(stored, tmp_path):
-    state = run_of(stored([23])).state_dict()
-    other = open_stream(**store(tmp_path / "other", [31]))
+    others = {"batch_size": 5, "buffer_size": 8, "seed": 1, "world_size": 3, "rank": 1, "num_workers": 3}
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=f"`{name}` .*, not {other}: go on with what it has, or start anew"):
+            run_of(stream, state=state, **{**settings, name: other})
     with pytest.raises(ValueError, match="`num_shards` 5, not 7"):
-        run_of(other, state=state)
+        run_of(open_stream(**store_numbered(tmp_path / "other", [31])), state=state, **settings)
 
 
 # errors: each names the value, the rule and the fix
@@ -242,9 +221,9 @@ def test_a_state_of_another_data_set_is_refused(stored, tmp_path):
     ],
 )
 def test_sources_that_cannot_serve(arguments, words, tmp_path):
-    source = store(tmp_path / "source", [2])
+    source = store_numbered(tmp_path / "source", [2])
     with pytest.raises(ValueError) as error:
-        open_stream(**{**source, "cache_dir": str(tmp_path / "cache"), **arguments})
+        open_stream(**{**source, **arguments})
     assert_says(error, words)
 
 
@@ -265,7 +244,7 @@ def test_wrong_arguments(arguments, words, stored):
     assert_says(error, words)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "disk"])
+@pytest.mark.parametrize("kind", ["row groups", "disk"])
 def test_a_data_set_without_images(kind, stored):
     with pytest.raises(ValueError, match="is empty: pass "):
         run_of(stored([0], kind))
@@ -292,7 +271,7 @@ def test_damaged_images_are_left_out_with_a_warning(num_workers, stored, caplog)
     damaged = [3, 10, 11, 12, 13, 14, 15, 16, 24]  # whole blocks, too
     for i in damaged:
         images[i] = {"bytes": encode(images[i])["bytes"][:50], "path": None} if i % 2 else None
-    stream = stored([25], "one row group", images)
+    stream = stored([25], "parquet", images)
     handed = first_passes(run_of(stream, num_workers=num_workers), 2)
     sound = [i for i in range(25) if i not in damaged]
     assert [sorted(sum(parts, [])) for parts in handed] == [sound, sound]
@@ -317,6 +296,6 @@ def test_an_image_that_cannot_serve_is_named(num_workers, where, stored):
     images = [numbered(i) for i in range(25)]
     images[20] = PILImage.new("L", (8, 10))
     with pytest.raises(ValueError) as error:
-        list(islice(run_of(stored([25], "one row group", images), num_workers=num_workers), 50))
+        list(islice(run_of(stored([25], "parquet", images), num_workers=num_workers), 50))
     assert multiprocessing.active_children() == []
     assert_says(error, [*where, "is 8x10", "the first is 8x8", "`center_crop`"])
