@@ -15,6 +15,17 @@ def parse(*argv: str) -> script.TrainingArguments:
     return parse_arguments(script.TrainingArguments, list(argv), script.__doc__)
 
 
+def train_here(*flags) -> script.TrainingArguments:
+    """Run the script with these flags alone; it starts, and leaves accelerate, as in a fresh process."""
+    reset_accelerate()
+    try:
+        args = parse(*map(str, flags))
+        script.main(args)
+    finally:
+        reset_accelerate()
+    return args
+
+
 def train_in(folder: Path, *flags: str) -> Path:
     """Three steps, or as the flags say, into `run` in the folder, or where the flags say; returns that folder."""
     defaults = [flag for flag in SMALL_RUN if flag not in ("--unet_config", UNET)]
@@ -22,10 +33,7 @@ def train_in(folder: Path, *flags: str) -> Path:
         defaults += ["--unet_config", UNET]
     if "--num_epochs" not in flags:
         defaults += ["--max_train_steps", "3"]
-    reset_accelerate()
-    args = parse(*defaults, "--output_dir", str(folder / "run"), *flags)
-    script.main(args)
-    return Path(args.output_dir)
+    return Path(train_here(*defaults, "--output_dir", folder / "run", *flags).output_dir)
 
 
 def metrics_of(output_dir: Path, file: str = "metrics.jsonl") -> list[dict]:

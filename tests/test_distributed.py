@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, WEIGHTS, run_training, torchrun
-from in_this_process import train_here
 from safetensors.torch import load_file
+from small_runs import train_here
 
 from ddpm_diffusers import OptimizedUNet2DModel
 

@@ -9,9 +9,9 @@ import psutil
 import pytest
 import torch.distributed as dist
 from files import lock
-from in_this_process import train_here
 from interruption import StopRequest
 from kill_and_resume import FLAGS, LONG, kill_and_compare, results, said
+from small_runs import train_here
 
 from ddpm_diffusers.checkpointing import find_damage, list_checkpoints
 

@@ -12,9 +12,9 @@ from accelerate.commands.launch import launch_command_parser
 from command_line import parse_arguments
 from conftest import ROOT, SMALL_RUN, WEIGHTS, reset_accelerate, run_training, torchrun
 from generate import GenerateArguments
-from in_this_process import train_here
 from launch import choose_precision, make_accelerator
 from safetensors.torch import load_file
+from small_runs import train_here
 
 SCRIPTS = ROOT / "train_scripts"
 

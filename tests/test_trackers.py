@@ -9,7 +9,7 @@ import pytest
 from arguments import TrainingArguments
 from command_line import run_script
 from conftest import SMALL_RUN, run_training
-from in_this_process import train_here
+from small_runs import train_here
 
 TOKEN = "hf_thisIsNotForAnyFile"
 LOGGED = ["loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr", "ema_decay"]

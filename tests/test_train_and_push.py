@@ -16,9 +16,9 @@ from arguments import TrainingArguments
 from command_line import parse_arguments
 from conftest import ROOT, UNET
 from datasets import Dataset, Features, Image
-from hub_server import HubServer
-from in_this_process import train_here
+from hub_server import HubServer, files_of
 from PIL import Image as PILImage
+from small_runs import train_here
 
 from ddpm_diffusers.checkpointing import list_checkpoints
 
@@ -66,10 +66,6 @@ def sample(source, mode: str, env: dict) -> str:
     result = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
