@@ -121,10 +121,8 @@ class LinearTimesteps(nn.Module):
         self.num_train_timesteps = num_train_timesteps
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        fraction = timesteps.float() / self.num_train_timesteps
-        return self.linear(
-            fraction[:, None].to(self.linear.bias.dtype)
-        )  # the bias's dtype: quantized weights are integers
+        fraction = timesteps.float()[:, None] / self.num_train_timesteps
+        return self.linear(fraction.to(self.linear.bias.dtype))  # the weights' may be an integer's, if quantized
 
 
 class RearrangeUpsample(nn.Module):

@@ -1,4 +1,4 @@
-"""Checkpoints are written whole or not at all: whenever the process dies, and where nothing can be written."""
+"""Checkpoints and pipelines are whole or not there: whenever the process dies, and where nothing can be written."""
 
 import errno
 import os
@@ -11,8 +11,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import TINY, WEIGHTS
+from run_folder import save_pipeline
 from toy_training import Run
 
+from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
 from ddpm_diffusers.checkpointing import find_damage, list_checkpoints
 
 
@@ -27,10 +31,13 @@ def in_a_fork(work):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def fork_and_kill(work, folder, at_event):
+OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+
+def fork_and_kill(work, folder, at_event=1, operations=("open", *OPERATIONS)):
     """Run `work` in a forked process that kills itself before file operation number `at_event`; True if it was killed.
 
-    The operations are those that Python announces to audit hooks: mkdir, rename, remove, rmdir, open to write.
+    The operations are those that Python announces to audit hooks; of "open" those to write.
     """
     pid = os.fork()
     if pid == 0:
@@ -39,7 +46,7 @@ def fork_and_kill(work, folder, at_event):
         def hook(event, arguments):
             nonlocal events
             writes = event == "open" and str(folder) in str(arguments[0]) and "w" in (arguments[1] or "")
-            if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            if event in operations and (writes or event != "open"):
                 events += 1
                 if events == at_event:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -78,11 +85,33 @@ def test_killed_at_any_file_operation_every_checkpoint_listed_is_whole(tmp_path)
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
+def test_killed_at_any_file_operation_a_pipeline_is_whole_and_no_card_is_of_other_weights(tiny_pipe, tmp_path):
+    before, new = tmp_path / "before", tiny_pipe.unet.state_dict()
+    PixelDiffusionPipeline(OptimizedUNet2DModel(**TINY), tiny_pipe.scheduler).save_pretrained(before)
+    (before / "README.md").write_text("of the weights before")
+    old, folder = (before / WEIGHTS).read_bytes(), tmp_path / "run"
+    for source in (tmp_path / "nothing", before):
+        at_event, killed, seen = 0, True, []
+        while killed:
+            at_event += 1
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            shutil.copytree(source, folder, dirs_exist_ok=True) if source.exists() else None
+            killed = fork_and_kill(lambda: save_pipeline(tiny_pipe, folder), folder, at_event)
+            if (folder / "model_index.json").exists():
+                loaded = PixelDiffusionPipeline.from_pretrained(folder).unet.state_dict()
+                is_old = (folder / WEIGHTS).read_bytes() == old
+                assert is_old or all(torch.equal(tensor, new[name]) for name, tensor in loaded.items())
+                assert is_old or not (folder / "README.md").exists()
+                seen.append(is_old)
+        assert at_event > 10 and seen == sorted(seen, reverse=True) and not seen[-1]
+
+
 def test_the_next_save_clears_what_a_killed_one_left(tmp_path):
     run = Run().train(1)
     run.save(tmp_path)
     run.train(1)
-    assert fork_and_kill(lambda: run.save(tmp_path), tmp_path, 12)
+    assert fork_and_kill(lambda: run.save(tmp_path), tmp_path, operations=["os.rename"])
     assert any(path.name.startswith(".") for path in tmp_path.iterdir())
     run.train(1).save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]

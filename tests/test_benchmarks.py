@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import memory
 import pytest
@@ -28,17 +29,15 @@ def test_each_round_starts_with_another_arm():
     assert windows.turns(["a", "b", "c"], 4) == list("abcbcacababc")
 
 
-def test_arms_are_timed_in_turn():
-    called = []
-    arms = {
-        name: lambda name=name, s=s: (called.append(name), time.sleep(s)) for name, s in (("a", 0.002), ("b", 0.05))
-    }
-    results = windows.time_arms(arms, windows=3, window_seconds=0.05)
-    assert results["a"]["calls"] > 1 == results["b"]["calls"]
-    assert 0.002 <= results["a"]["median"] < results["b"]["median"]
-    assert len(called) == 2 * 2 + 3 * (results["a"]["calls"] + 1)
-    timed = called[4:]
-    assert [name for before, name in zip([None, *timed], timed, strict=False) if name != before] == list("abab")
+def test_arms_are_timed_in_turn(monkeypatch):
+    called, seconds = [], {"a": 2, "b": 8}
+    arms = {name: lambda name=name: called.append(name) for name in seconds}
+    clock = SimpleNamespace(perf_counter=lambda: sum(seconds[name] for name in called))
+    monkeypatch.setattr(windows, "time", clock)
+    results = windows.time_arms(arms, windows=3, window_seconds=7)
+    assert called == [*"abab", *"aaaab", *"baaaa", *"aaaab"]
+    assert results["a"] == {"first_call": 2, "calls": 4, "windows": [2, 2, 2], "median": 2, "quartiles": [2, 2]}
+    assert results["b"] == {"first_call": 8, "calls": 1, "windows": [8, 8, 8], "median": 8, "quartiles": [8, 8]}
 
 
 def test_the_peak_of_memory_is_seen():

@@ -190,6 +190,16 @@ def test_spectra_are_drawn_without_frequency_0(tmp_path):
     assert np.array_equal(a, b) and not np.array_equal(a, c) and min(a.shape[:2]) > 400
 
 
+def test_more_energy_than_in_real_images_is_drawn_above_them_and_less_below(tmp_path):
+    curves = {"noisy": [0.0, 50.0, 10.0], "blurred": [0.0, 0.5, 0.1]}
+    plot_spectra(curves, [0.0, 5.0, 1.0], tmp_path / "a.png", "radial")
+    drawn = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))[:, :500]  # without the legend, at the right
+    rows = {}
+    for name, color in (("real", (0, 0, 0)), ("noisy", (31, 119, 180)), ("blurred", (255, 127, 14))):
+        rows[name] = np.median(np.nonzero((drawn == color).all(-1))[0])
+    assert rows["noisy"] < rows["real"] < rows["blurred"]  # counted from the top
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_rows_show_their_strips_pixel_by_pixel(tmp_path, mode):
     strips = {name: Image.fromarray(np.random.default_rng(i).integers(100, 256, (8, 24), np.uint8)).convert(mode)
@@ -305,17 +315,29 @@ def test_schedulers_are_given_with_options_of_any_type(script):
             script.parse_scheduler(text)
 
 
-def test_what_was_not_finite_in_another_precision_is_measured_and_then_no_longer_left_out(script, tmp_path):
-    setting = {"name": "ddim", "options": {}, "evaluations": 3, "num_inference_steps": 3}
-    failed = setting | {"left_out": "images with NaN", "mixed_precision": "fp16"}
-    too_few = {"name": "heun", "options": {}, "evaluations": 1, "left_out": "needs more"}
-    results = {"settings": {}, "records": [], "left_out": [too_few, failed]}
-    again = failed | {"mixed_precision": "bf16"}
-    script.add(again, results, tmp_path)
-    assert results["left_out"] == [too_few, again]
-    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    script.add(setting | {"mixed_precision": "no", "images": images}, results, tmp_path)
-    assert results["left_out"] == [too_few] and len(results["records"]) == 1
+def test_what_was_not_finite_in_another_precision_is_measured_and_then_no_longer_left_out(
+    script, tiny_pipe, extractor_folder, dataset_folder, tmp_path
+):
+    tiny_pipe.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out" / "comparison.json"
+    flags = ["--model", tmp_path / "model", "--dataset_name", dataset_folder, "--output_dir", out.parent,
+             "--feature_extractor", extractor_folder, "--schedulers", "ddim", "--evaluations", "2",
+             "--ddpm_steps", "3", "--num_images", "30"]  # fmt: skip
+
+    def compare() -> dict:
+        script.main(parse_arguments(script.ComparisonArguments, list(map(str, flags)), script.__doc__))
+        return json.loads(out.read_text())
+
+    result = compare()
+    [yardstick, record] = result["records"]
+    for precision in ("no", "fp16"):  # this one, and another
+        failed = {**record, "left_out": "images with NaN", "mixed_precision": precision}
+        out.write_text(json.dumps({**result, "records": [yardstick], "left_out": [failed]}))
+        again = compare()
+        if precision == "no":
+            assert again["records"] == [yardstick] and again["left_out"] == [failed]
+        else:
+            assert again["left_out"] == [] and again["records"][1]["figures"] == record["figures"]
 
 
 def test_steps_are_as_many_as_fit_for_a_scheduler_that_cannot_take_all():

@@ -135,18 +135,27 @@ def test_the_training_script_adds_few_kernels_to_the_step_and_no_wait(train):
     assert (more["allocated_bytes"] - few["allocated_bytes"]) / 4 < 1.2 * bare["allocated_bytes"]
 
 
-# a step beside the network: kernels, and waits where all lay on a GPU
-@pytest.mark.parametrize("name, kernels, syncs, allocations", [
-    ("ddpm", 56, 13, 41), ("ddim", 34, 6, 26), ("dpmsolver++", 60, 0, 61), ("euler", 16, 2, 13),
-])  # fmt: skip
-def test_sampling_adds_few_kernels_to_the_network(tiny_pipe, name, kernels, syncs, allocations):
-    tiny_pipe.scheduler = make_scheduler(name, tiny_pipe.scheduler)
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmsolver++", "euler"])
+def test_sampling_adds_to_network_and_scheduler_one_copy_a_step(tiny_pipe, name):
+    tiny_pipe.scheduler = scheduler = make_scheduler(name, tiny_pipe.scheduler)
 
-    def sample(steps: int) -> dict:
-        return aten_calls(lambda: tiny_pipe(2, steps, torch.Generator().manual_seed(0), output_type="latent"))
+    def ours(steps: int) -> None:
+        tiny_pipe(2, steps, torch.Generator().manual_seed(0), output_type="latent")
 
-    network = aten_calls(lambda: tiny_pipe.unet(torch.randn(2, 1, 8, 8), torch.tensor(5)))
-    few, more = sample(10), sample(20)
-    assert 0 < (more["kernels"] - few["kernels"]) / 10 - network["kernels"] <= kernels
-    assert 0 < (more["allocations"] - few["allocations"]) / 10 - network["allocations"] <= allocations
-    assert (more["syncs"] - few["syncs"]) / 10 <= syncs
+    @torch.no_grad()
+    def bare(steps: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        scheduler.set_timesteps(steps)
+        latents = torch.randn(2, 1, 8, 8, generator=generator) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            predicted = tiny_pipe.unet(scheduler.scale_model_input(latents, t), t).sample
+            latents = scheduler.step(predicted, t, latents, generator=generator).prev_sample
+
+    def of_a_step(loop) -> dict:
+        few, more = aten_calls(lambda: loop(10)), aten_calls(lambda: loop(20))
+        return {name: (more[name] - few[name]) / 10 for name in few}
+
+    with_pipeline, without = of_a_step(ours), of_a_step(bare)
+    assert with_pipeline["kernels"] - without["kernels"] <= 1
+    assert with_pipeline["allocations"] - without["allocations"] <= 1
+    assert with_pipeline["syncs"] <= without["syncs"]

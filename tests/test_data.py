@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -63,11 +64,13 @@ def test_an_index_out_of_range_is_an_error(decoded):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mappings")
 def test_the_arrays_are_views_of_the_mapped_file(decoded):
     (file,) = (entry["filename"] for entry in decoded.cache_files)
+    arrays = ImageArrays(decoded, (1, 8, 8))
+    sent = pickle.loads(pickle.dumps(arrays))  # as to a worker process that is not forked
     mapped = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(file):
             mapped.append([int(address, 16) for address in line.split()[0].split("-")])
-    for chunk in ImageArrays(decoded, (1, 8, 8)).chunks:
+    for chunk in arrays.chunks + sent.chunks:
         start = chunk.ctypes.data
         assert any(low <= start and start + chunk.nbytes <= high for low, high in mapped)
 

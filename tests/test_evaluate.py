@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.evaluation import Reference, evaluate_images, evaluate_pipeline, load_feature_extractor
+from ddpm_diffusers.evaluation.plots import plot_spectra
 from ddpm_diffusers.hub import model_card
 from ddpm_diffusers.sampling import to_pil
 from ddpm_diffusers.synthetic_fashion import draw_garments
@@ -95,8 +96,10 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     assert "Sampled by DPMSolverMultistepScheduler (solver_order 1) in 3 steps" in row
     with Image.open(tmp_path / "evaluation" / "grid.png") as grid:
         assert grid.size == (8 * 64, 8 * 64)
-    with Image.open(tmp_path / "evaluation" / "spectrum.png") as plot:
-        assert min(plot.size) > 300
+    spectrum = record["spectrum"]
+    for file, kind in (("spectrum.png", "radial"), ("rings.png", "rings")):
+        plot_spectra({"model": spectrum["samples"][kind]}, spectrum["real"][kind], tmp_path / file, kind)
+        assert (tmp_path / file).read_bytes() == (tmp_path / "evaluation" / file).read_bytes()
 
     results = ModelCard.load(model / "README.md").data.eval_results
     values = {result.metric_type: result.metric_value for result in results}

@@ -58,10 +58,11 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_exactly(number, sta
     folder = tmp_path / "run"
     training = start(folder)
     wait_for_a_checkpoint(folder, training)
+    os.killpg(training.pid, signal.SIGSTOP)  # so that it does not end meanwhile
     with pytest.raises(ValueError, match="Another process writes into"):
         lock(folder)
-    time.sleep(0.05)  # away from the checkpoint
     os.killpg(training.pid, number)  # as a terminal does: the loader's worker is told, too
+    os.killpg(training.pid, signal.SIGCONT)
     assert training.wait(30) == 128 + number
     log = said(folder).read_text()
     last = list_checkpoints(folder)[-1]

@@ -113,6 +113,26 @@ def test_a_card_goes_along_from_repository_to_folder_to_repository(hub, absent, 
     assert hub.repos["user/absent"].files["README.md"] == made
 
 
+PRIVATE = """
+import os
+from diffusers import DiffusionPipeline
+os.environ["HF_TOKEN"] = token  # the only one by which diffusers asks for a pipeline's code
+pipe = DiffusionPipeline.from_pretrained("user/private", trust_remote_code=True)
+del os.environ["HF_TOKEN"]
+pipe.save_pretrained(folder, token=token)
+pipe.push_to_hub("user/private", token=token)
+"""
+
+
+def test_the_card_of_a_private_repository_is_found_by_the_token_given(hub, absent, saved, tmp_path):
+    repo = publish(hub, "user/private", saved)
+    repo.private = True
+    card = repo.files["README.md"] + b"My own words.\n"
+    repo.commit("edit", {"README.md": card})
+    absent(PRIVATE, folder=tmp_path / "copy", token=hub.token)
+    assert (tmp_path / "copy" / "README.md").read_bytes() == repo.files["README.md"] == card
+
+
 VARIANT = """
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)

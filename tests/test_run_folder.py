@@ -149,7 +149,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_by_the_same_comma
     assert (plain / WEIGHTS).read_bytes() == weights and (plain / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_nor_from_other_weights_than_it_began_with(train, tiny_pipe, tmp_path, checkpointed_run):
+def test_nor_from_other_weights_than_it_began_with(train, tiny_pipe, tmp_path, checkpointed_run, caplog):
     tiny_pipe.save_pretrained(tmp_path / "pretrained")
     pretrained = ["--pretrained_model_name_or_path", str(tmp_path / "pretrained"), "--ddpm_beta_schedule", "linear"]
     output_dir = train(*pretrained)
@@ -159,6 +159,7 @@ def test_nor_from_other_weights_than_it_began_with(train, tiny_pipe, tmp_path, c
     train(*pretrained, *LATEST)
     first = str(checkpointed_run / "checkpoint-1")
     output_dir = train("--overwrite_output_dir", "--resume_from_checkpoint", first)
+    assert f"Resumed from {first} at step 1." in caplog.text
     kill_before_its_first_checkpoint(output_dir)
     with pytest.raises(ValueError, match="it began at .*checkpoint-1 and has no checkpoint yet"):
         train(*LATEST)
@@ -252,3 +253,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_overwritten_passes_
     }  # fmt: skip
     for file in ("metrics.jsonl", "speed.jsonl"):
         assert [row["step"] for row in metrics_of(checkpointed, file)] == [1]
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(train, tmp_path):
+    with pytest.raises(SystemExit, match="not finite after the last step: nothing was saved"):
+        train("--max_train_steps", "1", "--learning_rate", "1e39", "--lr_scheduler", "constant")
+    assert not {"model_index.json", "unet", "README.md"} & {path.name for path in (tmp_path / "run").iterdir()}
