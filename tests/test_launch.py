@@ -1,5 +1,6 @@
 """Precision by `auto`, memory that is kept, and a compiled network: each against the plain way."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from command_line import parse_arguments
 from conftest import ROOT, SMALL_RUN, WEIGHTS, reset_accelerate, run_training, torchrun
 from generate import GenerateArguments
@@ -49,6 +51,21 @@ def test_auto_is_half_precision_on_any_gpu(monkeypatch, supported, precision):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     assert choose_precision("auto", use_cpu=False) == precision
+
+
+def test_processes_that_accelerate_would_not_start_are_missed(monkeypatch):
+    """Two that were asked for with a config for one, of which accelerate starts one and says nothing."""
+    flags = "--cpu --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1"
+    for processes in "12":
+        argv = [*flags.split(), "--num_processes", processes, "script.py"]
+        _, environment = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(argv))
+        monkeypatch.setattr(os, "environ", environment)
+        reset_accelerate()
+        if processes == "1":
+            make_accelerator()
+    with pytest.raises(ValueError, match="was to start several processes, but .* it starts one: give --num_processes"):
+        make_accelerator()
+    reset_accelerate()
 
 
 def test_fp16_is_refused_where_accelerate_would_compute_in_float32():

@@ -116,8 +116,10 @@ def test_a_longer_run_goes_on_at_its_own_rate_without_the_card_of_the_shorter(tr
     shorter = (checkpointed / WEIGHTS).read_bytes()  # whose rate has come to 0
     half.write_bytes(shorter)  # as `save_pretrained(variant="fp16")` adds one
     longer = ["--checkpointing_steps", "1", "--max_train_steps", "5", *LATEST]
+    (checkpointed / "README.md").write_text("with my own words")
     train(*longer)
     assert not half.exists() and (checkpointed / WEIGHTS).is_file()  # it was of the shorter run
+    assert (checkpointed / "README.before.md").read_text() == "with my own words"
     third, fourth = (load_file(checkpointed / f"checkpoint-{step}" / WEIGHTS) for step in (3, 4))
     assert not any(torch.equal(third[name], fourth[name]) for name in third if name.endswith("weight"))
     assert "| max_train_steps | 5 |" in (checkpointed / "README.md").read_text()

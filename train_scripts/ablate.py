@@ -319,6 +319,8 @@ def run(script: str, flags: dict, accelerate_config: str, log: Path) -> None:
         "--quiet",  # so that the script's own error is the log's last line
         "--config_file",
         accelerate_config,
+        "--main_process_port",
+        "0",  # any that is free: of `--jobs` beside each other, each has its own
         SCRIPTS / script,
     ]
     for name, value in flags.items():

@@ -61,7 +61,7 @@ def parse_arguments(arguments_class: type, argv: list[str], doc: str):
             action.required = action.required and action.dest not in values
         argv = argv[1:]
     argv = [with_home(text) for text in argv]
-    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:  # without their values, which may be tokens
         flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
         raise ValueError(f"{', '.join(flags) or 'What stands without a flag'} is no flag of this script (see --help).")

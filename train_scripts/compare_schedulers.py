@@ -103,7 +103,7 @@ def main(args: ComparisonArguments) -> None:
     results = None
     defines = defining_settings(args, accelerator, pipe, reference)
     if accelerator.is_main_process:
-        results = open_results(output_dir, args, defines, left_out)
+        results = open_results(output_dir, args, defines, settings, left_out)
         # one that was not finite in another precision may be so in this one
         failed = [r for r in results["left_out"] if r.get("mixed_precision") == accelerator.mixed_precision]
         done = [key_of(record) for record in results["records"] + failed]
@@ -162,8 +162,10 @@ def defining_settings(args: ComparisonArguments, accelerator: Accelerator, pipe,
     }
 
 
-def open_results(output_dir: Path, args: ComparisonArguments, defines: dict, left_out: list[dict]) -> dict:
-    """The comparison that the folder holds, or a new one.
+def open_results(
+    output_dir: Path, args: ComparisonArguments, defines: dict, settings: list, left_out: list[dict]
+) -> dict:
+    """The comparison that the folder holds, with what this plan adds to what is left out, or a new one.
 
     Raises:
         ValueError: If it holds one with other settings; the message lists the differences.
@@ -178,7 +180,11 @@ def open_results(output_dir: Path, args: ComparisonArguments, defines: dict, lef
                 " settings, choose another folder, or pass `--overwrite` to start again."
             )
         results["records"] = saved["records"]
-        results["left_out"] = left_out + [record for record in saved["left_out"] if "num_inference_steps" in record]
+        told = {(label_of(record), record["evaluations"]) for record in left_out}
+        told |= {(setting.key[0], "any") for setting in settings}  # which can be used now
+        results["left_out"] = left_out + [
+            record for record in saved["left_out"] if (label_of(record), record["evaluations"]) not in told
+        ]
     write_text(path, json.dumps(results, indent=2) + "\n")
     if saved is not None and args.overwrite:  # only now, when no record names them
         for record in saved["records"]:

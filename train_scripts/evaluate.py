@@ -67,9 +67,9 @@ class EvaluateArguments(EvaluationArguments):
     model: str | None = arg(None, "folder or Hub id of a pipeline")
     scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}; the pipeline's own by default")
     scheduler_config: str | None = arg(None, 'scheduler arguments as JSON, such as {"use_karras_sigmas": true}')
-    num_inference_steps: int = arg(100, "steps of the scheduler")
+    num_inference_steps: int | None = arg(None, "steps of the scheduler; 100 by default")
     images: str | None = arg(None, "in place of --model: a folder of images, or the data set's split train or test")
-    resolution: int = arg(28, "with --images train or test: height and width to resize the images to")
+    resolution: int | None = arg(None, "with --images train or test: height and width to resize to; 28 by default")
     damage: str | None = arg(None, f"with --images: damage to apply, one of {', '.join(DAMAGE)}")
     damage_amount: float | None = arg(None, "in [0, 1]: share of the full blur, or of the range of pixel values")
     # output
@@ -81,7 +81,7 @@ class EvaluateArguments(EvaluationArguments):
         if (self.model is None) == (self.images is None):
             raise ValueError("Give either `--model`, a pipeline, or `--images`, images in place of its samples.")
         if self.images is not None:
-            for name in ("scheduler", "scheduler_config", "variant", "mixed_precision"):
+            for name in ("scheduler", "scheduler_config", "num_inference_steps", "variant", "mixed_precision"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"`--{name}` is for a `--model`; `--images` are judged as they are: leave it out."
@@ -90,6 +90,13 @@ class EvaluateArguments(EvaluationArguments):
                 raise ValueError(
                     "`--seeds` are those of a `--model`'s samples; `--images` are judged once: leave them out."
                 )
+        if self.resolution is not None and self.images not in (self.train_split, self.test_split):
+            raise ValueError(
+                "`--resolution` is for `--images` that are a split of the data set; others, and a `--model`'s samples,"
+                " have one: leave it out."
+            )
+        self.num_inference_steps = 100 if self.num_inference_steps is None else self.num_inference_steps
+        self.resolution = 28 if self.resolution is None else self.resolution
         check(self, self.num_inference_steps >= 1, "num_inference_steps", "be at least 1")
         even = self.resolution >= 6 and self.resolution % 2 == 0
         check(self, even, "resolution", "be even, and at least 6")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from command_line import arg, check, run_script
-from files import check_empty, lock
+from files import check_empty, lock, write_file
 from launch import make_accelerator
 from samplers import swap_scheduler
 
@@ -74,9 +74,9 @@ def main(args: GenerateArguments) -> None:
             if re.fullmatch(r"\d{6,}\.png", path.name):
                 path.unlink()
     images = to_pil(images)
-    image_grid(images[:GRID_IMAGES]).save(output_dir / "grid.png")  # first: it marks the numbered ones as samples
+    write_file(output_dir / "grid.png", image_grid(images[:GRID_IMAGES]).save)  # first: it marks the others as samples
     for i, image in enumerate(images):
-        image.save(output_dir / f"{args.seed + i:06d}.png")
+        write_file(output_dir / f"{args.seed + i:06d}.png", image.save)
     folder_lock.release()
     print(
         f"{args.num_images} images by {type(pipe.scheduler).__name__}, {args.num_inference_steps} steps,"

@@ -61,6 +61,12 @@ def check_processes(accelerator: Accelerator) -> None:
             f"{launched} processes were launched, but accelerate connects {accelerator.num_processes}: there is no GPU"
             " for each. Set ACCELERATE_USE_CPU=true to stay on the CPU, or launch one."
         )
+    # what `accelerate launch` sets for each process; a launcher of several sets WORLD_SIZE, too
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "`accelerate launch` was to start several processes, but with `distributed_type: 'NO'` in its config it"
+            " starts one: give --num_processes 1, or train_scripts/accelerate/multi_gpu.yaml, or use torchrun."
+        )
 
 
 def check_sharding(accelerator: Accelerator, optimizer: str) -> None:
@@ -103,8 +109,9 @@ def check_engine(accelerator: Accelerator, gradient_accumulation_steps: int, max
         raise ValueError("The accelerate config asks for FSDP, which accelerate has on GPUs alone: use another.")
     if accelerator.gradient_accumulation_steps != gradient_accumulation_steps:
         raise ValueError(
-            f"`--gradient_accumulation_steps` is {gradient_accumulation_steps}, but the DeepSpeed config says"
-            f' {accelerator.gradient_accumulation_steps}: write "auto" there.'
+            f"`--gradient_accumulation_steps` is {gradient_accumulation_steps}, but accelerate was told"
+            f' {accelerator.gradient_accumulation_steps}: write "auto" in the DeepSpeed config, and unset'
+            " ACCELERATE_GRADIENT_ACCUMULATION_STEPS."
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         clipping = accelerator.deepspeed_config.get("gradient_clipping", 0.0)

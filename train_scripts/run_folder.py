@@ -1,6 +1,5 @@
 """The output folder of a run: which run owns it, its configuration, its log lines and its final pipeline."""
 
-import filecmp
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from ddpm_diffusers.checkpointing import (
     resolve_checkpoint,
     step_of,
 )
-from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
+from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES, set_card_aside
 
 RUN_FILE = "run.json"
 
@@ -144,24 +143,22 @@ class LogLines:
 def save_pipeline(pipe, output_dir: Path) -> None:
     """`save_pretrained`, replacing files atomically: each old file stays until its successor is complete.
 
-    If the folder has other weights, their card is removed first, and then other files of them, such as variants.
+    If the folder has other weights, their card is renamed first, and at the end other files of them, such as variants,
+    are removed.
     """
     partial = output_dir / ".pipeline.partial"
     with explain_write_errors(f"The pipeline cannot be written to {output_dir}", partial):
         shutil.rmtree(partial, ignore_errors=True)
         pipe.save_pretrained(partial)
         files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
-        weights = [path for path in files if path.suffix == ".safetensors"]
-        changed = bool(filecmp.cmpfiles(partial, output_dir, weights, shallow=False)[1])
-        if changed:
-            (output_dir / README).unlink(missing_ok=True)
+        replaced = set_card_aside(pipe.unet, output_dir)
         for path in sorted(files, key=lambda path: path.name == "model_index.json"):  # last: it makes them a pipeline
             flush(partial / path)
             target = output_dir / path
             target.parent.mkdir(exist_ok=True)
             os.replace(partial / path, target)
         shutil.rmtree(partial)
-        if changed:
+        if replaced:
             for path in output_dir.glob("unet/*.safetensors*"):
                 if path.relative_to(output_dir) not in files:
                     path.unlink()

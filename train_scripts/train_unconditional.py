@@ -305,6 +305,7 @@ def main(args: TrainingArguments) -> None:
                 speed_file.write({"step": step, **speed})
             window.zero_()
             images_seen, last_time = 0, now
+        paused = time.perf_counter()
         if checkpoint_due:
             state = {"arguments": run, **epoch(step), **gather_state(accelerator, lr_scheduler, window, batches)}
             if accelerator.is_main_process:
@@ -313,6 +314,7 @@ def main(args: TrainingArguments) -> None:
             path = save_checkpoint(output_dir, step, model, ema, optimizer, state, keep, is_main)
         if samples_due:
             write_samples()
+        last_time += time.perf_counter() - paused  # the speed is that of the steps
         if stopped:
             break
     progress_bar.close()

@@ -684,13 +684,18 @@ def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | No
                 partial.replace(Path(folder, name))
 
 
-def set_card_aside(unet: ModelMixin, folder: Path) -> None:
-    """Rename the card and samples of a saved pipeline if the network's weights, which replace its own, are others."""
-    if any(Path(folder, "unet").glob("*.safetensors")) and not has_weights_of(unet, Path(folder, "unet")):
+def set_card_aside(unet: ModelMixin, folder: Path) -> bool:
+    """Rename the card and samples of a saved pipeline if the network's weights, which replace its own, are others.
+
+    Returns whether they are.
+    """
+    others = any(Path(folder, "unet").glob("*.safetensors")) and not has_weights_of(unet, Path(folder, "unet"))
+    if others:
         for path in (folder / README, folder / SAMPLES):
             if path.exists():
                 aside = path.replace(path.with_stem(f"{path.stem}.before"))
                 logger.warning(f"{path} is of the weights that are replaced now: it is {aside.name} from here on.")
+    return others
 
 
 def has_weights_of(unet: ModelMixin, folder: Path) -> bool:
