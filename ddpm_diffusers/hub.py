@@ -16,7 +16,6 @@ from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from . import pipeline_pixel_diffusion
 from .pipeline_pixel_diffusion import (
     README,
     SAMPLES,
@@ -25,6 +24,7 @@ from .pipeline_pixel_diffusion import (
     component_files,
     create_repo,
     only_variant,
+    pipeline_card,
     with_repo_id,
 )
 from .synthetic_fashion import SYNTHETIC
@@ -67,7 +67,7 @@ def model_card(
         has_samples: Whether the repository has a grid of samples, `samples.png`.
         license: License of the model, as the Hub abbreviates it, such as "mit".
     """
-    card = pipeline_pixel_diffusion.model_card(pipe, repo_id, has_samples)
+    card = pipeline_card(pipe, repo_id, has_samples)
     card.data.license = license
     if dataset_id is not None and not has_form_of_hub_id(dataset_id):
         raise ValueError(f"`dataset_id` is {dataset_id!r}; it must be owner/name on the Hub, not a local path.")

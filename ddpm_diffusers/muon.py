@@ -28,10 +28,14 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, params, lr: float, **kwargs):
         super().__init__(params, lr, **kwargs)
+        if len(self.param_groups) > 1:
+            raise ValueError(f"`params` has {len(self.param_groups)} groups; Muon takes the parameters in one.")
         self._step_supports_amp_scaling = False  # on overflow the scaler skips all of `step`, not AdamW's part alone
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        if closure is not None:
+            raise ValueError("`closure` is given, which Muon does not call: compute the gradients before the step.")
         (group,) = self.param_groups
         kernels = [p for p in group["params"] if is_inner_kernel(p) and p.grad is not None]
         for kernel in kernels:

@@ -1,10 +1,13 @@
 """Sample many images from a pipeline, with batches split over processes; the split does not affect the images."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -39,9 +42,15 @@ def sample_images(
         progress: Show a progress bar of the main process's batches.
 
     Raises:
+        TypeError: If the pipeline is of another class.
         ValueError: If a number is no positive integer.
         NotFiniteError: In every process, if an image holds NaN or infinity.
     """
+    if PixelDiffusionPipeline.__name__ not in [base.__name__ for base in type(pipe).__mro__]:  # or a repository's own
+        raise TypeError(
+            f"`pipe` is a {type(pipe).__name__}; it must be a PixelDiffusionPipeline: give"
+            " `PixelDiffusionPipeline(pipe.unet, pipe.scheduler)`."
+        )
     check_positive(num_images=num_images, batch_size=batch_size)
     state = PartialState()
     batch_size = min(batch_size, num_images)
@@ -50,7 +59,8 @@ def sample_images(
     for turn in tqdm(range(rounds), desc="Batches", disable=not (progress and state.is_main_process)):
         first = (turn * state.num_processes + state.process_index) * batch_size
         generators = [torch.Generator().manual_seed(seed + i) for i in range(first, first + batch_size)]
-        latents = pipe(batch_size, num_inference_steps, generators, output_type="latent").images  # (B, C, H, W)
+        with without_progress_bar(pipe):
+            latents = pipe(batch_size, num_inference_steps, generators, output_type="latent").images  # (B, C, H, W)
         if not gather(latents.isfinite().all()[None]).all():  # clamping would hide infinity
             raise NotFiniteError(
                 f"{type(pipe.scheduler).__name__} made images with NaN or infinity in {num_inference_steps} steps. Try"
@@ -62,6 +72,17 @@ def sample_images(
     # lets gloo's thread release the tensors while this one waits; at process exit the two would block each other
     state.wait_for_everyone()
     return images.reshape(-1, *images.shape[-3:])[:num_images].cpu()
+
+
+@contextlib.contextmanager
+def without_progress_bar(pipe: DiffusionPipeline) -> Iterator[None]:
+    """For calls within another progress bar."""
+    config = getattr(pipe, "_progress_bar_config", {})  # diffusers has no method that tells it
+    pipe.set_progress_bar_config(**{**config, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**config)
 
 
 def count_sampled(num_images: int, batch_size: int) -> int:

@@ -11,9 +11,9 @@ from diffusers.utils import requires_backends
 
 from .pipeline_pixel_diffusion import (
     CARRIED_OVER,
-    TRAINED_WITH,
     check_steps,
     init_parameters,
+    noise_arguments,
     refusal,
     set_timesteps,
     splits_off_a_variance,
@@ -85,7 +85,7 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
         if key not in taken:
             raise ValueError(f"`{key}` is no argument of {scheduler_class.__name__}; it takes {', '.join(taken)}.")
         trained = scheduler.config.get(key, taken[key].default)
-        if key in TRAINED_WITH and not np.array_equal(value, trained):
+        if key in noise_arguments(scheduler.config) and not np.array_equal(value, trained):
             raise ValueError(
                 f"`{key}` is {trained!r} in the scheduler that the network was trained with; it cannot change."
             )

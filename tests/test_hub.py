@@ -12,8 +12,9 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from hub_server import HubError, HubServer, files_of
 from interpreter import Interpreter
 
-from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, pipeline_pixel_diffusion
+from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
 from ddpm_diffusers.hub import model_card, pipeline_files
+from ddpm_diffusers.pipeline_pixel_diffusion import pipeline_card
 
 SCRIPTS = ROOT / "train_scripts"
 PIPELINE = {
@@ -123,7 +124,7 @@ def test_what_arrives_by_a_push_is_the_pipeline_and_its_code_and_a_card(hub, cli
     pipe.save_pretrained(tmp_path)
     assert "result" in client("push_to_hub", tmp_path, repo_id="user/plain")
     files = hub.repos["user/plain"].files
-    card = str(pipeline_pixel_diffusion.model_card(pipe, "user/plain")).encode()
+    card = str(pipeline_card(pipe, "user/plain")).encode()
     assert {name: data for name, data in files.items() if name != ".gitattributes"} == {
         **files_of(tmp_path), "README.md": card,
     }  # fmt: skip
@@ -145,12 +146,13 @@ def test_the_first_snippet_of_a_pushed_card_runs_as_it_stands(hub, client, pytho
     assert python(snippet + facts) == "16 8 8 ddpm_diffusers DPMSolverMultistepScheduler\n"
 
 
-def test_a_card_of_the_repository_is_kept_and_a_push_without_change_makes_no_commit(hub, client, saved):
+def test_a_card_of_the_repository_is_kept_and_a_push_without_change_makes_no_commit(hub, client, python, saved):
     assert "result" in client("push_folder", folder=saved, repo_id="user/kept")
     own = b"---\nlicense: mit\n---\nMy own words.\n"
     hub.repos["user/kept"].commit("edit", {"README.md": own})
     for _ in range(2):
         assert "result" in client("push_to_hub", saved, repo_id="user/kept")
+        assert "user/kept keeps the model card that it has: see that its figures" in python.stderr
         assert hub.repos["user/kept"].files["README.md"] == own and len(hub.repos["user/kept"].commits) == 3
 
 

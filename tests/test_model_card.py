@@ -12,8 +12,9 @@ from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from hub_server import HubServer, Repo, files_of
 from interpreter import Interpreter
 
-from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, pipeline_pixel_diffusion
+from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
 from ddpm_diffusers.hub import add_figures, model_card
+from ddpm_diffusers.pipeline_pixel_diffusion import pipeline_card
 
 FIGURE = {
     "dataset_type": "zalando-datasets/fashion_mnist", "dataset_name": "Fashion-MNIST", "dataset_split": "test",
@@ -64,7 +65,7 @@ def publish(hub: HubServer, repo_id: str, folder: Path) -> Repo:
 
 
 def test_a_card_is_made_from_the_pipeline(tiny_pipe):
-    metadata, body = front_matter(str(pipeline_pixel_diffusion.model_card(tiny_pipe, "user/plain")))
+    metadata, body = front_matter(str(pipeline_card(tiny_pipe, "user/plain")))
     assert metadata == {
         "library_name": "diffusers", "pipeline_tag": "unconditional-image-generation",
         "tags": ["ddpm", "diffusion", "pixel-space", "unconditional-image-generation"],
@@ -77,7 +78,7 @@ def test_a_card_is_made_from_the_pipeline(tiny_pipe):
 
 def test_the_second_snippet_of_a_card_runs_as_it_stands(hub, absent, tiny_pipe, tmp_path):
     tiny_pipe.save_pretrained(tmp_path)
-    card = pipeline_pixel_diffusion.model_card(tiny_pipe, "user/plain")
+    card = pipeline_card(tiny_pipe, "user/plain")
     card.save(tmp_path / "README.md")
     publish(hub, "user/plain", tmp_path)
     snippet = snippets(str(card))[1]
@@ -109,7 +110,7 @@ def test_a_card_goes_along_from_repository_to_folder_to_repository(hub, absent, 
     for name in ("user/direct", "user/relayed"):
         assert hub.repos[name].files == {**source, "README.md": card.replace("user/source", name).encode()}
         assert len(hub.repos[name].commits) == 2
-    made = str(pipeline_pixel_diffusion.model_card(tiny_pipe, "user/absent")).encode()  # with the package
+    made = str(pipeline_card(tiny_pipe, "user/absent")).encode()  # with the package
     assert hub.repos["user/absent"].files["README.md"] == made
 
 

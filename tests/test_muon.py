@@ -24,6 +24,14 @@ def set_gradients(network: torch.nn.Module, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
+def test_what_it_would_ignore_is_refused():
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="`params` has 2 groups; Muon takes the parameters in one"):
+        Muon([{"params": [first]}, {"params": [second], "weight_decay": 0.0}], **SETTINGS)
+    with pytest.raises(ValueError, match="`closure` is given, which Muon does not call"):
+        Muon([first], **SETTINGS).step(lambda: first.sum())
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 is the first with Muon")
 def test_kernels_move_as_by_torchs_muon_and_all_else_as_by_adamw():
     ours, kernels_of, others_of = networks(3)

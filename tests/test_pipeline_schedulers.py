@@ -54,6 +54,7 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     (diffusers.FlowMatchEulerDiscreteScheduler(), "has no init_noise_sigma"),
     (diffusers.ScoreSdeVeScheduler(), "has no step"),
     (diffusers.RePaintScheduler(), "step needs original_image, mask, too"),
+    (diffusers.DDPMWuerstchenScheduler(), "config has no num_train_timesteps"),
     (None, "has no set_timesteps"),
     (diffusers.IPNDMScheduler(), "has a noise schedule of its own"),
     (diffusers.EDMEulerScheduler(), "has a noise schedule of its own"),
@@ -102,6 +103,14 @@ def test_a_new_scheduler_of_another_noise_schedule_is_told(tiny_pipe, caplog):
     tiny_pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(config, use_flow_sigmas=True)
     told = "has {'use_flow_sigmas': True} where the scheduler in place had {'use_flow_sigmas': None}"
     assert told in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("noise", [{"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": [0.01] * 1000}])
+def test_betas_that_the_noise_schedule_ignores_are_not_told(tiny_pipe, caplog, noise):
+    pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.DDPMScheduler(**noise))
+    pipe.scheduler = heun = diffusers.HeunDiscreteScheduler(**noise)  # which has other betas by default
+    assert not caplog.messages and heun.config.beta_start != 0.0001
+    torch.testing.assert_close(heun.alphas_cumprod, diffusers.DDPMScheduler(**noise).alphas_cumprod)
 
 
 def test_from_pipe_looks_at_a_new_scheduler_as_an_exchange_does(tiny_pipe, caplog):

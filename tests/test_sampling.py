@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, torchrun
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 from ddpm_diffusers.sampling import NotFiniteError, sample_images, to_pil
@@ -23,6 +24,22 @@ def test_an_image_is_what_the_pipeline_gives_for_its_seed(tiny_pipe):
 
 def test_how_many_are_asked_for_changes_none(tiny_pipe):
     assert torch.equal(sample_images(tiny_pipe, 3, 2, batch_size=2), sample_images(tiny_pipe, 6, 2, batch_size=2)[:3])
+
+
+def test_one_progress_bar_at_most_is_shown_and_the_pipelines_own_is_left_as_it_was(tiny_pipe, capsys):
+    tiny_pipe.set_progress_bar_config(desc="Denoising", ascii=True)
+    sample_images(tiny_pipe, 4, 2, batch_size=2)
+    assert capsys.readouterr().err == ""
+    sample_images(tiny_pipe, 4, 2, batch_size=2, progress=True)
+    shown = capsys.readouterr().err
+    assert "Batches" in shown and "Denoising" not in shown
+    tiny_pipe(1, 2)
+    assert "Denoising: 100%|##########| 2/2" in capsys.readouterr().err
+
+
+def test_a_pipeline_of_another_class_is_refused(tiny_unet):
+    with pytest.raises(TypeError, match=r"is a DDPMPipeline; .* give `PixelDiffusionPipeline\(pipe.unet, pipe.sched"):
+        sample_images(DDPMPipeline(tiny_unet, DDPMScheduler()), 2, 2)
 
 
 def test_colour_keeps_its_channels():

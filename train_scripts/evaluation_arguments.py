@@ -87,7 +87,6 @@ def source_of(args: EvaluationArguments) -> dict:
 
 def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> PixelDiffusionPipeline:
     pipe = PixelDiffusionPipeline.from_pretrained(model, variant=variant, dtype=torch.float32).to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
     # lower precision for the network alone: autocast around all would reach the scheduler's arithmetic, too
     pipe.unet = accelerator.prepare_model(pipe.unet, evaluation_mode=True)
     _, height, width = image_shape(pipe)

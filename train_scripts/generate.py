@@ -51,7 +51,6 @@ def main(args: GenerateArguments) -> None:
     accelerator, output_dir = make_accelerator("no", cpu=args.device == "cpu"), Path(args.output_dir)
     pipe = PixelDiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), variant=args.variant)
     pipe.to(args.device or accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
     swap_scheduler(pipe, args.scheduler, args.scheduler_config)
     if accelerator.is_main_process:  # before the sampling, so that it fails early
         folder_lock = lock(output_dir)

@@ -193,7 +193,6 @@ def main(args: TrainingArguments) -> None:
 
     def write_samples() -> Path:
         pipe = PixelDiffusionPipeline(averaged_unet(), make_scheduler("dpmsolver++", scheduler)).to(device)
-        pipe.set_progress_bar_config(disable=True)
         samples = sample_images(pipe, args.eval_batch_size, args.ddpm_num_inference_steps)
         path = samples_path(output_dir, step)
         if accelerator.is_main_process:

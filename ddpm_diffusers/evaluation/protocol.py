@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..data import ImageArrays, cache_folder, load_images
-from ..pipeline_pixel_diffusion import check_positive
+from ..pipeline_pixel_diffusion import check_positive, height_and_width
 from ..sampling import count_sampled, sample_images
 from ..schedulers import count_evaluations
 from .features import FeatureExtractor, extract_features
@@ -108,11 +108,7 @@ class Reference:
             raise ValueError(f"The train images are {tuple(shapes[0])} and the test images {tuple(shapes[1])}; both"
                              " must be of one size and number of channels.")  # fmt: skip
         for name, images in (("train", train), ("test", test)):
-            if len(images) <= extractor.num_features:
-                raise ValueError(
-                    f"The {name} split has {len(images)} images, and the extractor {extractor.num_features} features;"
-                    " there must be more images than features: use a larger split."
-                )
+            check_count(len(images), extractor, f"in the {name} split")
         self.extractor, self.image_shape = extractor, tuple(shapes[0])
         self.train, self.test = (
             Statistics.of_images(images, extractor)
@@ -289,10 +285,10 @@ def check_run(pipe, reference: Reference | None, num_images: int, seeds: Sequenc
 
 def image_shape(pipe) -> tuple[int, int, int]:
     """(C, H, W) of the images that the pipeline makes; a network may predict more channels, for the variance."""
-    side = pipe.unet.config.sample_size
-    if side is None:
+    size = pipe.unet.config.sample_size
+    if size is None:
         raise ValueError("The U-Net's `sample_size` is None, so what size it makes is unknown: set it in its config.")
-    return pipe.unet.config.in_channels, *(side if isinstance(side, (tuple, list)) else (side, side))
+    return pipe.unet.config.in_channels, *height_and_width(size)
 
 
 def as_json(config: dict) -> dict:
@@ -340,11 +336,11 @@ def check_images(images: torch.Tensor, reference: Reference) -> None:
     check_count(len(images), reference.extractor)
 
 
-def check_count(num_images: int, extractor: FeatureExtractor) -> None:
+def check_count(num_images: int, extractor: FeatureExtractor, which: str = "to evaluate") -> None:
     if num_images <= extractor.num_features:
         raise ValueError(
-            f"There are {num_images} images to evaluate; there must be more than the {extractor.num_features} features"
-            f" of {extractor.name}, and 2,000 or more give steady figures: sample more."
+            f"There are {num_images} images {which}; there must be more than the {extractor.num_features} features of"
+            f" {extractor.name}, and 2,000 or more give steady figures: use more."
         )
 
 

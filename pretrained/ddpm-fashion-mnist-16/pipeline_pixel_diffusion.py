@@ -10,6 +10,7 @@ table 1 shows why a sampler may scale its input and start from a standard deviat
 import contextlib
 import glob
 import inspect
+import itertools
 import json
 import numbers
 import re
@@ -57,6 +58,7 @@ COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetenso
 # [module, class]: the form of `_class_name` by which diffusers finds a pipeline's code in its repository
 CLASS_IN_INDEX = [__name__.rpartition(".")[2], "PixelDiffusionPipeline"]
 README, SAMPLES = "README.md", "samples.png"  # the model card, and the grid of samples that it shows
+WEIGHTS = "diffusion_pytorch_model"  # how the names of files of weights start
 
 
 class PixelDiffusionPipeline(DiffusionPipeline):
@@ -178,6 +180,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
         timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
         self._num_timesteps = len(timesteps)
+        dtype = self.unet.dtype  # which looks through all of the network's modules
         try:
             # sampled in float32 whatever the weights' dtype: the steps are small differences of large numbers
             if latents is None:
@@ -189,7 +192,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 for i, t in enumerate(timesteps):
                     if self.interrupt:
                         continue
-                    sample = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                    sample = self.scheduler.scale_model_input(latents, t).to(dtype)
                     # a copy: solvers keep it, and a compiled network may write its next output in the same place
                     model_output = self.unet(sample, t).sample.to(torch.float32, copy=True)  # (B, C, H, W)
                     latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
@@ -271,8 +274,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             )
         if size is None:
             size = latents.shape[-2:]
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        shape = (batch_size, self.unet.config.in_channels, height, width)
+        shape = (batch_size, self.unet.config.in_channels, *height_and_width(size))
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(
                 f"`latents` has shape {tuple(latents.shape)}; it must be {shape}: (batch_size, in_channels, height,"
@@ -305,16 +307,22 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """diffusers' method; also copies the model card of the source that the network was loaded from, if available.
 
         The card is copied only if the folder has none and the weights are still the source's, since its figures are
-        theirs. If the folder has the card of other weights, which are now replaced, that card is renamed.
+        theirs. If the folder has other weights, which are now replaced, their card is renamed, and all their files
+        are removed, of any variant.
 
         With `push_to_hub`, the index, the code, the components' files and a card (see `push_to_hub`) are then uploaded
         to `repo_id`, by default the folder's name; other files in the folder are not. A card that the repository
         already has is kept. If it has none, the snippets of the folder's card are changed to load `repo_id`. No card
         is uploaded into a `subfolder`.
         """
-        if self.unet is not None:
-            set_card_aside(self.unet, Path(save_directory))
+        replaced = {}  # files of other weights, by time
+        if self.unet is not None and set_card_aside(self.unet, Path(save_directory)):
+            replaced = {path: path.stat().st_mtime_ns for path in Path(save_directory, "unet").glob(f"{WEIGHTS}*")}
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        for path, time in replaced.items():
+            if path.exists() and path.stat().st_mtime_ns == time:  # another variant or format, which could be loaded
+                path.unlink()
+                logger.warning(f"{path} was of the weights that are replaced: it is removed.")
         for config in (Path(save_directory, name, "config.json") for name in self.components):
             if config.is_file():  # diffusers' networks write the path that they were loaded from, ours do not
                 content = json.loads(config.read_text("utf-8"))
@@ -342,8 +350,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             files.append(f"{CLASS_IN_INDEX[0]}.py")
         for folder in (Path(save_directory, name) for name in self.components):
             files += [f"{folder.name}/{file}" for file in component_files(folder, safe_serialization)]
-        if not subfolder and not huggingface_hub.file_exists(repo_id, README, token=token):
-            text = card.read_text("utf-8") if card.exists() else str(model_card(self, repo_id, samples.exists()))
+        if not subfolder and huggingface_hub.file_exists(repo_id, README, token=token):
+            logger.warning(f"{repo_id} keeps the model card that it has: see that its figures are of these weights.")
+        elif not subfolder:
+            text = card.read_text("utf-8") if card.exists() else str(pipeline_card(self, repo_id, samples.exists()))
             card.write_text(with_repo_id(text, repo_id, only_variant(files)), "utf-8")
             files += [README, SAMPLES]
         return huggingface_hub.upload_folder(
@@ -459,10 +469,16 @@ def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict, where: str, ad
 
 def other_noise(trained: dict, config: dict) -> list[str]:
     """Names of the arguments in which the noise schedules of two configs, both discrete, differ."""
-    both = [key for key in TRAINED_WITH if key in trained and key in config]
+    both = [key for key in noise_arguments(trained) if key in trained and key in config]
     # a class without one of these behaves as if it were False
     known_to_one = [key for key in MUST_BE_KNOWN if key not in both and (trained.get(key) or config.get(key))]
     return [key for key in both if not np.array_equal(trained[key], config[key])] + known_to_one
+
+
+def noise_arguments(config: dict) -> list[str]:
+    """Names of the arguments on which the noise schedule of a config depends."""
+    by_betas = config.get("trained_betas") is None and config.get("beta_schedule") != "squaredcos_cap_v2"
+    return [key for key in TRAINED_WITH if by_betas or key not in ("beta_start", "beta_end")]
 
 
 def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
@@ -470,6 +486,8 @@ def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
     needed = ("set_timesteps", "init_noise_sigma", "scale_model_input", "step")
     if missing := [name for name in needed if not hasattr(scheduler, name)]:
         return f"it has no {', '.join(missing)}"
+    if "num_train_timesteps" not in scheduler.config:
+        return "its config has no num_train_timesteps"
     beyond = list(inspect.signature(scheduler.step).parameters.values())[3:]  # model_output, timestep, sample
     # UnCLIPScheduler can do without `prev_timestep`, but then goes back by a single timestep whatever their number
     unmet = [p.name for p in beyond if p.kind is p.POSITIONAL_OR_KEYWORD
@@ -529,6 +547,10 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=No
             # it would read alphas_cumprod[-1], the noisiest level, so this step is left out
             scheduler.timesteps = scheduler.timesteps[scheduler.timesteps >= 0]
     return scheduler.timesteps
+
+
+def height_and_width(sample_size: int | tuple[int, int] | None) -> tuple:
+    return tuple(sample_size) if isinstance(sample_size, (tuple, list)) else (sample_size, sample_size)
 
 
 def as_list(generator) -> list:
@@ -598,10 +620,10 @@ images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
 """
 
 
-def model_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = False) -> ModelCard:
+def pipeline_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = False) -> ModelCard:
     """A card of what is in the pipeline itself; `has_samples`: whether the repository has a grid, `samples.png`."""
     unet, scheduler = pipe.unet.config, pipe.scheduler.config
-    size = unet.sample_size if isinstance(unet.sample_size, (tuple, list)) else (unet.sample_size,) * 2
+    size = height_and_width(unet.sample_size)
     channels = {1: "grey", 3: "RGB"}.get(unet.in_channels, f"{unet.in_channels}-channel")
     timesteps = scheduler.num_train_timesteps
     more = ', output_type="np"' if unet.in_channels > 4 else ""
@@ -693,7 +715,8 @@ def set_card_aside(unet: ModelMixin, folder: Path) -> bool:
     if others:
         for path in (folder / README, folder / SAMPLES):
             if path.exists():
-                aside = path.replace(path.with_stem(f"{path.stem}.before"))
+                names = (path.with_stem(f"{path.stem}.before{number or ''}") for number in itertools.count())
+                aside = path.replace(next(name for name in names if not name.exists()))
                 logger.warning(f"{path} is of the weights that are replaced now: it is {aside.name} from here on.")
     return others
 

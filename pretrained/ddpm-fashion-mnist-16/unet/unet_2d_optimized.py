@@ -244,12 +244,14 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
             or, as in the guide, pooled and concatenated before the upsampling.
         upsample_type (`"rearrange"` | `"conv_transpose"`): 1x1 convolution and depth to space, or a transposed 2x2
             convolution of stride 2.
-        norm_num_groups, block_norm_num_groups (`int`): Groups of the norms in stem and output, and in blocks.
+        norm_num_groups, block_norm_num_groups (`int`): Groups of the norms in the output and the guide's stem, and in
+            blocks.
         down_layers_per_block, up_layers_per_block (`int` or `tuple[int, ...]`): Blocks of `block_type` on the way
             down and up: one number for all levels, or one per level, highest resolution first. The last number also
             applies to all levels below; excess numbers are ignored. Down, a level that keeps the width may have 0.
         mid_block_layers (`int`): Blocks at the lowest resolution; 2 in the guide.
-        num_train_timesteps (`int`): Number of training timesteps, T.
+        num_train_timesteps (`int`): Number of training timesteps, T, by which `"linear"` and `normalize_timesteps`
+            divide.
 
     Raises:
         ValueError: If the configuration is invalid; the message names argument, value and rule.
@@ -303,9 +305,10 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         def pool(channels: int) -> nn.Module:
             if downsample_type == "max_pool":
                 return nn.MaxPool2d(2)
-            conv = nn.Conv2d(4 * channels, channels, 1)
             if block_type == "conv":
                 conv = ConvBlock(4 * channels, channels, norm_type, block_norm_num_groups, act_fn)
+            else:
+                conv = nn.Conv2d(4 * channels, channels, 1)
             return nn.Sequential(Rearrange("b c (h p1) (w p2) -> b (c p1 p2) h w", p1=2, p2=2), conv)
 
         def upsample(in_channels: int, out_channels: int) -> nn.Module:
@@ -314,8 +317,9 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
             return RearrangeUpsample(in_channels, out_channels)
 
         # time
-        self.time_proj = LinearTimesteps(time_embedding_dim, num_train_timesteps)
-        if time_embedding_type == "sinusoidal":
+        if time_embedding_type == "linear":
+            self.time_proj = LinearTimesteps(time_embedding_dim, num_train_timesteps)
+        else:
             scale = 1 / num_train_timesteps if normalize_timesteps else 1
             self.time_proj = Timesteps(time_embedding_dim, flip_sin_to_cos=False, downscale_freq_shift=1, scale=scale)
         self.time_embedding = None
@@ -324,9 +328,10 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
 
         # stem
         first = block_out_channels[0]
-        self.stem = nn.Conv2d(in_channels, first, 3, padding=1)
         if block_type == "conv":
             self.stem = ConvStem(in_channels, first, norm_type, norm_num_groups, act_fn, residual_blocks)
+        else:
+            self.stem = nn.Conv2d(in_channels, first, 3, padding=1)
 
         # down: with "after_pool", as in the guide, the layers of a level output the channels of the level below;
         # with "before_pool", those of their own level
