@@ -98,7 +98,7 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
         assert grid.size == (8 * 64, 8 * 64)
     spectrum = record["spectrum"]
     for file, kind in (("spectrum.png", "radial"), ("rings.png", "rings")):
-        plot_spectra({"model": spectrum["samples"][kind]}, spectrum["real"][kind], tmp_path / file, kind)
+        plot_spectra({"tiny": spectrum["samples"][kind]}, spectrum["real"][kind], tmp_path / file, kind)
         assert (tmp_path / file).read_bytes() == (tmp_path / "evaluation" / file).read_bytes()
 
     results = ModelCard.load(model / "README.md").data.eval_results

@@ -68,27 +68,28 @@ def test_a_card_of_weights_that_are_replaced_is_set_aside(tiny_pipe, tmp_path, c
     assert save() == {"README.before.md", "samples.before.png"}
     assert (tmp_path / "README.before.md").read_text() == "Its distance is 0.1."
     assert "README.md is of the weights that are replaced now" in caplog.text
-    (tmp_path / "README.md").write_text("Its distance is 0.2.")
+    (tmp_path / "samples.png").write_bytes(b"made by these")
     with torch.no_grad():
         next(tiny_pipe.unet.parameters()).add_(1)
-    assert save() == {"README.before.md", "README.before1.md", "samples.before.png"}
-    assert (tmp_path / "README.before1.md").read_text() == "Its distance is 0.2."
+    assert save() == {"README.before.md", "samples.before.png", "samples.before1.png"}
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"variant": "fp16"}, {"safe_serialization": False}])
-def test_no_weights_that_are_replaced_can_be_loaded_any_more(tiny_pipe, tmp_path, kwargs, caplog):
+@pytest.mark.parametrize("kwargs", [{}, {"variant": "non_ema"}, {"safe_serialization": False}])
+def test_other_weights_that_stay_beside_those_saved_are_told_and_keep_their_card(tiny_pipe, tmp_path, kwargs, caplog):
     tiny_pipe.save_pretrained(tmp_path)
     tiny_pipe.save_pretrained(tmp_path, variant="fp16")
-    weights = {path.name for path in (tmp_path / "unet").glob("*.safetensors")}
+    (tmp_path / "unet" / "diffusion_pytorch_model.cut.safetensors").write_bytes(b"by a kill")
+    (tmp_path / "README.md").write_text("Its distance is 0.1.")
     tiny_pipe.save_pretrained(tmp_path, safe_serialization=False)
-    assert {path.name for path in (tmp_path / "unet").glob("*.safetensors")} == weights  # of the same weights
+    assert not caplog.messages  # the same weights
     with torch.no_grad():
         next(tiny_pipe.unet.parameters()).add_(1)
     tiny_pipe.save_pretrained(tmp_path, **kwargs)
-    [left] = (tmp_path / "unet").glob("diffusion_pytorch_model*")
-    assert caplog.text.count("was of the weights that are replaced: it is removed") == 2
-    loaded = PixelDiffusionPipeline.from_pretrained(tmp_path, variant=kwargs.get("variant")).unet.state_dict()
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in tiny_pipe.unet.state_dict().items())
+    replaced = kwargs == {}  # those without a variant, in safetensors
+    assert (tmp_path / "README.md").exists() != replaced
+    told = [message for message in caplog.messages if "holds other weights than those saved now" in message]
+    assert any("model.fp16.safetensors" in message for message in told)
+    assert any("model.safetensors" in message for message in told) != replaced and len(told) == 2 - replaced
 
 
 @pytest.mark.parametrize("network", ["ours", "stock"])

@@ -189,7 +189,7 @@ def images_of_folder(args: EvaluateArguments, channels: int) -> torch.Tensor:
     """Evenly spaced images of the folder, grey if all are, or if `channels` is 1 and none has colour."""
     folder = Path(args.images)
     files = sorted(path for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    files = [path for path in files if path.name != "grid.png"]  # of generate.py
+    files = [path for path in files if path.name != "grid.png" and not path.name.startswith(".")]  # of generate.py
     files = [files[i] for i in evenly_spaced(len(files), min(args.num_images, len(files)))]
     if not files:
         raise ValueError(

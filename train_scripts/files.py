@@ -45,11 +45,15 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make the file under a temporary name: it appears completely or not at all."""
+def write_file(path: Path, write: Callable[[Path], object], to_disk: bool = True) -> None:
+    """Have `write` make the file under a temporary name: it appears completely or not at all.
+
+    Without `to_disk` this holds if the process is killed, but not if the machine is.
+    """
     partial = path.with_name(f".partial-{path.name}")  # with the suffix, from which PIL takes the format
     with explain_write_errors(f"{path} cannot be written"):
         path.parent.mkdir(exist_ok=True)
         write(partial)
-        flush(partial)
+        if to_disk:
+            flush(partial)
         os.replace(partial, path)

@@ -75,7 +75,7 @@ def main(args: GenerateArguments) -> None:
     images = to_pil(images)
     write_file(output_dir / "grid.png", image_grid(images[:GRID_IMAGES]).save)  # first: it marks the others as samples
     for i, image in enumerate(images):
-        write_file(output_dir / f"{args.seed + i:06d}.png", image.save)
+        write_file(output_dir / f"{args.seed + i:06d}.png", image.save, to_disk=False)  # there may be thousands
     folder_lock.release()
     print(
         f"{args.num_images} images by {type(pipe.scheduler).__name__}, {args.num_inference_steps} steps,"

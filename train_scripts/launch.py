@@ -64,8 +64,8 @@ def check_processes(accelerator: Accelerator) -> None:
     # what `accelerate launch` sets for each process; a launcher of several sets WORLD_SIZE, too
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            "`accelerate launch` was to start several processes, but with `distributed_type: 'NO'` in its config it"
-            " starts one: give --num_processes 1, or train_scripts/accelerate/multi_gpu.yaml, or use torchrun."
+            "`accelerate launch` was to start several processes, but starts one without a `distributed_type` for them"
+            " in its config: give --num_processes 1 (and unset MASTER_PORT), or multi_gpu.yaml, or use torchrun."
         )
 
 

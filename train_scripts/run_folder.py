@@ -109,6 +109,8 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
                 shutil.rmtree(damaged, ignore_errors=True)
             for name in ("model_index.json", README, SAMPLES, "metrics.jsonl", "speed.jsonl"):
                 (output_dir / name).unlink(missing_ok=True)
+            for card in (*output_dir.glob("README.before*.md"), *output_dir.glob("samples.before*.png")):
+                card.unlink()
             for name in ("samples", "logs", "unet", "scheduler"):  # with any variants of the weights
                 shutil.rmtree(output_dir / name, ignore_errors=True)
         run |= record

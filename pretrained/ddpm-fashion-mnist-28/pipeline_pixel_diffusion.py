@@ -58,7 +58,6 @@ COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetenso
 # [module, class]: the form of `_class_name` by which diffusers finds a pipeline's code in its repository
 CLASS_IN_INDEX = [__name__.rpartition(".")[2], "PixelDiffusionPipeline"]
 README, SAMPLES = "README.md", "samples.png"  # the model card, and the grid of samples that it shows
-WEIGHTS = "diffusion_pytorch_model"  # how the names of files of weights start
 
 
 class PixelDiffusionPipeline(DiffusionPipeline):
@@ -307,22 +306,25 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """diffusers' method; also copies the model card of the source that the network was loaded from, if available.
 
         The card is copied only if the folder has none and the weights are still the source's, since its figures are
-        theirs. If the folder has other weights, which are now replaced, their card is renamed, and all their files
-        are removed, of any variant.
+        theirs. If other weights in the folder are replaced now, their card is renamed; if some stay, as a variant, a
+        warning names them.
 
         With `push_to_hub`, the index, the code, the components' files and a card (see `push_to_hub`) are then uploaded
         to `repo_id`, by default the folder's name; other files in the folder are not. A card that the repository
         already has is kept. If it has none, the snippets of the folder's card are changed to load `repo_id`. No card
         is uploaded into a `subfolder`.
         """
-        replaced = {}  # files of other weights, by time
-        if self.unet is not None and set_card_aside(self.unet, Path(save_directory)):
-            replaced = {path: path.stat().st_mtime_ns for path in Path(save_directory, "unet").glob(f"{WEIGHTS}*")}
+        if self.unet is not None and safe_serialization:
+            set_card_aside(self.unet, Path(save_directory), variant)
+        before = {path: path.stat().st_mtime_ns for path in Path(save_directory, "unet").glob("*.safetensors")}
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
-        for path, time in replaced.items():
-            if path.exists() and path.stat().st_mtime_ns == time:  # another variant or format, which could be loaded
-                path.unlink()
-                logger.warning(f"{path} was of the weights that are replaced: it is removed.")
+        for path, time in before.items():
+            is_left = path.exists() and path.stat().st_mtime_ns == time
+            if is_left and not all(compared_with(self.unet, path).values()):
+                logger.warning(
+                    f"{path} holds other weights than those saved now, and `from_pretrained` may load them: remove it"
+                    " unless both are to stay."
+                )
         for config in (Path(save_directory, name, "config.json") for name in self.components):
             if config.is_file():  # diffusers' networks write the path that they were loaded from, ours do not
                 content = json.loads(config.read_text("utf-8"))
@@ -351,7 +353,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         for folder in (Path(save_directory, name) for name in self.components):
             files += [f"{folder.name}/{file}" for file in component_files(folder, safe_serialization)]
         if not subfolder and huggingface_hub.file_exists(repo_id, README, token=token):
-            logger.warning(f"{repo_id} keeps the model card that it has: see that its figures are of these weights.")
+            if not card.exists():  # else it is of these weights
+                logger.warning(f"{repo_id} keeps its model card: see that the figures in it are of these weights.")
         elif not subfolder:
             text = card.read_text("utf-8") if card.exists() else str(pipeline_card(self, repo_id, samples.exists()))
             card.write_text(with_repo_id(text, repo_id, only_variant(files)), "utf-8")
@@ -689,7 +692,7 @@ def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | No
     """
     loaded, in_cache = Path(unet.config.get("_name_or_path") or ""), f"models--{source}".replace("/", "--")
     is_local = loaded == Path(source, "unet")
-    if (not is_local and in_cache not in loaded.parts) or not has_weights_of(unet, loaded):
+    if (not is_local and in_cache not in loaded.parts) or not has_weights_of(unet, loaded.glob("*.safetensors")):
         return
     with contextlib.suppress(Exception):  # absent, refused or out of reach, for which each client has other types
         for name in (README, SAMPLES):
@@ -706,30 +709,44 @@ def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | No
                 partial.replace(Path(folder, name))
 
 
-def set_card_aside(unet: ModelMixin, folder: Path) -> bool:
-    """Rename the card and samples of a saved pipeline if the network's weights, which replace its own, are others.
+def set_card_aside(unet: ModelMixin, folder: Path, variant: str | None = None) -> bool:
+    """Rename the card and samples of a saved pipeline if the network's weights are to replace others of this variant.
 
     Returns whether they are.
     """
-    others = any(Path(folder, "unet").glob("*.safetensors")) and not has_weights_of(unet, Path(folder, "unet"))
+    name = rf"[^.]+{re.escape(f'.{variant}' if variant else '')}(-\d+-of-\d+)?\.safetensors"
+    replaced = [path for path in Path(folder, "unet").glob("*.safetensors") if re.fullmatch(name, path.name)]
+    others = bool(replaced) and not has_weights_of(unet, replaced)
     if others:
-        for path in (folder / README, folder / SAMPLES):
+        paths = (folder / README, folder / SAMPLES)
+        for number in itertools.count():
+            asides = [path.with_stem(f"{path.stem}.before{number or ''}") for path in paths]
+            if not any(aside.exists() for aside in asides):
+                break
+        for path, aside in zip(paths, asides, strict=True):
             if path.exists():
-                names = (path.with_stem(f"{path.stem}.before{number or ''}") for number in itertools.count())
-                aside = path.replace(next(name for name in names if not name.exists()))
+                path.replace(aside)
                 logger.warning(f"{path} is of the weights that are replaced now: it is {aside.name} from here on.")
     return others
 
 
-def has_weights_of(unet: ModelMixin, folder: Path) -> bool:
-    """Whether each of the network's tensors is in a file of the folder, of any variant, but for their dtype."""
+def has_weights_of(unet: ModelMixin, files: Iterable[Path]) -> bool:
+    """Whether each of the network's tensors is in one of these files, but for their dtype."""
+    held = {name for path in files for name, is_same in compared_with(unet, path).items() if is_same}
+    return held == {name.removeprefix("_orig_mod.") for name in unet.state_dict()}
+
+
+def compared_with(unet: ModelMixin, file: Path) -> dict[str, bool]:
+    """For each tensor in a file, whether it is the network's but for its dtype; empty if the file cannot be read."""
     state = {name.removeprefix("_orig_mod."): tensor.cpu() for name, tensor in unet.state_dict().items()}
-    found = set()
-    for path in folder.glob("*.safetensors"):
-        for name, tensor in safetensors.torch.load_file(path).items():
-            if name in state and torch.equal(tensor.to(state[name].dtype), state[name]):
-                found.add(name)
-    return found == set(state)
+    try:
+        tensors = safetensors.torch.load_file(file)
+    except safetensors.SafetensorError:  # cut off when a save was killed
+        return {}
+    return {
+        name: name in state and torch.equal(tensor.to(state[name].dtype), state[name])
+        for name, tensor in tensors.items()
+    }
 
 
 def component_files(folder: Path, safe: bool = True) -> list[str]:
