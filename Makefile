@@ -6,14 +6,13 @@ BIN = .venv/bin
 
 # installed once; again only when what is installed changes
 .venv/installed: setup.cfg pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,eval,test,dev]"
 	touch $@
 
 quickstart: .venv/installed
-	$(BIN)/python train_scripts/generate.py --model pretrained/ddpm-fashion-mnist-28 --scheduler dpmsolver++ \
-		--scheduler_config '{"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": true}' \
-		--num_inference_steps 15 --num_images 64 --output_dir runs/pretrained-samples --overwrite
+	$(BIN)/python train_scripts/generate.py --model pretrained/ddpm-fashion-mnist-28 \
+		--scheduler dpmsolver++:algorithm_type=sde-dpmsolver++,use_karras_sigmas=true --num_inference_steps 15 --num_images 64 --output_dir runs/pretrained-samples --overwrite
 	$(BIN)/accelerate launch --config_file train_scripts/accelerate/cpu.yaml train_scripts/train_unconditional.py \
 		train_scripts/configs/quickstart.yaml --overwrite_output_dir
 

@@ -306,15 +306,6 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
     assert {path.name for path in (out / "samples").iterdir()} == {"mine.png", "ddim-3.png"}
 
 
-def test_schedulers_are_given_with_options_of_any_type(script):
-    parsed = script.parse_scheduler("ddim:clip_sample=False,clip_sample_range=0.5,timestep_spacing=leading")
-    assert parsed == ("ddim", {"clip_sample": False, "clip_sample_range": 0.5, "timestep_spacing": "leading"})
-    assert script.parse_scheduler("dpmsolver++") == ("dpmsolver++", {})
-    for text in ("ddim:clip_sample", "ddim:=1", "ddim:clip_sample=true,"):
-        with pytest.raises(ValueError, match="must be NAME or NAME:OPTION=VALUE,OPTION=VALUE"):
-            script.parse_scheduler(text)
-
-
 def test_what_was_not_finite_in_another_precision_is_measured_and_then_no_longer_left_out(
     script, tiny_pipe, extractor_folder, dataset_folder, tmp_path
 ):

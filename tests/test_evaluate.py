@@ -62,7 +62,7 @@ def test_lower_precision_is_for_the_network_alone(evaluate, model, garments):
 
 
 def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluate, model, garments, tmp_path, capsys):
-    sampler = ("--scheduler", "dpmsolver++", "--scheduler_config", '{"solver_order": 1}', "--num_inference_steps", "3")
+    sampler = ("--scheduler", "dpmsolver++:solver_order=1", "--num_inference_steps", "3")
     record = evaluate("--model", str(model), *sampler, "--seeds", "0", "1", "--batch_size", "50",
                       "--dataset_id", "user/garments", "--write_card")  # fmt: skip
 
@@ -190,8 +190,7 @@ def test_a_folder_is_read_as_the_training_reads_it(evaluate, tmp_path):
     (["--images", "nowhere"], "nowhere is no folder with images .*nor one of the splits train and test"),
     (["--model", "MODEL", "--num_images", "20"], "20 images to evaluate; there must be more than the"),
     (["--model", "MODEL", "--seeds", "1", "1"], r"`--seeds` is \[1, 1\]; it must hold different"),
-    (["--model", "MODEL", "--scheduler_config", "{"], "is no JSON"),
-    (["--model", "MODEL", "--scheduler_config", '{"speed": 1}'], "`speed` is no argument of DDPMScheduler"),
+    (["--model", "MODEL", "--scheduler", "ddpm:speed=1"], "`speed` is no argument of DDPMScheduler"),
     (["--model", "MODEL", "--num_inference_steps", "5000"], "is 5000; it must not exceed the 1000 timesteps"),
     (["--model", "MODEL", "--test_split", "validation"], "no split 'validation'"),
     (["--model", "MODEL", "--feature_extractor", "resnet"], "There is no feature extractor 'resnet'"),

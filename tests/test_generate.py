@@ -9,7 +9,7 @@ import torch
 from command_line import parse_arguments
 from conftest import reset_accelerate
 from PIL import Image
-from samplers import swap_scheduler
+from samplers import parse_scheduler, swap_scheduler
 
 from ddpm_diffusers import make_scheduler
 
@@ -94,8 +94,8 @@ def test_samples_that_came_while_it_loaded_are_kept(tiny_pipe, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--scheduler", "eular"], "'eular' is unknown; it must be one of ddpm"),
-    (["--scheduler_config", '{"beta_end": "wide"}'], "`beta_end` is 0.02 in the scheduler"),
-    (["--scheduler_config", "[1]"], "`--scheduler_config` holds [1]; it must be a JSON object"),
+    (["--scheduler", "ddim:beta_end=wide"], "`beta_end` is 0.02 in the scheduler"),
+    (["--scheduler", "ddim:eta"], "The scheduler is 'ddim:eta'; it must be NAME or NAME:OPTION=VALUE"),
     (["--num_images", "0"], "`--num_images` is 0; it must be at least 1"),
     (["--dtype", "half"], "`--dtype` is 'half'; it must be float32, float16 or bfloat16"),
 ])  # fmt: skip
@@ -108,9 +108,17 @@ def test_wrong_arguments_are_refused_before_anything_is_written(generate, tmp_pa
 def test_the_options_of_the_own_scheduler_are_kept_and_told(tiny_pipe):
     own = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
     tiny_pipe.scheduler = make_scheduler("dpmsolver++", tiny_pipe.scheduler, **own)
-    assert swap_scheduler(tiny_pipe, None, None) == own
-    assert swap_scheduler(tiny_pipe, None, '{"solver_order": 3}') == {**own, "solver_order": 3}
+    assert swap_scheduler(tiny_pipe, None) == own
     config = tiny_pipe.scheduler.config
-    assert config.use_karras_sigmas and config.algorithm_type == "sde-dpmsolver++" and config.solver_order == 3
-    assert swap_scheduler(tiny_pipe, "dpmsolver++", '{"solver_order": 1}') == {"solver_order": 1}
+    assert config.use_karras_sigmas and config.algorithm_type == "sde-dpmsolver++"
+    assert swap_scheduler(tiny_pipe, "dpmsolver++:solver_order=1") == {"solver_order": 1}
     assert not tiny_pipe.scheduler.config.use_karras_sigmas  # another scheduler was asked for, by its name
+
+
+def test_schedulers_are_given_with_options_of_any_type():
+    parsed = parse_scheduler("ddim:clip_sample=False,clip_sample_range=0.5,timestep_spacing=leading")
+    assert parsed == ("ddim", {"clip_sample": False, "clip_sample_range": 0.5, "timestep_spacing": "leading"})
+    assert parse_scheduler("dpmsolver++") == ("dpmsolver++", {})
+    for text in ("ddim:clip_sample", "ddim:=1", "ddim:clip_sample=true,"):
+        with pytest.raises(ValueError, match="must be NAME or NAME:OPTION=VALUE,OPTION=VALUE"):
+            parse_scheduler(text)

@@ -321,7 +321,7 @@ def test_too_few_images_are_refused_before_any_is_sampled(untouched_pipe, refere
     for num_images in (0, -1, 10.5):
         with pytest.raises(ValueError, match=f"`num_images` is {num_images}; it must be a positive integer"):
             evaluate_pipeline(untouched_pipe, reference, num_images, 3)
-    with pytest.raises(ValueError, match="4 features of four-numbers, and 2,000 or more give steady figures"):
+    with pytest.raises(ValueError, match="4 features of four-numbers: use at least 2000 for steady figures"):
         evaluate_images(garment_images(4), reference)
 
 

@@ -25,6 +25,7 @@ from diffusers import DDPMScheduler, ModelMixin
 from files import lock, write_file, write_text
 from launch import choose_precision
 from PIL import Image
+from samplers import parse_scheduler
 from tables import caption, figures_table
 from tqdm.auto import tqdm
 from unets import make_unet
@@ -62,7 +63,7 @@ class AblateArguments:
     mixed_precision: str = arg("no", "auto, no, fp16 or bf16, for training and sampling")
     # the evaluation
     num_images: int = arg(5000, "number of samples per trained network")
-    scheduler: str = arg("dpmsolver++", "scheduler to sample with")
+    scheduler: str = arg("dpmsolver++", "scheduler to sample with, with options as in generate.py")
     num_inference_steps: int = arg(20, "steps of the scheduler")
     feature_extractor: str = arg(FASHION_MNIST, "name, folder or Hub id of the classifier whose features are compared")
     # output
@@ -113,7 +114,8 @@ def main(args: AblateArguments) -> None:
     unets = {name: make_unet(config, args.resolution, 1000) for name, config in unet_configs.items()}
     extractor = load_feature_extractor(args.feature_extractor)
     check_count(args.num_images, extractor)
-    count_evaluations(make_scheduler(args.scheduler, DDPMScheduler()), args.num_inference_steps)  # raises if unusable
+    name, options = parse_scheduler(args.scheduler)
+    count_evaluations(make_scheduler(name, DDPMScheduler(), **options), args.num_inference_steps)  # raises if unusable
     settings = {**shared_settings(args), "feature_extractor": {"name": extractor.name, "digest": extractor.digest}}
     results_dir = Path(args.results_dir or args.output_dir)
     folder_lock = lock(results_dir)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import diffusers
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from command_line import arg, check, run_script
@@ -32,6 +31,7 @@ from evaluation_arguments import (
 from files import lock, write_file, write_text
 from launch import make_accelerator
 from PIL import Image
+from samplers import parse_scheduler
 from tables import caption, figures_table, show
 
 from ddpm_diffusers import SCHEDULERS, make_scheduler
@@ -119,18 +119,6 @@ def main(args: ComparisonArguments) -> None:
     if accelerator.is_main_process:
         write_report(results, output_dir, args, [setting.key for setting in yardstick])
         folder_lock.release()
-
-
-def parse_scheduler(text: str) -> tuple[str, dict]:
-    """Parse `name`, or `name:option=value,option=value` with YAML values."""
-    name, _, listed = text.partition(":")
-    options = {}
-    for option in listed.split(",") if listed else []:
-        key, equals, value = option.partition("=")
-        if not (key and equals and value):
-            raise ValueError(f"`--schedulers` holds {text!r}; it must be NAME or NAME:OPTION=VALUE,OPTION=VALUE.")
-        options[key] = yaml.safe_load(value)
-    return name, options
 
 
 def usable(scheduler) -> tuple[list[tuple[str, dict]], list[dict]]:

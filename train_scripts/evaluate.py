@@ -23,7 +23,7 @@ from evaluation_arguments import (
 )
 from files import check_empty, lock, write_file, write_text
 from launch import make_accelerator
-from samplers import swap_scheduler
+from samplers import FORM, swap_scheduler
 from tables import caption, figures_table
 
 from ddpm_diffusers import SCHEDULERS
@@ -65,8 +65,7 @@ CARD_FIGURES = {
 class EvaluateArguments(EvaluationArguments):
     # what is evaluated
     model: str | None = arg(None, "folder or Hub id of a pipeline")
-    scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}; the pipeline's own by default")
-    scheduler_config: str | None = arg(None, 'scheduler arguments as JSON, such as {"use_karras_sigmas": true}')
+    scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}, {FORM}; the pipeline's own by default")
     num_inference_steps: int | None = arg(None, "steps of the scheduler; 100 by default")
     images: str | None = arg(None, "in place of --model: a folder of images, or the data set's split train or test")
     resolution: int | None = arg(None, "with --images train or test: height and width to resize to; 28 by default")
@@ -81,7 +80,7 @@ class EvaluateArguments(EvaluationArguments):
         if (self.model is None) == (self.images is None):
             raise ValueError("Give either `--model`, a pipeline, or `--images`, images in place of its samples.")
         if self.images is not None:
-            for name in ("scheduler", "scheduler_config", "num_inference_steps", "variant", "mixed_precision"):
+            for name in ("scheduler", "num_inference_steps", "variant", "mixed_precision"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"`--{name}` is for a `--model`; `--images` are judged as they are: leave it out."
@@ -120,7 +119,7 @@ def main(args: EvaluateArguments) -> None:
     accelerator, output_dir, pipe = make_accelerator(args.mixed_precision), Path(args.output_dir), None
     if args.model is not None:
         pipe = load_pipeline(args.model, args.variant, accelerator)
-        options = swap_scheduler(pipe, args.scheduler, args.scheduler_config)
+        options = swap_scheduler(pipe, args.scheduler)
         channels, side, _ = image_shape(pipe)
         extractor = open_extractor(args, accelerator, channels)
         count_evaluations(pipe.scheduler, args.num_inference_steps)  # raises on steps that it cannot take

@@ -15,7 +15,7 @@ import torch
 from command_line import arg, check, run_script
 from files import check_empty, lock, write_file
 from launch import make_accelerator
-from samplers import swap_scheduler
+from samplers import FORM, swap_scheduler
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline
 from ddpm_diffusers.grid import image_grid
@@ -30,8 +30,7 @@ class GenerateArguments:
     output_dir: str = arg("samples", "folder for the PNG files and grid.png, which shows the first 64")
     num_images: int = arg(16, "number of images to sample")
     batch_size: int = arg(64, "images sampled at a time")
-    scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}; the pipeline's own by default")
-    scheduler_config: str | None = arg(None, 'scheduler arguments as JSON, such as {"use_karras_sigmas": true}')
+    scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}, {FORM}; the pipeline's own by default")
     num_inference_steps: int = arg(100, "steps of the scheduler")
     seed: int = arg(0, "seed of the first image; image i gets seed + i")
     dtype: str = arg("float32", "dtype of the weights: float32, float16 or bfloat16")
@@ -51,7 +50,7 @@ def main(args: GenerateArguments) -> None:
     accelerator, output_dir = make_accelerator("no", cpu=args.device == "cpu"), Path(args.output_dir)
     pipe = PixelDiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), variant=args.variant)
     pipe.to(args.device or accelerator.device)
-    swap_scheduler(pipe, args.scheduler, args.scheduler_config)
+    swap_scheduler(pipe, args.scheduler)
     if accelerator.is_main_process:  # before the sampling, so that it fails early
         folder_lock = lock(output_dir)
         if not args.overwrite:  # another process may have filled it since

@@ -1,31 +1,31 @@
-"""Give a pipeline the scheduler that `--scheduler` and `--scheduler_config` describe."""
+"""Schedulers as the scripts' flags describe them: `NAME`, or `NAME:OPTION=VALUE,OPTION=VALUE`."""
 
-import json
+import yaml
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.schedulers import name_and_options, rehearse
 
+FORM = "or with options, as in dpmsolver++:algorithm_type=sde-dpmsolver++,use_karras_sigmas=true"
 
-def swap_scheduler(pipe: PixelDiffusionPipeline, name: str | None, scheduler_config: str | None) -> dict:
-    """Give `pipe` the scheduler `name`, or its own, with the arguments in the JSON text.
 
-    Returns the options with which it samples: these arguments, and those of its own scheduler if that is kept.
-    """
-    try:
-        overrides = json.loads(scheduler_config or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`--scheduler_config` {scheduler_config!r} is no JSON ({error}).") from error
-    if not isinstance(overrides, dict):
-        raise ValueError(f"`--scheduler_config` holds {overrides!r}; it must be a JSON object of arguments.")
-    options = overrides
-    if name is None and type(pipe.scheduler).__name__ in SCHEDULERS.values():
-        own_name, own_options = name_and_options(pipe.scheduler, pipe.scheduler)
-        if not overrides:
-            return own_options
-        name, options = own_name, own_options | overrides
-    if name is not None:
-        pipe.scheduler = make_scheduler(name, pipe.scheduler, **options)
-        rehearse(pipe.scheduler, name)
-    elif overrides:
-        raise ValueError("`--scheduler_config` needs `--scheduler`, the name of the class that takes it.")
+def parse_scheduler(text: str) -> tuple[str, dict]:
+    """The name and the options, whose values are YAML."""
+    name, _, listed = text.partition(":")
+    options = {}
+    for option in listed.split(",") if listed else []:
+        key, equals, value = option.partition("=")
+        if not (key and equals and value):
+            raise ValueError(f"The scheduler is {text!r}; it must be NAME or NAME:OPTION=VALUE,OPTION=VALUE.")
+        options[key] = yaml.safe_load(value)
+    return name, options
+
+
+def swap_scheduler(pipe: PixelDiffusionPipeline, text: str | None) -> dict:
+    """Give `pipe` the scheduler of the text, if any; returns the options of the one that it has then."""
+    if text is None:
+        is_known = type(pipe.scheduler).__name__ in SCHEDULERS.values()
+        return name_and_options(pipe.scheduler, pipe.scheduler)[1] if is_known else {}
+    name, options = parse_scheduler(text)
+    pipe.scheduler = make_scheduler(name, pipe.scheduler, **options)
+    rehearse(pipe.scheduler, name)
     return options

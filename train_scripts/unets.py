@@ -75,7 +75,10 @@ def load_unet(
     try:
         pipe = PixelDiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"`--{flag}` {name_or_path} cannot be loaded ({error}): give a saved pipeline.") from error
+        raise ValueError(
+            f"`--{flag}` {name_or_path} cannot be loaded ({error}): give a saved pipeline, with weights in safetensors"
+            " (`PixelDiffusionPipeline.from_pretrained(A).save_pretrained(B)` makes them of others)."
+        ) from error
     was, now = pipe.scheduler.config, scheduler.config
     if "beta_schedule" not in was:
         raise ValueError(f"`--{flag}` {name_or_path} has {type(pipe.scheduler).__name__}, of another kind of noise.")

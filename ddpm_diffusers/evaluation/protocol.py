@@ -340,7 +340,7 @@ def check_count(num_images: int, extractor: FeatureExtractor, which: str = "to e
     if num_images <= extractor.num_features:
         raise ValueError(
             f"There are {num_images} images {which}; there must be more than the {extractor.num_features} features of"
-            f" {extractor.name}, and 2,000 or more give steady figures: use more."
+            f" {extractor.name}: use at least {max(2000, extractor.num_features + 1)} for steady figures."
         )
 
 
