@@ -14,7 +14,7 @@ def blur(images: torch.Tensor, amount: float) -> torch.Tensor:
 
 
 def checker(images: torch.Tensor, amount: float) -> torch.Tensor:
-    """Make even pixels of uint8 (N, C, H, W) brighter and odd ones darker, by `amount` times the range."""
+    """Brighten even pixels of uint8 (N, C, H, W) and darken odd ones by `amount` times the range, clipped to it."""
     rows, columns = torch.arange(images.shape[2])[:, None], torch.arange(images.shape[3])
     signs = 1.0 - 2 * ((rows + columns) % 2)  # (H, W)
     return to_uint8(images.float() + 255 * amount * signs)

@@ -66,8 +66,7 @@ def plot_spectra(curves: Mapping[str, Sequence[float]], real: Sequence[float], p
             drawn: it is 0, as each image's mean is subtracted.
         real: The curve of real images, which they are compared with.
         path: Path of the file; its extension sets the format.
-        kind: "radial", whose outer half is the sharpness, or "rings", whose last value shows a checkerboard of
-            period 2.
+        kind: "radial", whose outer half blur lowers, or "rings", whose last value shows a checkerboard of period 2.
     """
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
