@@ -47,8 +47,8 @@ def loss_weights(scheduler, timesteps: torch.Tensor, snr_gamma: float | None) ->
     """Weight of the squared error at each timestep, (B,): 1, or Min-SNR for the scheduler's `prediction_type`.
 
     Min-SNR gives the squared error of the predicted image the weight min(SNR, gamma), with SNR = alpha^2 / sigma^2.
-    The same error of the image is a squared error of the noise SNR times as large, and one of the velocity (SNR + 1)
-    times as large, so the weight is divided by that.
+    At one noisy image, |error of the noise|^2 = SNR |error of the image|^2, and |error of the velocity|^2 = (SNR + 1)
+    |error of the image|^2, so for these predictions the weight is divided by SNR or SNR + 1.
     """
     if snr_gamma is None:
         return torch.ones_like(timesteps, dtype=torch.float32)

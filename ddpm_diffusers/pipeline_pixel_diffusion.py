@@ -47,6 +47,7 @@ SAMPLED_WITH = (
     "dynamic_thresholding_ratio", "sample_max_value",
 )  # fmt: skip
 CARRIED_OVER = TRAINED_WITH + SAMPLED_WITH
+# whose step has no code for a `prediction_type` of "sample"
 NO_SAMPLE_PREDICTION = {
     "PNDMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverSDEScheduler", "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
@@ -459,14 +460,15 @@ def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict, where: str, ad
         advice: Start of the message's advice on how to get a scheduler that matches.
     """
     name = type(scheduler).__name__
-    changed, better = other_noise(trained, scheduler.config), f"`{name}.from_config(pipe.scheduler.config)` or "
     if ("beta_schedule" in trained) != ("beta_schedule" in scheduler.config):
-        changed, better = ["beta_schedule"], ""  # another kind of noise, which it cannot take over
+        changed, by_class = ["beta_schedule"], ""  # another kind of noise, which it cannot take over
+    else:
+        changed, by_class = other_noise(trained, scheduler.config), f"`{name}.from_config(pipe.scheduler.config)` or "
     if changed:
         was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
         logger.warning(
             f"The new {name} has {now} where the scheduler {where} had {was}. If the network was trained with the"
-            f" latter, samples will be poor: {advice}{better}one of `ddpm_diffusers.make_scheduler`."
+            f" latter, samples will be poor: {advice}{by_class}one of `ddpm_diffusers.make_scheduler`."
         )
 
 

@@ -74,11 +74,11 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
             " `prediction_type`): give the scheduler that the network was trained with."
         )
     requires_backends(scheduler_class, getattr(scheduler_class, "_backends", []))  # a placeholder without its package
-    taken = dict(inspect.signature(scheduler_class.__init__).parameters)
-    taken.pop("self")
+    taken = inspect.signature(scheduler_class).parameters
     config = {key: scheduler.config[key] for key in CARRIED_OVER if key in taken and key in scheduler.config}
-    variance_type = scheduler.config.get("variance_type")  # "learned": of the network; else of the sampler
-    if "variance_type" in taken and ("learned" in str(variance_type) or isinstance(scheduler, scheduler_class)):
+    variance_type = scheduler.config.get("variance_type")
+    is_learned = "learned" in str(variance_type)  # then it is the network's, else the sampler's own
+    if "variance_type" in taken and (is_learned or isinstance(scheduler, scheduler_class)):
         config["variance_type"] = variance_type
 
     for key, value in overrides.items():
@@ -100,7 +100,7 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
     if reason := refusal(made, scheduler.config):
         raise ValueError(f"{scheduler_class.__name__} cannot be used: {reason}.")
     # what this class cannot use is kept for a class that may replace it, as `from_config` does
-    of_network = (*CARRIED_OVER, *(["variance_type"] if "learned" in str(variance_type) else []))
+    of_network = (*CARRIED_OVER, "variance_type") if is_learned else CARRIED_OVER
     kept = {key: scheduler.config[key] for key in of_network if key in scheduler.config and key not in taken}
     made.register_to_config(**kept)
     return made

@@ -150,6 +150,7 @@ def test_rows_are_trained_and_judged_once_and_other_settings_are_refused(garment
     nowhere = str(tmp_path / "nowhere")
     for flags, message in (
         (("--num_inference_steps", "0"), "num_inference_steps"),
+        (("--scheduler", "ddpm:clip_sample_range=wide"), "Scheduler 'ddpm' cannot sample"),
         (("--dataset_name", nowhere, "--train_seeds", "5"), repr(nowhere)),
         (("--num_images", "96"), "more than the 96 features"),
         (("--optimizer", "muon"), "made with `optimizer` not given, and `optimizer` muon is asked for"),

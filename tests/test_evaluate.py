@@ -224,7 +224,7 @@ def test_nothing_is_overwritten_and_nan_is_not_judged(evaluate, model, tmp_path,
     with pytest.raises(ValueError, match="made images with NaN"):
         evaluate("--model", str(tmp_path / "broken"), "--num_inference_steps", "2", "--overwrite")
     assert {path.name for path in (tmp_path / "evaluation").iterdir()} == {".lock", "mine.txt", "evaluation.json"}
-    monkeypatch.setattr(script, "plot_spectra", lambda *args: 1 / 0)
+    monkeypatch.setattr(script, "plot_spectra", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate("--model", str(model), "--num_inference_steps", "2", "--overwrite")
     assert not (tmp_path / "evaluation" / "evaluation.json").exists()  # it would stand for what is not there

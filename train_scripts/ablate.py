@@ -16,26 +16,27 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import yaml
 from arguments import TrainingArguments
 from command_line import arg, check, run_script
-from diffusers import DDPMScheduler, ModelMixin
+from diffusers import ModelMixin
 from files import lock, write_file, write_text
 from launch import choose_precision
 from PIL import Image
 from samplers import parse_scheduler
 from tables import caption, figures_table
 from tqdm.auto import tqdm
-from unets import make_unet
+from unets import make_noise_schedule, make_unet
 
 from ddpm_diffusers import make_scheduler
 from ddpm_diffusers.checkpointing import config_of
 from ddpm_diffusers.evaluation import FASHION_MNIST, Reference, load_feature_extractor
 from ddpm_diffusers.evaluation.plots import FREQUENCIES, plot_rows, plot_spectra
 from ddpm_diffusers.evaluation.protocol import check_count, mean_and_sd
-from ddpm_diffusers.schedulers import count_evaluations
+from ddpm_diffusers.schedulers import count_evaluations, rehearse
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +112,17 @@ def main(args: AblateArguments) -> None:
     for name in (*names, *pictured):
         if name not in unet_configs:
             raise ValueError(f"There is no row {name!r}; {args.ladder} has {', '.join(unet_configs)}.")
-    unets = {name: make_unet(config, args.resolution, 1000) for name, config in unet_configs.items()}
+    training = TrainingArguments(**training_arguments(args, args.train_seeds[0]), logger="none")
+    unets = {
+        name: make_unet(config, args.resolution, training.ddpm_num_steps) for name, config in unet_configs.items()
+    }
     extractor = load_feature_extractor(args.feature_extractor)
     check_count(args.num_images, extractor)
+    # raise now what the evaluations would after the trainings
     name, options = parse_scheduler(args.scheduler)
-    count_evaluations(make_scheduler(name, DDPMScheduler(), **options), args.num_inference_steps)  # raises if unusable
+    scheduler = make_scheduler(name, make_noise_schedule(training), **options)
+    rehearse(scheduler, name)
+    count_evaluations(scheduler, args.num_inference_steps)
     settings = {**shared_settings(args), "feature_extractor": {"name": extractor.name, "digest": extractor.digest}}
     results_dir = Path(args.results_dir or args.output_dir)
     folder_lock = lock(results_dir)
@@ -128,7 +135,9 @@ def main(args: AblateArguments) -> None:
         extractor.check_channels(channels)
         # fills the caches for the evaluations, and raises what they would after the trainings
         reference = Reference.of_dataset(args.dataset_name, extractor, resolution=args.resolution, channels=channels)
-        check_data(reference, args.num_images, [row for row in (*rows.values(), *others.values()) if row["seeds"]])
+        check_same_images(
+            reference, args.num_images, [row for row in (*rows.values(), *others.values()) if row["seeds"]]
+        )
 
     failures = []
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -272,7 +281,7 @@ def check_training(args: AblateArguments, name: str, seed: int, row: dict) -> No
         )
 
 
-def check_data(reference: Reference, num_images: int, kept: list[dict]) -> None:
+def check_same_images(reference: Reference, num_images: int, kept: list[dict]) -> None:
     """Raises ValueError if rows were measured against other images, which have another floor."""
     floor = reference.floor(num_images)["frechet_distance"]
     for row in kept:
@@ -295,7 +304,7 @@ def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config:
         flags |= {"unet_config": json.dumps(unet_config), "compile": args.compile}
         flags |= {"logger": "none", "output_dir": folder}
         flags |= {"checkpointing_steps": 1000, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
-        run("train_unconditional.py", flags, args.accelerate_config, folder.with_suffix(".train.log"))
+        launch_script("train_unconditional.py", flags, args.accelerate_config, folder.with_suffix(".train.log"))
     flags = {
         "model": folder,
         "name": name,
@@ -310,10 +319,10 @@ def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config:
         "output_dir": folder / "evaluation",
         "overwrite": True,  # what a killed evaluation left
     }
-    run("evaluate.py", flags, args.accelerate_config, folder.with_suffix(".evaluate.log"))
+    launch_script("evaluate.py", flags, args.accelerate_config, folder.with_suffix(".evaluate.log"))
 
 
-def run(script: str, flags: dict, accelerate_config: str, log: Path) -> None:
+def launch_script(script: str, flags: dict, accelerate_config: str, log: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -374,7 +383,7 @@ def write_report(results_dir: Path, rows: list[dict], pictured: list[str]) -> No
     for kind in FREQUENCIES:
         real = next(iter(spectra.values()))["real"][kind]
         curves = {name: spectrum["samples"][kind] for name, spectrum in spectra.items() if name in pictured}
-        write_file(results_dir / f"{kind}.png", lambda path, c=curves, r=real, k=kind: plot_spectra(c, r, path, k))
+        write_file(results_dir / f"{kind}.png", partial(plot_spectra, curves, real, kind=kind))
 
 
 def markdown(rows: list[dict]) -> str:

@@ -8,6 +8,7 @@ shows what the figures are worth. Under `accelerate launch` the processes share 
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,7 @@ def main(args: EvaluateArguments) -> None:
     write_file(output_dir / "grid.png", image_grid(to_pil(kept)).save)
     for kind, file in (("radial", "spectrum.png"), ("rings", "rings.png")):
         real, samples = (record["spectrum"][of][kind] for of in ("real", "samples"))
-        write_file(output_dir / file, lambda path, r=real, s=samples, k=kind: plot_spectra({name: s}, r, path, k))
+        write_file(output_dir / file, partial(plot_spectra, {name: samples}, real, kind=kind))
     write_text(output_dir / "evaluation.json", json.dumps(record, indent=2) + "\n")  # last
     if args.write_card:
         card = Path(args.model, README)

@@ -17,7 +17,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
 def make_accelerator(mixed_precision: str | None = None, **accelerator_kwargs) -> Accelerator:
-    """The process's accelerator; ValueError if it does not connect all the launched processes."""
+    """The process's accelerator; ValueError if it does not connect all launched processes, or for fp16 on a CPU."""
     keep_freed_memory()
     accelerator = Accelerator(
         mixed_precision=choose_precision(mixed_precision),

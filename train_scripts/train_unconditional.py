@@ -25,7 +25,6 @@ from arguments import DEFINES_THE_RUN, TrainingArguments, settings_for_card, set
 from batches import make_batches, open_images
 from command_line import run_script
 from cuda_graph import GraphedStep, can_capture
-from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from files import lock, write_file, write_text
 from huggingface_hub import ModelCard
@@ -36,7 +35,7 @@ from run_folder import LogLines, choose_start, open_run, save_pipeline
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
 from training_state import gather_state, make_lr_scheduler, restore_state
-from unets import load_unet, make_unet, unet_of_checkpoint
+from unets import make_noise_schedule, open_unet
 
 from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.checkpointing import config_of, load_checkpoint, plain_copy, save_checkpoint
@@ -77,32 +76,12 @@ def main(args: TrainingArguments) -> None:
 
     # model, noise schedule, data
     set_seed(args.seed)
-    scheduler = DDPMScheduler(
-        num_train_timesteps=args.ddpm_num_steps,
-        beta_schedule=args.ddpm_beta_schedule,
-        prediction_type=args.prediction_type,
-        timestep_spacing="trailing",
-    )
-    signal_left = scheduler.alphas_cumprod[-1].item()  # share of the image's variance at the last timestep
-    if signal_left > 0.01:
-        logger.warning(
-            f"After {args.ddpm_num_steps} timesteps of `--ddpm_beta_schedule` {args.ddpm_beta_schedule},"
-            f" {signal_left**0.5:.0%} of the image is left, and sampling starts from pure noise, which the network"
-            " never saw: give more `--ddpm_num_steps`, or squaredcos_cap_v2 with v_prediction."
-        )
-    pretrained = args.pretrained_model_name_or_path
-    if pretrained is None:
-        model = make_unet(args.unet_config, args.resolution, args.ddpm_num_steps, args.gradient_checkpointing)
-    elif resume_path is not None:  # a checkpoint has the weights, and the source may be gone
-        model = unet_of_checkpoint(resume_path, args.resolution, args.gradient_checkpointing)
-    elif Path(pretrained).resolve() == output_dir.resolve():
-        raise ValueError(f"`--output_dir` is {pretrained}, which the run would start from: choose another.")
-    else:
-        model = load_unet(pretrained, scheduler, args.resolution, args.gradient_checkpointing)
+    scheduler = make_noise_schedule(args)
+    model = open_unet(args, scheduler, resume_path)
     image_shape = (model.config.in_channels, args.resolution, args.resolution)  # (C, H, W)
     with accelerator.local_main_process_first():
-        images, num_images, data = open_images(args, image_shape)
-    check_data(data)
+        images, num_images, data_id = open_images(args, image_shape)  # the last is a text that identifies the images
+    check_data(data_id)
 
     # optimization
     optimizer = {"adamw": torch.optim.AdamW, "muon": Muon}[args.optimizer](
@@ -125,7 +104,7 @@ def main(args: TrainingArguments) -> None:
     lr_scheduler, warmup_steps = make_lr_scheduler(args, optimizer, max_train_steps)
 
     # resume
-    step = 0
+    step, pretrained = 0, args.pretrained_model_name_or_path
     # (2, 5): sums and counts of losses since the last line of metrics; of all timesteps, then of each quarter of them
     window = torch.zeros(2, 5, device=device)
     run = {
@@ -135,7 +114,7 @@ def main(args: TrainingArguments) -> None:
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "global_batch_size": global_batch_size,
-        "data": data,
+        "data": data_id,
         "base_model": pretrained and (pretrained if is_hub_id(pretrained) else "local"),
     }
     stream_state = None
@@ -180,7 +159,7 @@ def main(args: TrainingArguments) -> None:
     graphed = args.cuda_graph and can_capture(accelerator, args.gradient_checkpointing)
     logger.info(
         f"{type(model).__name__}, {model.num_parameters():,} parameters, on"
-        f" {accelerator.num_processes} x {device}, precision {accelerator.mixed_precision}; {data},"
+        f" {accelerator.num_processes} x {device}, precision {accelerator.mixed_precision}; {data_id},"
         f" {max_train_steps} steps of {global_batch_size}{', each a CUDA graph' if graphed else ''}."
     )
 
@@ -247,16 +226,16 @@ def main(args: TrainingArguments) -> None:
     indices = range(step * args.gradient_accumulation_steps, max_train_steps * args.gradient_accumulation_steps)
     for index, batch in zip(indices, batches):  # noqa: B905 (a stream has no end)
         with accelerator.accumulate(unet):
-            part = index % args.gradient_accumulation_steps  # which batch of the global batch this is
-            if part == 0:
+            micro_batch = index % args.gradient_accumulation_steps  # its place in the global batch
+            if micro_batch == 0:
                 # drawn for the whole global batch from (seed, step) alone, however many processes share it
                 generator.manual_seed(seed_of(args.seed, step))
                 noise, timesteps = draw_noise_and_timesteps(
                     (global_batch_size, *image_shape), args.ddpm_num_steps, generator
                 )
                 flips = torch.rand(global_batch_size, 1, 1, 1, generator=generator, device=device) < 0.5
-            # this batch's rows in the global batch, which is ordered by part, then by process
-            first = (part * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
+            # this batch's rows in the global batch, which is ordered by micro-batch, then by process
+            first = (micro_batch * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
             rows = slice(first, first + args.train_batch_size)
             torch.manual_seed(seed_of(args.seed, step, 1 + first))  # for dropout; 1 +, as a trailing 0 does not count
             grad_norm = train_step(batch, noise[rows], timesteps[rows], flips[rows])
@@ -292,9 +271,11 @@ def main(args: TrainingArguments) -> None:
         if log_due:
             names = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
             metrics = {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
-            metrics |= {"grad_norm": norm} if math.isfinite(norm) else {}
-            metrics |= {"lr": lr_scheduler.get_last_lr()[0]}
-            metrics |= {"ema_decay": ema.cur_decay_value} if ema is not None else {}
+            if math.isfinite(norm):
+                metrics["grad_norm"] = norm
+            metrics["lr"] = lr_scheduler.get_last_lr()[0]
+            if ema is not None:
+                metrics["ema_decay"] = ema.cur_decay_value
             now = time.perf_counter()
             speed = {"images_per_second": images_seen / (now - last_time)}
             progress_bar.set_postfix(loss=f"{metrics['loss']:.4f}", images_s=f"{speed['images_per_second']:.0f}")
@@ -310,7 +291,7 @@ def main(args: TrainingArguments) -> None:
             if accelerator.is_main_process:
                 metrics_file.flush()
             keep, is_main = args.checkpoints_total_limit, accelerator.is_main_process
-            path = save_checkpoint(output_dir, step, model, ema, optimizer, state, keep, is_main)
+            checkpoint = save_checkpoint(output_dir, step, model, ema, optimizer, state, keep, is_main)
         if samples_due:
             write_samples()
         last_time += time.perf_counter() - paused  # the speed is that of the steps
@@ -331,7 +312,7 @@ def main(args: TrainingArguments) -> None:
         raise SystemExit(failed)
     if stopped and step < max_train_steps:
         release()
-        logger.info(f"{stopped.name}: stopped after step {step} of {max_train_steps}, and wrote {path}.")
+        logger.info(f"{stopped.name}: stopped after step {step} of {max_train_steps}, and wrote {checkpoint}.")
         logger.info("To go on from there, run the same command with `--resume_from_checkpoint latest`.")
         raise SystemExit(128 + stopped)
 

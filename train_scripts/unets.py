@@ -1,4 +1,4 @@
-"""The network to train: what `--unet_config` describes, or that of a saved pipeline."""
+"""The noise schedule, and the network to train: what `--unet_config` describes, or that of a saved pipeline."""
 
 import inspect
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from arguments import TrainingArguments
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
@@ -23,6 +24,36 @@ FLAGS = {
     "beta_schedule": "ddpm_beta_schedule",
     "prediction_type": "prediction_type",
 }
+
+
+def make_noise_schedule(args: TrainingArguments) -> DDPMScheduler:
+    """The scheduler of the training; warns if its last timestep leaves much of the image."""
+    scheduler = DDPMScheduler(
+        num_train_timesteps=args.ddpm_num_steps,
+        beta_schedule=args.ddpm_beta_schedule,
+        prediction_type=args.prediction_type,
+        timestep_spacing="trailing",
+    )
+    signal_left = scheduler.alphas_cumprod[-1].item()  # share of the image's variance
+    if signal_left > 0.01:
+        logger.warning(
+            f"After {args.ddpm_num_steps} timesteps of `--ddpm_beta_schedule` {args.ddpm_beta_schedule},"
+            f" {signal_left**0.5:.0%} of the image is left, and sampling starts from pure noise, which the network"
+            " never saw: give more `--ddpm_num_steps`, or squaredcos_cap_v2 with v_prediction."
+        )
+    return scheduler
+
+
+def open_unet(args: TrainingArguments, scheduler: DDPMScheduler, checkpoint: Path | None) -> ModelMixin:
+    """The network that the flags ask for: a new one, that of a saved pipeline, or of the checkpoint to resume from."""
+    pretrained = args.pretrained_model_name_or_path
+    if pretrained is None:
+        return make_unet(args.unet_config, args.resolution, args.ddpm_num_steps, args.gradient_checkpointing)
+    if checkpoint is not None:  # it has the weights, and the source may be gone
+        return unet_of_checkpoint(checkpoint, args.resolution, args.gradient_checkpointing)
+    if Path(pretrained).resolve() == Path(args.output_dir).resolve():
+        raise ValueError(f"`--output_dir` is {pretrained}, which the run would start from: choose another.")
+    return load_unet(pretrained, scheduler, args.resolution, args.gradient_checkpointing)
 
 
 def make_unet(

@@ -92,10 +92,9 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
     real_radii, generated_radii = neighbourhood_radii(real, k), neighbourhood_radii(generated, k)
     precise = torch.zeros(len(generated), dtype=torch.bool, device=real.device)
     recalled = []
-    for first in range(0, len(real), ROWS_AT_A_TIME):
-        rows = slice(first, first + ROWS_AT_A_TIME)
-        distances = torch.cdist(real[rows], generated)  # (rows, generated)
-        precise |= (distances <= real_radii[rows, None]).any(0)
+    for rows, radii in zip(real.split(ROWS_AT_A_TIME), real_radii.split(ROWS_AT_A_TIME), strict=True):
+        distances = torch.cdist(rows, generated)  # (rows, generated)
+        precise |= (distances <= radii[:, None]).any(0)
         recalled.append((distances <= generated_radii).any(1))
     return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
 
@@ -103,8 +102,8 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
 def neighbourhood_radii(features: torch.Tensor, k: int) -> torch.Tensor:
     """Distance of each row to its k-th nearest other row, (N,)."""
     radii = []
-    for first in range(0, len(features), ROWS_AT_A_TIME):
-        distances = torch.cdist(features[first : first + ROWS_AT_A_TIME], features)
+    for rows in features.split(ROWS_AT_A_TIME):
+        distances = torch.cdist(rows, features)  # (rows, N)
         radii.append(distances.topk(k + 1, largest=False).values[:, -1])  # the nearest is the row itself
     return torch.cat(radii)
 
@@ -122,9 +121,9 @@ def check_features(real: torch.Tensor, generated: torch.Tensor) -> None:
 
 def check_counts(real: torch.Tensor, generated: torch.Tensor) -> None:
     for name, features in (("real", real), ("generated", generated)):
-        images, least = len(features), features.shape[1] + 1
-        if images < least:
+        images, count = features.shape
+        if images <= count:
             raise ValueError(
-                f"There are {images} {name} images for {least - 1} features; there must be at least {least}, more"
+                f"There are {images} {name} images for {count} features; there must be at least {count + 1}, more"
                 " images than features: use more of them."
             )
