@@ -263,7 +263,7 @@ def load_checkpoint(path: str | Path, unet, ema, optimizer, arguments: dict) -> 
         )
     changed = list_differences(state["versions"], versions())
     if changed:
-        logger.warning(f"{path} was written by others ({'; '.join(changed)}): the bits may differ from here.")
+        logger.warning(f"{path} is of other versions ({'; '.join(changed)}): the bits may differ from here.")
 
     unet_class = unsharded_class(unet)
     fill(unet.state_dict(), unet_class.from_pretrained(path / "unet", use_safetensors=True).state_dict())

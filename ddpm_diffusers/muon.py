@@ -24,6 +24,9 @@ class Muon(torch.optim.AdamW):
         lr: Learning rate of both; Muon's update is scaled to the root mean square that is usual for AdamW's, 0.2
             (Liu et al. 2025, arXiv:2502.16982), so that a rate that suits AdamW suits it, too.
         kwargs: Other arguments of `torch.optim.AdamW`; `weight_decay` is for both, the rest for AdamW.
+
+    Raises:
+        ValueError: If there are several groups of parameters, or, by `step`, if a closure is given.
     """
 
     def __init__(self, params, lr: float, **kwargs):

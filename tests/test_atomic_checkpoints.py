@@ -96,7 +96,8 @@ def test_killed_at_any_file_operation_a_pipeline_is_whole_and_no_card_is_of_othe
             at_event += 1
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            shutil.copytree(source, folder, dirs_exist_ok=True) if source.exists() else None
+            if source.exists():
+                shutil.copytree(source, folder, dirs_exist_ok=True)
             killed = fork_and_kill(lambda: save_pipeline(tiny_pipe, folder), folder, at_event)
             if (folder / "model_index.json").exists():
                 loaded = PixelDiffusionPipeline.from_pretrained(folder).unet.state_dict()

@@ -9,7 +9,7 @@ FORM = "or with options, as in dpmsolver++:algorithm_type=sde-dpmsolver++,use_ka
 
 
 def parse_scheduler(text: str) -> tuple[str, dict]:
-    """The name and the options, whose values are YAML."""
+    """The name and the options, whose values are YAML; ValueError if the text is of another form."""
     name, _, listed = text.partition(":")
     options = {}
     for option in listed.split(",") if listed else []:
@@ -21,7 +21,11 @@ def parse_scheduler(text: str) -> tuple[str, dict]:
 
 
 def swap_scheduler(pipe: PixelDiffusionPipeline, text: str | None) -> dict:
-    """Give `pipe` the scheduler of the text, if any; returns the options of the one that it has then."""
+    """Give `pipe` the scheduler of the text, if any; returns the options of the one that it has then.
+
+    Raises:
+        ValueError: If there is no such scheduler, or it cannot sample with these options.
+    """
     if text is None:
         is_known = type(pipe.scheduler).__name__ in SCHEDULERS.values()
         return name_and_options(pipe.scheduler, pipe.scheduler)[1] if is_known else {}

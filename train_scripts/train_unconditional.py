@@ -104,9 +104,10 @@ def main(args: TrainingArguments) -> None:
     lr_scheduler, warmup_steps = make_lr_scheduler(args, optimizer, max_train_steps)
 
     # resume
-    step, pretrained = 0, args.pretrained_model_name_or_path
+    step = 0
     # (2, 5): sums and counts of losses since the last line of metrics; of all timesteps, then of each quarter of them
     window = torch.zeros(2, 5, device=device)
+    pretrained = args.pretrained_model_name_or_path
     run = {
         **settings_of(args),
         "max_train_steps": max_train_steps,

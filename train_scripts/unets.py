@@ -45,7 +45,11 @@ def make_noise_schedule(args: TrainingArguments) -> DDPMScheduler:
 
 
 def open_unet(args: TrainingArguments, scheduler: DDPMScheduler, checkpoint: Path | None) -> ModelMixin:
-    """The network that the flags ask for: a new one, that of a saved pipeline, or of the checkpoint to resume from."""
+    """The network that the flags ask for: a new one, that of a saved pipeline, or of the checkpoint to resume from.
+
+    Raises:
+        ValueError: If it cannot be made, loaded or trained with the scheduler, or the run would overwrite its source.
+    """
     pretrained = args.pretrained_model_name_or_path
     if pretrained is None:
         return make_unet(args.unet_config, args.resolution, args.ddpm_num_steps, args.gradient_checkpointing)
