@@ -25,6 +25,7 @@ def sample_images(
     *,
     batch_size: int = 16,
     seed: int = 0,
+    guidance_scale: float = 1.0,
     progress: bool = False,
 ) -> torch.Tensor:
     """Sample images 0 to num_images - 1 of `pipe`, uint8 (num_images, C, H, W) on the CPU.
@@ -39,6 +40,7 @@ def sample_images(
         num_inference_steps: Number of scheduler steps.
         batch_size: Images sampled at a time; their last bits depend on it.
         seed: Seed of the first image.
+        guidance_scale: That of the pipeline's call.
         progress: Show a progress bar of the main process's batches.
 
     Raises:
@@ -60,7 +62,9 @@ def sample_images(
         first = (turn * state.num_processes + state.process_index) * batch_size
         generators = [torch.Generator().manual_seed(seed + i) for i in range(first, first + batch_size)]
         with without_progress_bar(pipe):
-            latents = pipe(batch_size, num_inference_steps, generators, output_type="latent").images  # (B, C, H, W)
+            latents = pipe(
+                batch_size, num_inference_steps, generators, guidance_scale=guidance_scale, output_type="latent"
+            ).images  # (B, C, H, W)
         if not gather(latents.isfinite().all()[None]).all():  # clamping would hide infinity
             raise NotFiniteError(
                 f"{type(pipe.scheduler).__name__} made images with NaN or infinity in {num_inference_steps} steps. Try"

@@ -16,7 +16,7 @@ from interpreter import Interpreter
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
 
-CODE = ("pipeline_pixel_diffusion.py", "unet/unet_2d_optimized.py")
+CODE = ("pipeline_pixel_diffusion.py", "unet/unet_2d_optimized.py", "guiding_unet/unet_2d_optimized.py")
 POISON = b"raise SystemExit('code of the repository ran')"  # where the package is installed none of it may run
 
 # what the package imports beside diffusers
@@ -45,8 +45,14 @@ def describe(pipe):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = pipe(batch_size=2, num_inference_steps=3, generator=generator, output_type="np").images
-    names = [type(pipe), type(pipe.unet)]
-    return {"classes": [c.__module__.split(".")[0] + ":" + c.__name__ for c in names],
+    guiding = pipe.components.get("guiding_unet")
+    names = [type(part) for part in (pipe, pipe.unet, guiding) if part is not None]
+    guided = {}
+    if guiding is not None:
+        generator = torch.Generator().manual_seed(0)
+        with_guidance = pipe(2, 3, generator, guidance_scale=2, output_type="np").images
+        guided["guided"] = hashlib.sha256(with_guidance.tobytes()).hexdigest()
+    return {**guided, "classes": [c.__module__.split(".")[0] + ":" + c.__name__ for c in names],
             "scheduler": type(pipe.scheduler).__name__, "dtype": str(pipe.unet.dtype),
             "images": hashlib.sha256(images.tobytes()).hexdigest()}
 
@@ -83,12 +89,13 @@ print(json.dumps({name: attempt(load) for name, load in rows.items()}))
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A saved pipeline with its fp16 variant."""
+    """A saved pipeline with its fp16 variant, and with a network for guidance."""
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
-    pipe = PixelDiffusionPipeline(randomize(OptimizedUNet2DModel(**TINY)), DDPMScheduler())
-    pipe.save_pretrained(folder)
-    pipe.unet.half().save_pretrained(folder / "unet", variant="fp16")
+    unet, weaker = (randomize(OptimizedUNet2DModel(**TINY), seed) for seed in (0, 1))
+    PixelDiffusionPipeline(unet, DDPMScheduler(), weaker).save_pretrained(folder)
+    for name, network in (("unet", unet), ("guiding_unet", weaker)):
+        network.half().save_pretrained(folder / name, variant="fp16")
     return folder
 
 
@@ -141,8 +148,8 @@ def rows(request, sources, installed, absent, tmp_path_factory) -> dict:
     return results
 
 
-INSTALLED = ["ddpm_diffusers:PixelDiffusionPipeline", "ddpm_diffusers:OptimizedUNet2DModel"]
-FROM_REPOSITORY = ["diffusers_modules:PixelDiffusionPipeline", "diffusers_modules:OptimizedUNet2DModel"]
+INSTALLED = ["ddpm_diffusers:PixelDiffusionPipeline", *2 * ["ddpm_diffusers:OptimizedUNet2DModel"]]
+FROM_REPOSITORY = ["diffusers_modules:PixelDiffusionPipeline", *2 * ["diffusers_modules:OptimizedUNet2DModel"]]
 
 
 def test_importing_the_package_imports_nothing_optional(installed):
@@ -167,6 +174,7 @@ def test_every_way_gives_the_same_images(rows):
     same = [rows[mode][row]["images"] for mode in rows for row in ("trusted", "again")]
     same += [rows["installed"][row]["images"] for row in ("plain", "explicit", "DDPMPipeline")]
     assert len(set(same)) == 1
+    assert len({rows[mode][row]["guided"] for mode in rows for row in ("trusted", "again")} | set(same)) == 2
     with_ddim = [rows[mode]["scheduler"]["images"] for mode in rows] + [rows["installed"]["unet"]["images"]]
     assert len(set(with_ddim)) == 1
 

@@ -16,6 +16,7 @@ import torch
 from command_line import arg, check, run_script
 from evaluation_arguments import (
     EvaluationArguments,
+    digest_of,
     load_pipeline,
     open_extractor,
     open_reference,
@@ -68,6 +69,7 @@ class EvaluateArguments(EvaluationArguments):
     model: str | None = arg(None, "folder or Hub id of a pipeline")
     scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}, {FORM}; the pipeline's own by default")
     num_inference_steps: int | None = arg(None, "steps of the scheduler; 100 by default")
+    guidance_scale: float = arg(1.0, "above 1: guidance by the pipeline's weaker network, `guiding_unet`")
     images: str | None = arg(None, "in place of --model: a folder of images, or the data set's split train or test")
     resolution: int | None = arg(None, "with --images train or test: height and width to resize to; 28 by default")
     damage: str | None = arg(None, f"with --images: damage to apply, one of {', '.join(DAMAGE)}")
@@ -86,6 +88,8 @@ class EvaluateArguments(EvaluationArguments):
                     raise ValueError(
                         f"`--{name}` is for a `--model`; `--images` are judged as they are: leave it out."
                     )
+            if self.guidance_scale != 1:
+                raise ValueError("`--guidance_scale` is for a `--model`; `--images` are judged as they are.")
             if self.seeds != [0]:
                 raise ValueError(
                     "`--seeds` are those of a `--model`'s samples; `--images` are judged once: leave them out."
@@ -121,6 +125,7 @@ def main(args: EvaluateArguments) -> None:
     if args.model is not None:
         pipe = load_pipeline(args.model, args.variant, accelerator)
         options = swap_scheduler(pipe, args.scheduler)
+        pipe.check_guidance(args.guidance_scale)
         channels, side, _ = image_shape(pipe)
         extractor = open_extractor(args, accelerator, channels)
         count_evaluations(pipe.scheduler, args.num_inference_steps)  # raises on steps that it cannot take
@@ -146,6 +151,7 @@ def main(args: EvaluateArguments) -> None:
             args.num_inference_steps,
             seeds=args.seeds,
             batch_size=args.batch_size,
+            guidance_scale=args.guidance_scale,
             progress=True,
         )
     else:
@@ -160,6 +166,8 @@ def main(args: EvaluateArguments) -> None:
     record = {"name": name, **provenance(args, accelerator, pipe), **split, **record}
     if pipe is not None:
         record["scheduler_options"] = options
+        if args.guidance_scale > 1:
+            record["guiding_weights"] = digest_of(pipe.guiding_unet)
     (output_dir / "evaluation.json").unlink(missing_ok=True)  # where it is, all files are complete: written last
     row = figures_table([(leading_cells(record), record["figures"])]) + "\n\n" + caption(record)
     write_text(output_dir / "row.md", row + "\n")
@@ -236,6 +244,7 @@ def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
         "scheduler": record["scheduler"],
         **record["scheduler_options"],
         "evaluations": record["evaluations"],
+        **({"guidance_scale": record["guidance_scale"]} if record["guidance_scale"] > 1 else {}),
         "mixed_precision": record["mixed_precision"],
         "features": f"{extractor['name']} {extractor['digest']}",
     }

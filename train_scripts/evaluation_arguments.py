@@ -87,8 +87,9 @@ def source_of(args: EvaluationArguments) -> dict:
 
 def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> PixelDiffusionPipeline:
     pipe = PixelDiffusionPipeline.from_pretrained(model, variant=variant, dtype=torch.float32).to(accelerator.device)
-    # lower precision for the network alone: autocast around all would reach the scheduler's arithmetic, too
-    pipe.unet = accelerator.prepare_model(pipe.unet, evaluation_mode=True)
+    # lower precision for the networks alone: autocast around all would reach the scheduler's arithmetic, too
+    for name, network in pipe.networks().items():
+        setattr(pipe, name, accelerator.prepare_model(network, evaluation_mode=True))
     _, height, width = image_shape(pipe)
     if height != width:
         raise ValueError(f"{model} makes images of {height}x{width}; only square images can be evaluated.")
@@ -106,6 +107,10 @@ def provenance(args: EvaluationArguments, accelerator: Accelerator, pipe: PixelD
     }
     if pipe is not None:
         record["mixed_precision"] = accelerator.mixed_precision
-        weights = {name: tensor.cpu().contiguous() for name, tensor in pipe.unet.state_dict().items()}
-        record["weights"] = hashlib.sha256(safetensors.torch.save(weights)).hexdigest()[:12]
+        record["weights"] = digest_of(pipe.unet)
     return record
+
+
+def digest_of(network: torch.nn.Module) -> str:
+    weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+    return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()[:12]

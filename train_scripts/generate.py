@@ -32,6 +32,7 @@ class GenerateArguments:
     batch_size: int = arg(64, "images sampled at a time")
     scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}, {FORM}; the pipeline's own by default")
     num_inference_steps: int = arg(100, "steps of the scheduler")
+    guidance_scale: float = arg(1.0, "above 1: guidance by the pipeline's weaker network, `guiding_unet`")
     seed: int = arg(0, "seed of the first image; image i gets seed + i")
     dtype: str = arg("float32", "dtype of the weights: float32, float16 or bfloat16")
     variant: str | None = arg(None, "variant of the weights, such as fp16")
@@ -51,6 +52,7 @@ def main(args: GenerateArguments) -> None:
     pipe = PixelDiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), variant=args.variant)
     pipe.to(args.device or accelerator.device)
     swap_scheduler(pipe, args.scheduler)
+    pipe.check_guidance(args.guidance_scale)
     if accelerator.is_main_process:  # before the sampling, so that it fails early
         folder_lock = lock(output_dir)
         if not args.overwrite:  # another process may have filled it since
@@ -63,6 +65,7 @@ def main(args: GenerateArguments) -> None:
         args.num_inference_steps,
         batch_size=args.batch_size,
         seed=args.seed,
+        guidance_scale=args.guidance_scale,
         progress=True,
     )
     if not accelerator.is_main_process:

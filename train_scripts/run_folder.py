@@ -111,7 +111,7 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
                 (output_dir / name).unlink(missing_ok=True)
             for card in (*output_dir.glob("README.before*.md"), *output_dir.glob("samples.before*.png")):
                 card.unlink()
-            for name in ("samples", "logs", "unet", "scheduler"):  # with any variants of the weights
+            for name in ("samples", "logs", "unet", "guiding_unet", "scheduler"):  # with any variants of the weights
                 shutil.rmtree(output_dir / name, ignore_errors=True)
         run |= record
         write_text(output_dir / RUN_FILE, json.dumps(run, indent=2) + "\n")

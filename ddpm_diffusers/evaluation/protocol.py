@@ -216,6 +216,7 @@ def evaluate_pipeline(
     *,
     seeds: Sequence[int] = (0,),
     batch_size: int = 100,
+    guidance_scale: float = 1.0,
     progress: bool = False,
 ) -> dict | None:
     """Sample `pipe` and evaluate the images, once per seed; every process must call it.
@@ -227,27 +228,35 @@ def evaluate_pipeline(
         num_inference_steps: Number of scheduler steps.
         seeds: Distinct seeds; image i of seed s starts from `torch.Generator().manual_seed(s * num_images + i)`.
         batch_size: Images sampled at a time.
+        guidance_scale: That of the pipeline's call.
         progress: Show a progress bar of the batches.
 
     Returns:
         A record in the main process, None in the others: "figures" as in `evaluate_images`, each
         `{"mean": ..., "sd": ...}` over the seeds (without "sd" for a single one), "per_seed", the same for each seed,
-        what was measured ("scheduler", "scheduler_config", "num_inference_steps", "evaluations", "num_images",
-        "seeds", "batch_size", "feature_extractor"), "seconds_per_image" of sampling, "spectrum" (radial and by rings,
-        of samples and real images), and "images", up to 64, uint8 (B, C, H, W), for a grid. Without a reference,
-        there are no "figures", "per_seed", "feature_extractor" and "spectrum".
+        what was measured ("scheduler", "scheduler_config", "num_inference_steps", "evaluations" of the `unet`,
+        "guidance_scale", "num_images", "seeds", "batch_size", "feature_extractor"), "seconds_per_image" of sampling,
+        "spectrum" (radial and by rings, of samples and real images), and "images", up to 64, uint8 (B, C, H, W), for
+        a grid. Without a reference, there are no "figures", "per_seed", "feature_extractor" and "spectrum".
 
     Raises:
         ValueError: If an argument cannot be used, before any sampling, or if the samples are not finite.
     """
     check_run(pipe, reference, num_images, seeds, batch_size)
+    pipe.check_guidance(guidance_scale)
     seeds = [int(seed) for seed in seeds]
     evaluations = count_evaluations(pipe.scheduler, num_inference_steps)
     collected, seconds, kept = [], 0.0, None
     for seed in seeds:
         start = time.perf_counter()
         images = sample_images(
-            pipe, num_images, num_inference_steps, batch_size=batch_size, seed=seed * num_images, progress=progress
+            pipe,
+            num_images,
+            num_inference_steps,
+            batch_size=batch_size,
+            seed=seed * num_images,
+            guidance_scale=guidance_scale,
+            progress=progress,
         )
         seconds += time.perf_counter() - start
         kept = images[:IMAGES_KEPT].clone() if kept is None else kept
@@ -261,6 +270,7 @@ def evaluate_pipeline(
         "scheduler_config": as_json(pipe.scheduler.config),
         "num_inference_steps": num_inference_steps,
         "evaluations": evaluations,
+        "guidance_scale": guidance_scale,
         "num_images": num_images,
         "seeds": seeds,
         "batch_size": batch_size,

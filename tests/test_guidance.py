@@ -1,0 +1,147 @@
+"""Guidance by a weaker network: what it computes, and what it needs."""
+
+import json
+from types import SimpleNamespace
+
+import evaluate as evaluate_script
+import generate as generate_script
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, randomize, reset_accelerate
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from hub_server import HubServer
+from interpreter import Interpreter
+from PIL import Image
+from test_schedulers import ExactDenoiser, mean_and_spread, sample
+
+from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
+from ddpm_diffusers.hub import pipeline_files
+from ddpm_diffusers.pipeline_pixel_diffusion import pipeline_card
+from ddpm_diffusers.sampling import sample_images
+
+
+@pytest.fixture
+def guided(tiny_pipe) -> PixelDiffusionPipeline:
+    tiny_pipe.guiding_unet = randomize(OptimizedUNet2DModel(**{**TINY, "block_out_channels": (4, 8)}), seed=1)
+    return tiny_pipe
+
+
+def call(pipe, guidance_scale: float = 1.0, steps: int = 4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(2, steps, generator, guidance_scale=guidance_scale, output_type="latent").images
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmsolver++", "heun", "euler_ancestral"])
+def test_it_is_a_network_that_extrapolates_from_the_weaker_one(guided, name):
+    guided.scheduler = make_scheduler(name, guided.scheduler)
+    images = call(guided, 1.5)
+    strong, weak = guided.unet.forward, guided.guiding_unet
+    guided.unet.forward = lambda x, t: SimpleNamespace(sample=1.5 * strong(x, t).sample - 0.5 * weak(x, t).sample)
+    torch.testing.assert_close(images, call(guided), atol=1e-4, rtol=1e-5)
+
+
+def test_an_error_that_the_weaker_network_makes_twice_as_large_is_gone_at_a_scale_of_two():
+    def with_error(size: float) -> ExactDenoiser:
+        network = ExactDenoiser(beta_schedule="linear")
+        exact = network.forward
+        network.forward = lambda x, t: SimpleNamespace(sample=exact(x, t).sample + size)
+        return network
+
+    scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
+    pipe = PixelDiffusionPipeline(with_error(0.05), scheduler, with_error(0.1))
+    pipe.set_progress_bar_config(disable=True)
+    exact = PixelDiffusionPipeline(ExactDenoiser(), scheduler)
+    exact.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(300, 20, generator, guidance_scale=2, output_type="latent").images
+    assert mean_and_spread(images) == pytest.approx(mean_and_spread(sample(exact, 20)), abs=1e-4)
+    assert abs(mean_and_spread(sample(pipe, 20))[0] - mean_and_spread(images)[0]) > 0.05
+
+
+def test_without_it_the_weaker_network_is_not_evaluated(guided):
+    evaluated = []
+    guided.guiding_unet.register_forward_hook(lambda *args: evaluated.append(1))
+    plain = call(PixelDiffusionPipeline(guided.unet, guided.scheduler))
+    assert torch.equal(call(guided), plain) and not evaluated
+    assert not torch.equal(call(guided, 1.25), plain) and len(evaluated) == 4
+
+
+def test_the_weaker_network_is_saved_only_if_there_is_one(guided, tmp_path):
+    guided.save_pretrained(tmp_path)
+    assert "guiding_unet/unet_2d_optimized.py" in pipeline_files(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(call(loaded, 1.25), call(guided, 1.25))
+    assert "`guiding_unet`" in str(pipeline_card(loaded, "user/guided"))
+    assert DDPMPipeline.from_pretrained(tmp_path).unet.num_parameters() == guided.unet.num_parameters()
+    assert PixelDiffusionPipeline.from_pipe(loaded).guiding_unet is loaded.guiding_unet
+
+    loaded.guiding_unet = None
+    loaded.save_pretrained(tmp_path)
+    assert "guiding_unet" not in json.loads((tmp_path / "model_index.json").read_text())
+    assert not any(file.startswith("guiding_unet") for file in pipeline_files(tmp_path))
+    plain = DiffusionPipeline.from_pretrained(tmp_path)
+    assert plain.guiding_unet is None and "`guiding_unet`" not in str(pipeline_card(plain, "user/plain"))
+    again = DiffusionPipeline.from_pretrained(tmp_path, guiding_unet=guided.guiding_unet)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(call(again, 1.25), call(guided, 1.25))
+
+
+PUSH = """
+from ddpm_diffusers import PixelDiffusionPipeline
+pipe = PixelDiffusionPipeline.from_pretrained(folder)
+pipe.push_to_hub("user/guided")
+pipe.guiding_unet = None
+pipe.save_pretrained(folder, push_to_hub=True, repo_id="user/plain")
+"""
+
+
+def test_a_push_takes_it_along_only_if_there_is_one(guided, tmp_path):
+    guided.save_pretrained(tmp_path / "guided")
+    with HubServer() as hub, Interpreter(hub.env(tmp_path / "client", token=True)) as python:
+        python(PUSH, folder=tmp_path / "guided")
+    pushed = {name: [file for file in repo.files if file.startswith("guiding")] for name, repo in hub.repos.items()}
+    assert len(pushed["user/guided"]) == 3 and not pushed["user/plain"]
+
+
+@pytest.mark.parametrize("scale, message", [
+    (0.5, "`guidance_scale` is 0.5; it must be a number from 1"),
+    (float("nan"), "`guidance_scale` is nan; it must be a number from 1"),
+    ("2", "`guidance_scale` is '2'; it must be a number from 1"),
+    (2, "`guidance_scale` is 2, but the pipeline has no `guiding_unet`"),
+])  # fmt: skip
+def test_what_cannot_guide_is_refused(tiny_pipe, scale, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny_pipe, scale)
+
+
+def test_networks_that_do_not_fit_together_are_refused(guided):
+    with pytest.raises(ValueError, match="takes a learned `variance_type`"):
+        guided.unet.register_to_config(out_channels=2)
+        guided.guiding_unet.register_to_config(out_channels=2)
+        guided.scheduler.register_to_config(variance_type="learned")
+        call(guided, 2)
+    guided.guiding_unet.register_to_config(in_channels=3)
+    with pytest.raises(ValueError, match="The `guiding_unet` has {'in_channels': 3, .* they must have the same"):
+        call(guided, 2)
+
+
+def test_the_scripts_sample_with_it(guided, garments, tmp_path):
+    for network in (guided.unet, guided.guiding_unet):
+        network.register_to_config(sample_size=16)
+    guided.save_pretrained(tmp_path / "model")
+    expected = sample_images(guided, 3, 3, guidance_scale=2)
+    model = {"model": str(tmp_path / "model"), "num_inference_steps": 3, "guidance_scale": 2.0}
+    reset_accelerate()
+    generate_script.main(generate_script.GenerateArguments(num_images=3, output_dir=str(tmp_path / "images"), **model))
+    made = [np.asarray(Image.open(tmp_path / "images" / f"00000{i}.png")) for i in range(3)]
+    np.testing.assert_array_equal(made, expected[:, 0])
+
+    reset_accelerate()
+    evaluate_script.main(evaluate_script.EvaluateArguments(
+        dataset_name=garments, num_images=150, batch_size=3, output_dir=str(tmp_path / "evaluation"), **model
+    ))  # fmt: skip
+    record = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert record["guidance_scale"] == 2 and record["guiding_weights"] != record["weights"]
+    assert "3 evaluations of the network, guidance scale 2" in (tmp_path / "evaluation" / "row.md").read_text()
