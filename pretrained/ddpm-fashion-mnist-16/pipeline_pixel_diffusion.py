@@ -4,7 +4,8 @@ This file is self-contained (it needs torch and diffusers, and what that depends
 `model_index.json` makes a Hub repository complete.
 
 References: DDPM, Ho et al. 2020 (arXiv:2006.11239), algorithm 2; EDM, Karras et al. 2022 (arXiv:2206.00364), whose
-table 1 shows why a sampler may scale its input and start from a standard deviation other than 1.
+table 1 shows why a sampler may scale its input and start from a standard deviation other than 1; autoguidance, Karras
+et al. 2024 (arXiv:2406.02507).
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import glob
 import inspect
 import itertools
 import json
+import math
 import numbers
 import re
 import shutil
@@ -58,6 +60,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 COMPONENT_FILES = ("config.json", "*_config.json", "*.safetensors", "*.safetensors.index*.json", "*.py")
 # [module, class]: the form of `_class_name` by which diffusers finds a pipeline's code in its repository
 CLASS_IN_INDEX = [__name__.rpartition(".")[2], "PixelDiffusionPipeline"]
+NETWORKS = ("unet", "guiding_unet")
 README, SAMPLES = "README.md", "samples.png"  # the model card, and the grid of samples that it shows
 
 
@@ -76,15 +79,22 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             (`IPNDMScheduler`, `EDMEulerScheduler`, ...). A warning is logged if its noise schedule differs from that
             of the scheduler that it replaces, or, if it was given to `from_pretrained`, from that of the scheduler
             saved beside the network, as far as this is in the folder or the cache.
+        guiding_unet (`ModelMixin`, *optional*): A weaker network of the same task, for a `guidance_scale` above 1:
+            smaller and trained for less long than `unet`, on the same images, noise schedule and prediction type.
     """
 
     _code = Path(__file__).read_bytes()  # as it runs; by the time of saving, the file may be another
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->guiding_unet"
+    _optional_components = ["guiding_unet"]
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, guiding_unet: ModelMixin | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        if "guiding_unet" in inspect.signature(type(self).__init__).parameters:
+            self.register_modules(guiding_unet=guiding_unet)
+        else:  # diffusers refuses components that a subclass's `__init__` does not take
+            self.guiding_unet = guiding_unet
         # a `scheduler` given to `from_pretrained` is not the one saved beside the network
         source = Path("" if unet is None else unet.config.get("_name_or_path") or "")
         saved = source.parent / "scheduler"
@@ -102,27 +112,31 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             defaults = value.config.get("_use_default_values", [])
             value.register_to_config(_use_default_values=[key for key in defaults if key not in CARRIED_OVER])
         super().__setattr__(name, value)
-        if name == "unet" and value is not None and self.config.unet[0] is None:
-            self.register_modules(unet=value)  # diffusers leaves an entry that was None as it is
+        if name in NETWORKS and value is not None and self.config.get(name) == (None, None):
+            self.register_modules(**{name: value})  # diffusers leaves an entry that was None as it is
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PixelDiffusionPipeline":
-        """diffusers' method, for a U-Net of any class; by itself, it accepts only the annotated class.
+        """diffusers' method, for networks of any class; by itself, it accepts only the annotated class.
 
-        Give `dtype=` for anything but float32, since the U-Net, which both then share, is converted.
+        Give `dtype=` for anything but float32, since the networks, which both then share, are converted.
 
         Raises:
             ValueError: If a `scheduler` among the arguments cannot take the place of the pipeline's.
         """
-        unet = {"unet": pipeline.unet} if "unet" in pipeline.components else {}
+        networks = {name: pipeline.components[name] for name in NETWORKS if name in pipeline.components}
         if "scheduler" in kwargs and "scheduler" in pipeline.components:
             in_place = pipeline.scheduler
             check_scheduler(kwargs["scheduler"], None if in_place is None else in_place.config)
-        return super().from_pipe(pipeline, **{**unet, **kwargs})
+        return super().from_pipe(pipeline, **{**networks, **kwargs})
+
+    def networks(self) -> dict[str, ModelMixin]:
+        """Its networks by name, `unet` and, if there is one, `guiding_unet`."""
+        return {name: getattr(self, name) for name in NETWORKS if getattr(self, name) is not None}
 
     @property
     def num_timesteps(self) -> int:
-        """Number of network evaluations of the last call, unless it was interrupted."""
+        """Number of evaluations of `unet` in the last call, unless it was interrupted."""
         return self._num_timesteps
 
     @property
@@ -137,6 +151,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         eta: float = 0.0,
+        guidance_scale: float = 1.0,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["PixelDiffusionPipeline", int, torch.Tensor, dict], dict] | None = None,
@@ -155,6 +170,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             latents: Starting noise of variance 1, (batch_size, in_channels, height, width), instead of drawn noise.
             eta: Share of fresh noise per step, in [0, 1], for schedulers whose step takes it (DDIM, eq. 16 of
                 arXiv:2010.02502; TCD).
+            guidance_scale: At least 1, which is no guidance. Above, `guiding_unet` is evaluated, too, and the
+                prediction is extrapolated from its own through that of `unet` (arXiv:2406.02507): samples move
+                away from what the weaker network gets wrong, as far as the stronger one does, too. 1.25 was measured
+                to be good (`train_scripts/results/README.md`); too much raises the contrast.
             output_type: `"pil"` images (grey ones in mode "L"), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1],
                 or `"latent"`: (B, C, H, W) as the last step left it, roughly in [-1, 1].
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -175,12 +194,14 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         shape = self.check_inputs(
             batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
         )
+        self.check_guidance(guidance_scale)
         device = self._execution_device
         self._interrupt = False
 
         timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
         self._num_timesteps = len(timesteps)
-        dtype = self.unet.dtype  # which looks through all of the network's modules
+        # which looks through all of a network's modules
+        dtype, guiding_dtype = (getattr(network, "dtype", None) for network in (self.unet, self.guiding_unet))
         try:
             # sampled in float32 whatever the weights' dtype: the steps are small differences of large numbers
             if latents is None:
@@ -192,9 +213,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 for i, t in enumerate(timesteps):
                     if self.interrupt:
                         continue
-                    sample = self.scheduler.scale_model_input(latents, t).to(dtype)
+                    sample = self.scheduler.scale_model_input(latents, t)
                     # a copy: solvers keep it, and a compiled network may write its next output in the same place
-                    model_output = self.unet(sample, t).sample.to(torch.float32, copy=True)  # (B, C, H, W)
+                    model_output = self.unet(sample.to(dtype), t).sample.to(torch.float32, copy=True)  # (B, C, H, W)
+                    if guidance_scale > 1:
+                        weaker = self.guiding_unet(sample.to(guiding_dtype), t).sample.to(torch.float32)
+                        model_output = weaker + guidance_scale * (model_output - weaker)
                     latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
 
                     if callback_on_step_end is not None:
@@ -282,6 +306,29 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             )
         return shape
 
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Raise a ValueError if the pipeline cannot sample with this `guidance_scale`."""
+        if not isinstance(guidance_scale, numbers.Real) or not 1 <= guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it must be a number from 1 (no guidance).")
+        if guidance_scale == 1:
+            return
+        if self.guiding_unet is None:
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale}, but the pipeline has no `guiding_unet`: leave it at 1, or set"
+                " `pipe.guiding_unet` to a smaller network that was trained for less long on the same images."
+            )
+        own, guiding = (
+            {name: network.config.get(name) for name in ("in_channels", "out_channels")}
+            for network in (self.unet, self.guiding_unet)
+        )
+        if own != guiding:
+            raise ValueError(f"The `guiding_unet` has {guiding}, and the `unet` {own}; they must have the same.")
+        if splits_off_a_variance(self.scheduler, self.unet.config.in_channels):
+            raise ValueError(
+                f"This {type(self.scheduler).__name__} takes a learned `variance_type` from the network, for which"
+                " there is no guidance: set another scheduler, or leave `guidance_scale` at 1."
+            )
+
     def prepare_step_kwargs(self, generator, eta: float) -> dict:
         """Keyword arguments of the scheduler's step: `generator` and `eta`, where it takes them.
 
@@ -339,19 +386,20 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         check_token(token)
         if self.unet is None:
             raise ValueError("The pipeline has no `unet` to push: set `pipe.unet` first.")
-        library, class_name = self.config.unet
-        code = Path(save_directory, "unet", f"{library.rpartition('.')[2]}.py")
-        if not loads_elsewhere(library) and not code.is_file():
-            logger.warning(
-                f"{class_name} does not save its code, so the repository cannot be loaded by its id: import {library},"
-                " then load the folder that `huggingface_hub.snapshot_download` gives."
-            )
+        for name in self.networks():
+            library, class_name = self.config[name]
+            code = Path(save_directory, name, f"{library.rpartition('.')[2]}.py")
+            if not loads_elsewhere(library) and not code.is_file():
+                logger.warning(
+                    f"{class_name} does not save its code, so the repository cannot be loaded by its id: import"
+                    f" {library}, then load the folder that `huggingface_hub.snapshot_download` gives."
+                )
         repo_id = repo_id or Path(save_directory).name
         repo_id = create_repo(repo_id, private, token).repo_id
         files = ["model_index.json"]
         if type(self).__module__ == __name__:
             files.append(f"{CLASS_IN_INDEX[0]}.py")
-        for folder in (Path(save_directory, name) for name in self.components):
+        for folder in (Path(save_directory, name) for name, part in self.components.items() if part is not None):
             files += [f"{folder.name}/{file}" for file in component_files(folder, safe_serialization)]
         if not subfolder and huggingface_hub.file_exists(repo_id, README, token=token):
             if not card.exists():  # else it is of these weights
@@ -409,6 +457,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """`model_index.json`: the class as [module, name]; no `_name_or_path`, which would publish a local path."""
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)
+        index = {name: value for name, value in index.items() if name != "guiding_unet" or value[0] is not None}
         if type(self).__module__ == __name__:
             index["_class_name"] = CLASS_IN_INDEX
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -585,12 +634,17 @@ Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffuser
 
 `{network}`: {parameters:,} parameters, for {images}. It was trained to predict {prediction} at
 {timesteps:,} timesteps of noise.
-
+{guidance}
 ## Limits
 
 - The images resemble those of its training data, with its gaps and biases, and may closely resemble single ones.
 - Small images only, drawn at random: there is no prompt, no class and no other way to ask for one.
 - For study and experiments: not for decisions about people, nor as evidence of anything.
+"""
+GUIDANCE = """
+Beside it is a weaker network, `guiding_unet`, of {parameters:,} parameters. With `guidance_scale=1.25` in the call,
+samples move away from what the weaker one gets wrong (autoguidance,
+[arXiv:2406.02507](https://arxiv.org/abs/2406.02507)).
 """
 # the comment on the first import keeps diffusers from taking it for an import of this file
 USAGE = """
@@ -633,9 +687,11 @@ def pipeline_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool 
     timesteps = scheduler.num_train_timesteps
     more = ', output_type="np"' if unet.in_channels > 4 else ""
     few_steps = FEW_STEPS.format(steps=min(15, timesteps), more=more) if takes_few_steps(scheduler) else ""
+    guidance = "" if pipe.guiding_unet is None else GUIDANCE.format(parameters=pipe.guiding_unet.num_parameters())
     usage = USAGE.format(repo_id=repo_id, steps=min(50, timesteps), more=more, few_steps=few_steps)
+    have_code = type(pipe).__module__ == __name__ and all(loads_elsewhere(pipe.config[n][0]) for n in pipe.networks())
     # one without a size of its own asks for `latents` at each call
-    shows_usage = type(pipe).__module__ == __name__ and loads_elsewhere(pipe.config.unet[0]) and size[0] is not None
+    shows_usage = have_code and size[0] is not None
     card = CARD.format(
         images=f"{channels} images of " + ("any size" if size[0] is None else f"{size[0]}x{size[1]} pixels"),
         samples=f"\n![Samples]({SAMPLES})\n" if has_samples else "",
@@ -644,6 +700,7 @@ def pipeline_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool 
         parameters=pipe.unet.num_parameters(),
         prediction=scheduler.get("prediction_type", "epsilon"),
         timesteps=timesteps,
+        guidance=guidance,
     )
     return ModelCard(card)
 
@@ -756,7 +813,7 @@ def component_files(folder: Path, safe: bool = True) -> list[str]:
 
     Of a network or scheduler these are configs, weights and code alone, of others all but hidden files.
     """
-    if folder.name in ("unet", "scheduler"):
+    if folder.name in (*NETWORKS, "scheduler"):
         patterns = COMPONENT_FILES if safe else (*COMPONENT_FILES, "*.bin", "*.bin.index*.json")
         return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
