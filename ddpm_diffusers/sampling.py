@@ -54,6 +54,7 @@ def sample_images(
             " `PixelDiffusionPipeline(pipe.unet, pipe.scheduler)`."
         )
     check_positive(num_images=num_images, batch_size=batch_size)
+    guidance = {} if guidance_scale == 1 else {"guidance_scale": guidance_scale}  # a subclass's call may take none
     state = PartialState()
     batch_size = min(batch_size, num_images)
     rounds = math.ceil(num_images / (batch_size * state.num_processes))
@@ -62,9 +63,7 @@ def sample_images(
         first = (turn * state.num_processes + state.process_index) * batch_size
         generators = [torch.Generator().manual_seed(seed + i) for i in range(first, first + batch_size)]
         with without_progress_bar(pipe):
-            latents = pipe(
-                batch_size, num_inference_steps, generators, guidance_scale=guidance_scale, output_type="latent"
-            ).images  # (B, C, H, W)
+            latents = pipe(batch_size, num_inference_steps, generators, output_type="latent", **guidance).images
         if not gather(latents.isfinite().all()[None]).all():  # clamping would hide infinity
             raise NotFiniteError(
                 f"{type(pipe.scheduler).__name__} made images with NaN or infinity in {num_inference_steps} steps. Try"

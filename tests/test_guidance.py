@@ -11,12 +11,14 @@ import torch
 from conftest import TINY, randomize, reset_accelerate
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from hub_server import HubServer
+from huggingface_hub import ModelCard
 from interpreter import Interpreter
 from PIL import Image
 from test_schedulers import ExactDenoiser, mean_and_spread, sample
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
-from ddpm_diffusers.hub import pipeline_files
+from ddpm_diffusers.evaluation import Reference, evaluate_images, load_feature_extractor
+from ddpm_diffusers.hub import model_card, pipeline_files
 from ddpm_diffusers.pipeline_pixel_diffusion import pipeline_card
 from ddpm_diffusers.sampling import sample_images
 
@@ -86,6 +88,8 @@ def test_the_weaker_network_is_saved_only_if_there_is_one(guided, tmp_path):
     again = DiffusionPipeline.from_pretrained(tmp_path, guiding_unet=guided.guiding_unet)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(call(again, 1.25), call(guided, 1.25))
+    guided.save_pretrained(tmp_path)
+    assert PixelDiffusionPipeline.from_pretrained(tmp_path, guiding_unet=None).guiding_unet is None
 
 
 PUSH = """
@@ -103,6 +107,55 @@ def test_a_push_takes_it_along_only_if_there_is_one(guided, tmp_path):
         python(PUSH, folder=tmp_path / "guided")
     pushed = {name: [file for file in repo.files if file.startswith("guiding")] for name, repo in hub.repos.items()}
     assert len(pushed["user/guided"]) == 3 and not pushed["user/plain"]
+
+
+def test_each_network_keeps_its_own_dtype(guided):
+    images = call(guided, 1.25)
+    seen = []
+    for network in (guided.unet, guided.guiding_unet.to(torch.bfloat16)):
+        network.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    torch.testing.assert_close(call(guided, 1.25), images, atol=0.2, rtol=0)
+    assert set(seen) == {torch.float32, torch.bfloat16}
+
+
+def test_the_card_is_of_both_networks(guided, tmp_path, caplog):
+    guided.save_pretrained(tmp_path / "first")
+    card = tmp_path / "first" / "README.md"
+    card.write_text("figures")
+    loaded = PixelDiffusionPipeline.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "same")
+    assert (tmp_path / "same" / "README.md").exists()
+    loaded.guiding_unet = None
+    loaded.save_pretrained(tmp_path / "without")
+    assert not (tmp_path / "without" / "README.md").exists()
+    loaded.guiding_unet = randomize(guided.guiding_unet, seed=2)
+    loaded.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / "README.md").exists()
+    with caplog.at_level("WARNING", logger="diffusers"):
+        loaded.save_pretrained(tmp_path / "first", variant="fp16")
+        assert "guiding_unet/diffusion_pytorch_model.safetensors holds other weights" in caplog.text and card.exists()
+        loaded.save_pretrained(tmp_path / "first")
+    assert not card.exists() and card.with_name("README.before.md").exists()
+
+
+def test_a_weaker_network_of_another_training_is_told(guided, tmp_path, caplog):
+    other = PixelDiffusionPipeline(guided.unet, DDPMScheduler(prediction_type="v_prediction"))
+    other.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger="diffusers"):
+        guided.guiding_unet = OptimizedUNet2DModel.from_pretrained(tmp_path, subfolder="unet")
+    assert "saved with the `guiding_unet` had {'prediction_type': 'v_prediction'}" in caplog.text
+
+
+def test_a_subclass_may_take_none(guided):
+    class Plain(PixelDiffusionPipeline):
+        def __init__(self, unet, scheduler):
+            super().__init__(unet, scheduler)
+
+    plain = Plain.from_pipe(guided)
+    plain.set_progress_bar_config(disable=True)
+    assert plain.guiding_unet is None and torch.equal(call(plain), call(guided))
+    with pytest.raises(ValueError, match="Plain cannot have a `guiding_unet`"):
+        plain.guiding_unet = guided.guiding_unet
 
 
 @pytest.mark.parametrize("scale, message", [
@@ -123,7 +176,7 @@ def test_networks_that_do_not_fit_together_are_refused(guided):
         guided.scheduler.register_to_config(variance_type="learned")
         call(guided, 2)
     guided.guiding_unet.register_to_config(in_channels=3)
-    with pytest.raises(ValueError, match="The `guiding_unet` has {'in_channels': 3, .* they must have the same"):
+    with pytest.raises(ValueError, match="The `guiding_unet` has 3 `in_channels` and the `unet` 1; they must"):
         call(guided, 2)
 
 
@@ -138,10 +191,18 @@ def test_the_scripts_sample_with_it(guided, garments, tmp_path):
     made = [np.asarray(Image.open(tmp_path / "images" / f"00000{i}.png")) for i in range(3)]
     np.testing.assert_array_equal(made, expected[:, 0])
 
+    model_card(guided, "user/guided").save(tmp_path / "model" / "README.md")
     reset_accelerate()
     evaluate_script.main(evaluate_script.EvaluateArguments(
-        dataset_name=garments, num_images=150, batch_size=3, output_dir=str(tmp_path / "evaluation"), **model
+        dataset_name=garments, num_images=150, batch_size=150, output_dir=str(tmp_path / "evaluation"),
+        dataset_id="user/garments", write_card=True, **model,
     ))  # fmt: skip
     record = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-    assert record["guidance_scale"] == 2 and record["guiding_weights"] != record["weights"]
-    assert "3 evaluations of the network, guidance scale 2" in (tmp_path / "evaluation" / "row.md").read_text()
+    reference = Reference.of_dataset(garments, load_feature_extractor(), resolution=16)
+    expected = evaluate_images(sample_images(guided, 150, 3, batch_size=150, guidance_scale=2), reference)
+    assert record["per_seed"] == [expected] and record["guidance_scale"] == 2
+    assert record["guiding_weights"] != record["weights"]
+    row = (tmp_path / "evaluation" / "row.md").read_text()
+    assert "3 evaluations of the network and of the weaker one, guidance scale 2" in row
+    (result, *_) = ModelCard.load(tmp_path / "model" / "README.md").data.eval_results
+    assert result.metric_args["guidance_scale"] == 2

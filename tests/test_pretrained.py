@@ -26,13 +26,15 @@ def test_it_is_small_and_loads_in_single_and_half_precision(folder):
     assert all(path.stat().st_size < 8e6 for path in folder.rglob("*"))
     pipe = DiffusionPipeline.from_pretrained(str(folder))
     half = DiffusionPipeline.from_pretrained(str(folder), variant="fp16", dtype=torch.float16)
-    assert (pipe.unet.dtype, half.unet.dtype) == (torch.float32, torch.float16)
-    for one, other in zip(pipe.unet.parameters(), half.unet.parameters(), strict=True):
-        assert torch.equal(one, other.float())
+    for name in ("unet", "guiding_unet"):
+        one, other = getattr(pipe, name), getattr(half, name)
+        assert (one.dtype, other.dtype) == (torch.float32, torch.float16)
+        for weights, rounded in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(weights, rounded.float())
 
 
 def test_it_carries_the_code_of_the_package(folder):
-    for path in ("pipeline_pixel_diffusion.py", "unet/unet_2d_optimized.py"):
+    for path in ("pipeline_pixel_diffusion.py", "unet/unet_2d_optimized.py", "guiding_unet/unet_2d_optimized.py"):
         code = (ROOT / "ddpm_diffusers" / Path(path).name).read_text()
         assert (folder / path).read_text() == code, f"copy {path} into {folder.name} again: save_pretrained does"
 
@@ -55,7 +57,7 @@ def test_it_draws_garments_of_every_kind(folder):
     pipe = DiffusionPipeline.from_pretrained(str(folder))
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
-    images = sample_images(pipe, 64, 6, batch_size=32)
+    images = sample_images(pipe, 64, 6, batch_size=32, guidance_scale=1.25)
     classifier = AutoModelForImageClassification.from_pretrained(SHIPPED).eval()
     noise = torch.randint(256, images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

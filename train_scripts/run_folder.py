@@ -153,7 +153,7 @@ def save_pipeline(pipe, output_dir: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         pipe.save_pretrained(partial)
         files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
-        replaced = set_card_aside(pipe.unet, output_dir)
+        replaced = set_card_aside(pipe.networks(), output_dir)
         for path in sorted(files, key=lambda path: path.name == "model_index.json"):  # last: it makes them a pipeline
             flush(partial / path)
             target = output_dir / path

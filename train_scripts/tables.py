@@ -45,7 +45,7 @@ def caption(record: dict, with_sampler: bool = True) -> str:
         options = ", ".join(f"{name} {value}" for name, value in record.get("scheduler_options", {}).items())
         options = options and f" ({options})"
         scale = record.get("guidance_scale", 1)  # in newer records
-        guided = f", guidance scale {scale:g}" if scale > 1 else ""
+        guided = f" and of the weaker one, guidance scale {scale:g}" if scale > 1 else ""
         precision = f", mixed precision {record['mixed_precision']}" if "mixed_precision" in record else ""
         lines.append(
             f"Sampled by {record['scheduler']}{options} in {record['num_inference_steps']} steps,"

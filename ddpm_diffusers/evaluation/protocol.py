@@ -243,7 +243,6 @@ def evaluate_pipeline(
         ValueError: If an argument cannot be used, before any sampling, or if the samples are not finite.
     """
     check_run(pipe, reference, num_images, seeds, batch_size)
-    pipe.check_guidance(guidance_scale)
     seeds = [int(seed) for seed in seeds]
     evaluations = count_evaluations(pipe.scheduler, num_inference_steps)
     collected, seconds, kept = [], 0.0, None

@@ -80,29 +80,25 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             of the scheduler that it replaces, or, if it was given to `from_pretrained`, from that of the scheduler
             saved beside the network, as far as this is in the folder or the cache.
         guiding_unet (`ModelMixin`, *optional*): A weaker network of the same task, for a `guidance_scale` above 1:
-            smaller and trained for less long than `unet`, on the same images, noise schedule and prediction type.
+            smaller and trained for less long than `unet`, on the same images, noise schedule and prediction type. (One
+            that was saved is replaced or left out by `guiding_unet=` of `PixelDiffusionPipeline.from_pretrained`, not
+            of `DiffusionPipeline.from_pretrained`.)
     """
 
     _code = Path(__file__).read_bytes()  # as it runs; by the time of saving, the file may be another
-    model_cpu_offload_seq = "unet->guiding_unet"
+    model_cpu_offload_seq = "unet"  # without `guiding_unet`: each would push the other off the device at every step
     _optional_components = ["guiding_unet"]
     _callback_tensor_inputs = ["latents"]
+    guiding_unet = None  # also of a subclass whose `__init__` takes none
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, guiding_unet: ModelMixin | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         if "guiding_unet" in inspect.signature(type(self).__init__).parameters:
             self.register_modules(guiding_unet=guiding_unet)
-        else:  # diffusers refuses components that a subclass's `__init__` does not take
-            self.guiding_unet = guiding_unet
         # a `scheduler` given to `from_pretrained` is not the one saved beside the network
-        source = Path("" if unet is None else unet.config.get("_name_or_path") or "")
-        saved = source.parent / "scheduler"
-        if source.name == "unet" and (saved / DDPMScheduler.config_name).is_file():
-            # schedulers saved long ago have no `prediction_type`
-            trained = {"prediction_type": "epsilon", **DDPMScheduler.load_config(saved)}
-            advice = "take the scheduler that `from_pretrained` loads with the network, and for `pipe.scheduler` then "
-            warn_of_other_noise(scheduler, trained, "saved with the network", advice)
+        advice = "take the scheduler that `from_pretrained` loads with the network, and for `pipe.scheduler` then "
+        warn_of_other_training("network", unet, scheduler, advice)
 
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler":
@@ -111,6 +107,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             # `from_config` drops the arguments listed here, so the next class would use its own noise schedule
             defaults = value.config.get("_use_default_values", [])
             value.register_to_config(_use_default_values=[key for key in defaults if key not in CARRIED_OVER])
+        if name == "guiding_unet" and value is not None:
+            if "guiding_unet" not in inspect.signature(type(self).__init__).parameters:
+                raise ValueError(
+                    f"{type(self).__name__} cannot have a `guiding_unet`: its `__init__` takes none. Add it there."
+                )
+            advice = "give another `guiding_unet`, or for both networks "
+            warn_of_other_training("`guiding_unet`", value, self.scheduler, advice)
         super().__setattr__(name, value)
         if name in NETWORKS and value is not None and self.config.get(name) == (None, None):
             self.register_modules(**{name: value})  # diffusers leaves an entry that was None as it is
@@ -124,7 +127,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a `scheduler` among the arguments cannot take the place of the pipeline's.
         """
-        networks = {name: pipeline.components[name] for name in NETWORKS if name in pipeline.components}
+        taken = inspect.signature(cls.__init__).parameters
+        networks = {name: part for name, part in pipeline.components.items() if name in NETWORKS and name in taken}
         if "scheduler" in kwargs and "scheduler" in pipeline.components:
             in_place = pipeline.scheduler
             check_scheduler(kwargs["scheduler"], None if in_place is None else in_place.config)
@@ -200,8 +204,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
         timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
         self._num_timesteps = len(timesteps)
-        # which looks through all of a network's modules
-        dtype, guiding_dtype = (getattr(network, "dtype", None) for network in (self.unet, self.guiding_unet))
+        dtype = self.unet.dtype  # which looks through all of the network's modules
+        guiding_dtype = self.guiding_unet.dtype if guidance_scale > 1 else None
         try:
             # sampled in float32 whatever the weights' dtype: the steps are small differences of large numbers
             if latents is None:
@@ -317,12 +321,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 f"`guidance_scale` is {guidance_scale}, but the pipeline has no `guiding_unet`: leave it at 1, or set"
                 " `pipe.guiding_unet` to a smaller network that was trained for less long on the same images."
             )
-        own, guiding = (
-            {name: network.config.get(name) for name in ("in_channels", "out_channels")}
-            for network in (self.unet, self.guiding_unet)
-        )
-        if own != guiding:
-            raise ValueError(f"The `guiding_unet` has {guiding}, and the `unet` {own}; they must have the same.")
+        for key in ("in_channels", "out_channels"):  # some have no `out_channels`
+            own, guiding = (network.config.get(key) for network in (self.unet, self.guiding_unet))
+            if own != guiding and None not in (own, guiding):
+                raise ValueError(
+                    f"The `guiding_unet` has {guiding} `{key}` and the `unet` {own}; they must have the same."
+                )
         if splits_off_a_variance(self.scheduler, self.unet.config.in_channels):
             raise ValueError(
                 f"This {type(self.scheduler).__name__} takes a learned `variance_type` from the network, for which"
@@ -362,13 +366,18 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         already has is kept. If it has none, the snippets of the folder's card are changed to load `repo_id`. No card
         is uploaded into a `subfolder`.
         """
-        if self.unet is not None and safe_serialization:
-            set_card_aside(self.unet, Path(save_directory), variant)
-        before = {path: path.stat().st_mtime_ns for path in Path(save_directory, "unet").glob("*.safetensors")}
+        networks = self.networks()
+        if safe_serialization:
+            set_card_aside(networks, Path(save_directory), variant)
+        before = [
+            (network, path, path.stat().st_mtime_ns)
+            for name, network in networks.items()
+            for path in Path(save_directory, name).glob("*.safetensors")
+        ]
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
-        for path, time in before.items():
+        for network, path, time in before:
             is_left = path.exists() and path.stat().st_mtime_ns == time
-            if is_left and not all(compared_with(self.unet, path).values()):
+            if is_left and not all(compared_with(network, path).values()):
                 logger.warning(
                     f"{path} holds other weights than those saved now, and `from_pretrained` may load them: remove it"
                     " unless both are to stay."
@@ -380,13 +389,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
         card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
         if self.unet is not None and self.name_or_path and not card.exists():
-            copy_card(self.unet, self.name_or_path, save_directory, token)
+            copy_card(networks, self.name_or_path, save_directory, token)
         if not push_to_hub:
             return None
         check_token(token)
         if self.unet is None:
             raise ValueError("The pipeline has no `unet` to push: set `pipe.unet` first.")
-        for name in self.networks():
+        for name in networks:
             library, class_name = self.config[name]
             code = Path(save_directory, name, f"{library.rpartition('.')[2]}.py")
             if not loads_elsewhere(library) and not code.is_file():
@@ -499,6 +508,17 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: dict | None) -> None:
         )
     if trained:
         warn_of_other_noise(scheduler, trained, "in place", "use ")
+
+
+def warn_of_other_training(what: str, network: ModelMixin | None, scheduler: SchedulerMixin, advice: str) -> None:
+    """As `warn_of_other_noise`, of the scheduler saved beside a network, if that is known."""
+    source = "" if network is None else network.config.get("_name_or_path") or ""
+    # of a network loaded by `subfolder="unet"` it is the pipeline's folder
+    saved = (Path(source).parent if Path(source).name in NETWORKS else Path(source)) / "scheduler"
+    if source and (saved / DDPMScheduler.config_name).is_file():
+        # schedulers saved long ago have no `prediction_type`
+        trained = {"prediction_type": "epsilon", **DDPMScheduler.load_config(saved)}
+        warn_of_other_noise(scheduler, trained, f"saved with the {what}", advice)
 
 
 def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict, where: str, advice: str) -> None:
@@ -642,8 +662,8 @@ Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffuser
 - For study and experiments: not for decisions about people, nor as evidence of anything.
 """
 GUIDANCE = """
-Beside it is a weaker network, `guiding_unet`, of {parameters:,} parameters. With `guidance_scale=1.25` in the call,
-samples move away from what the weaker one gets wrong (autoguidance,
+Beside it is a weaker network, `guiding_unet`, of {parameters:,} parameters. With a `guidance_scale` above 1 in
+the call, such as 1.25, samples move away from what the weaker one gets wrong (autoguidance,
 [arXiv:2406.02507](https://arxiv.org/abs/2406.02507)).
 """
 # the comment on the first import keeps diffusers from taking it for an import of this file
@@ -738,21 +758,29 @@ def with_repo_id(card: str, repo_id: str, variant: str | None = None) -> str:
 
 
 def only_variant(files: Iterable[str]) -> str | None:
-    """The variant of the network's weights among a pipeline's files, such as "fp16", if there are none without one."""
-    weights = r"unet/[^.]+?(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
-    variants = {found[1] for file in files if (found := re.fullmatch(weights, file))}
-    return min(variants) if variants and None not in variants else None
+    """The variant of a network's weights among a pipeline's files, such as "fp16", if it has none without one."""
+    weights = r"(?:unet|guiding_unet)/[^.]+?(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    variants = {}
+    for file in files:
+        if found := re.fullmatch(weights, file):
+            variants.setdefault(Path(file).parent, set()).add(found[1])
+    alone = [min(of_network) for of_network in variants.values() if None not in of_network]
+    return min(alone, default=None)
 
 
-def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | None) -> None:
-    """Copy the card and samples of a folder or repository, if they can be read and the network is still its own.
+def copy_card(networks: dict[str, ModelMixin], source: str, folder: str | Path, token: str | None) -> None:
+    """Copy the card and samples of a folder or repository, if they can be read and its networks are still the same.
 
     The card describes only these weights: no other network, no other revision, and none that was trained further.
     """
-    loaded, in_cache = Path(unet.config.get("_name_or_path") or ""), f"models--{source}".replace("/", "--")
+    loaded, in_cache = Path(networks["unet"].config.get("_name_or_path") or ""), f"models--{source}".replace("/", "--")
     is_local = loaded == Path(source, "unet")
-    if (not is_local and in_cache not in loaded.parts) or not has_weights_of(unet, loaded.glob("*.safetensors")):
+    if not is_local and in_cache not in loaded.parts:
         return
+    for name in NETWORKS:
+        files = list((loaded.parent / name).glob("*.safetensors"))
+        if (files or name == "unet") and not (name in networks and has_weights_of(networks[name], files)):
+            return
     with contextlib.suppress(Exception):  # absent, refused or out of reach, for which each client has other types
         for name in (README, SAMPLES):
             path = Path(source, name)
@@ -768,14 +796,16 @@ def copy_card(unet: ModelMixin, source: str, folder: str | Path, token: str | No
                 partial.replace(Path(folder, name))
 
 
-def set_card_aside(unet: ModelMixin, folder: Path, variant: str | None = None) -> bool:
-    """Rename the card and samples of a saved pipeline if the network's weights are to replace others of this variant.
+def set_card_aside(networks: dict[str, ModelMixin], folder: Path, variant: str | None = None) -> bool:
+    """Rename the card and samples of a saved pipeline if a network's weights are to replace others of this variant.
 
     Returns whether they are.
     """
-    name = rf"[^.]+{re.escape(f'.{variant}' if variant else '')}(-\d+-of-\d+)?\.safetensors"
-    replaced = [path for path in Path(folder, "unet").glob("*.safetensors") if re.fullmatch(name, path.name)]
-    others = bool(replaced) and not has_weights_of(unet, replaced)
+    weights = rf"[^.]+{re.escape(f'.{variant}' if variant else '')}(-\d+-of-\d+)?\.safetensors"
+    others = False
+    for name, network in networks.items():
+        replaced = [path for path in Path(folder, name).glob("*.safetensors") if re.fullmatch(weights, path.name)]
+        others |= bool(replaced) and not has_weights_of(network, replaced)
     if others:
         paths = (folder / README, folder / SAMPLES)
         for number in itertools.count():
