@@ -10,6 +10,7 @@ import ablate
 import compare_schedulers
 import evaluate
 import generate
+import ladder_rows
 import push_to_hub
 import pytest
 import run
@@ -47,7 +48,7 @@ def test_the_table_of_a_ladder_is_of_its_records(folder):
     files = [RESULTS / folder / f"{name}.json" for name in names]
     rows = [json.loads(file.read_text()) for file in files if file.is_file()]
     assert len(rows) == len(list((RESULTS / folder).glob("*.json")))
-    assert ablate.markdown(rows) + "\n" == (RESULTS / folder / "table.md").read_text()
+    assert ladder_rows.markdown(rows) + "\n" == (RESULTS / folder / "table.md").read_text()
 
 
 @pytest.mark.parametrize("folder", ["damage", "objectives_16", "released_16", "released_28"])
