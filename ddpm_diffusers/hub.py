@@ -184,9 +184,9 @@ def push_folder(
 ) -> str:
     """Upload a saved pipeline, and no other files of its folder, in one commit (none if nothing has changed).
 
-    Its files are the card, the grid of samples, `model_index.json`, the pipeline's code, U-Net and scheduler (configs,
-    code and weights in safetensors), and all in the folders of further components but hidden files and pickles. The
-    uploaded card's snippets load `repo_id`.
+    Its files are the card, the grid of samples, `model_index.json`, the pipeline's code, networks and scheduler
+    (configs, code and weights in safetensors), and all in the folders of further components but hidden files and
+    pickles. The uploaded card's snippets load `repo_id`.
 
     Args:
         folder: Folder that `save_pretrained` wrote; it is only read.

@@ -94,11 +94,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, guiding_unet: ModelMixin | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        if "guiding_unet" in inspect.signature(type(self).__init__).parameters:
+        if guiding_unet is not None or takes_guiding_unet(type(self)):
             self.register_modules(guiding_unet=guiding_unet)
         # a `scheduler` given to `from_pretrained` is not the one saved beside the network
-        advice = "take the scheduler that `from_pretrained` loads with the network, and for `pipe.scheduler` then "
-        warn_of_other_training("network", unet, scheduler, advice)
+        if trained := scheduler_beside(unet):
+            advice = "take the scheduler that `from_pretrained` loads with the network, and for `pipe.scheduler` then "
+            warn_of_other_noise(scheduler, trained, "saved with the network", advice)
 
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler":
@@ -107,16 +108,15 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             # `from_config` drops the arguments listed here, so the next class would use its own noise schedule
             defaults = value.config.get("_use_default_values", [])
             value.register_to_config(_use_default_values=[key for key in defaults if key not in CARRIED_OVER])
-        if name == "guiding_unet" and value is not None:
-            if "guiding_unet" not in inspect.signature(type(self).__init__).parameters:
-                raise ValueError(
-                    f"{type(self).__name__} cannot have a `guiding_unet`: its `__init__` takes none. Add it there."
-                )
-            advice = "give another `guiding_unet`, or for both networks "
-            warn_of_other_training("`guiding_unet`", value, self.scheduler, advice)
+        if name == "guiding_unet" and value is not None and not takes_guiding_unet(type(self)):
+            raise ValueError(
+                f"{type(self).__name__} cannot have a `guiding_unet`: its `__init__` takes none. Add it there."
+            )
         super().__setattr__(name, value)
         if name in NETWORKS and value is not None and self.config.get(name) == (None, None):
             self.register_modules(**{name: value})  # diffusers leaves an entry that was None as it is
+        elif name == "guiding_unet" and value is not None:
+            warn_of_other_training(value, self.unet, self.scheduler)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PixelDiffusionPipeline":
@@ -127,12 +127,17 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a `scheduler` among the arguments cannot take the place of the pipeline's.
         """
-        taken = inspect.signature(cls.__init__).parameters
-        networks = {name: part for name, part in pipeline.components.items() if name in NETWORKS and name in taken}
+        taken = NETWORKS if takes_guiding_unet(cls) else ("unet",)
+        networks = {name: part for name, part in pipeline.components.items() if name in taken}
         if "scheduler" in kwargs and "scheduler" in pipeline.components:
             in_place = pipeline.scheduler
             check_scheduler(kwargs["scheduler"], None if in_place is None else in_place.config)
         return super().from_pipe(pipeline, **{**networks, **kwargs})
+
+    @property
+    def components(self) -> dict:
+        """diffusers' property, without a `guiding_unet` that is None, since `Other(**pipe.components)` takes none."""
+        return {name: part for name, part in super().components.items() if name != "guiding_unet" or part is not None}
 
     def networks(self) -> dict[str, ModelMixin]:
         """Its networks by name, `unet` and, if there is one, `guiding_unet`."""
@@ -176,8 +181,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 arXiv:2010.02502; TCD).
             guidance_scale: At least 1, which is no guidance. Above, `guiding_unet` is evaluated, too, and the
                 prediction is extrapolated from its own through that of `unet` (arXiv:2406.02507): samples move
-                away from what the weaker network gets wrong, as far as the stronger one does, too. 1.25 was measured
-                to be good (`train_scripts/results/README.md`); too much raises the contrast.
+                away from the errors that both make, the weaker network larger ones. 1.25 was measured to be good
+                (`train_scripts/results/README.md`); too much raises the contrast.
             output_type: `"pil"` images (grey ones in mode "L"), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1],
                 or `"latent"`: (B, C, H, W) as the last step left it, roughly in [-1, 1].
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -327,6 +332,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(
                     f"The `guiding_unet` has {guiding} `{key}` and the `unet` {own}; they must have the same."
                 )
+        own, guiding = (height_and_width(network.config.sample_size) for network in (self.unet, self.guiding_unet))
+        if own != guiding and None not in (*own, *guiding):
+            raise ValueError(
+                f"The `guiding_unet` was made for images of {guiding[0]}x{guiding[1]} and the `unet` for"
+                f" {own[0]}x{own[1]} (`sample_size`); they must be trained on the same."
+            )
         if splits_off_a_variance(self.scheduler, self.unet.config.in_channels):
             raise ValueError(
                 f"This {type(self.scheduler).__name__} takes a learned `variance_type` from the network, for which"
@@ -466,6 +477,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """`model_index.json`: the class as [module, name]; no `_name_or_path`, which would publish a local path."""
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)
+        index.pop("_guiding_unet", None)  # that of a pipeline of another class, by `from_pipe`
         index = {name: value for name, value in index.items() if name != "guiding_unet" or value[0] is not None}
         if type(self).__module__ == __name__:
             index["_class_name"] = CLASS_IN_INDEX
@@ -510,15 +522,33 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: dict | None) -> None:
         warn_of_other_noise(scheduler, trained, "in place", "use ")
 
 
-def warn_of_other_training(what: str, network: ModelMixin | None, scheduler: SchedulerMixin, advice: str) -> None:
-    """As `warn_of_other_noise`, of the scheduler saved beside a network, if that is known."""
-    source = "" if network is None else network.config.get("_name_or_path") or ""
-    # of a network loaded by `subfolder="unet"` it is the pipeline's folder
-    saved = (Path(source).parent if Path(source).name in NETWORKS else Path(source)) / "scheduler"
-    if source and (saved / DDPMScheduler.config_name).is_file():
-        # schedulers saved long ago have no `prediction_type`
-        trained = {"prediction_type": "epsilon", **DDPMScheduler.load_config(saved)}
-        warn_of_other_noise(scheduler, trained, f"saved with the {what}", advice)
+def takes_guiding_unet(pipeline_class: type) -> bool:
+    return "guiding_unet" in inspect.signature(pipeline_class.__init__).parameters
+
+
+def scheduler_beside(network: ModelMixin | None) -> dict | None:
+    """The config of the scheduler in the folder (or snapshot of the Hub) that a network was loaded from, if any."""
+    source = Path("" if network is None else network.config.get("_name_or_path") or "")
+    # loaded with the pipeline, it names its own folder, and by `subfolder="unet"` the pipeline's
+    folders = [source, *([source.parent] if source.name in NETWORKS else [])]
+    for saved in (folder / "scheduler" for folder in folders if source.name):
+        if (saved / DDPMScheduler.config_name).is_file():
+            # schedulers saved long ago have no `prediction_type`
+            return {"prediction_type": "epsilon", **DDPMScheduler.load_config(saved)}
+    return None
+
+
+def warn_of_other_training(guiding_unet: ModelMixin, unet: ModelMixin | None, scheduler: SchedulerMixin) -> None:
+    """Warn if the scheduler saved beside a `guiding_unet` has another noise schedule than the pipeline's."""
+    trained = scheduler_beside(guiding_unet)
+    if trained is None or trained == scheduler_beside(unet):  # of the latter, a warning was given already
+        return
+    if changed := other_noise(trained, scheduler.config):
+        was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
+        logger.warning(
+            f"The `guiding_unet` was saved with a scheduler that has {was}, and the pipeline's has {now}: give one"
+            " that was trained with the noise schedule and prediction type of the `unet`."
+        )
 
 
 def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict, where: str, advice: str) -> None:
@@ -759,7 +789,7 @@ def with_repo_id(card: str, repo_id: str, variant: str | None = None) -> str:
 
 def only_variant(files: Iterable[str]) -> str | None:
     """The variant of a network's weights among a pipeline's files, such as "fp16", if it has none without one."""
-    weights = r"(?:unet|guiding_unet)/[^.]+?(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    weights = rf"(?:{'|'.join(NETWORKS)})/[^.]+?(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
     variants = {}
     for file in files:
         if found := re.fullmatch(weights, file):
@@ -777,9 +807,8 @@ def copy_card(networks: dict[str, ModelMixin], source: str, folder: str | Path, 
     is_local = loaded == Path(source, "unet")
     if not is_local and in_cache not in loaded.parts:
         return
-    for name in NETWORKS:
-        files = list((loaded.parent / name).glob("*.safetensors"))
-        if (files or name == "unet") and not (name in networks and has_weights_of(networks[name], files)):
+    for name in networks_in(loaded.parent):
+        if name not in networks or not has_weights_of(networks[name], (loaded.parent / name).glob("*.safetensors")):
             return
     with contextlib.suppress(Exception):  # absent, refused or out of reach, for which each client has other types
         for name in (README, SAMPLES):
@@ -799,13 +828,13 @@ def copy_card(networks: dict[str, ModelMixin], source: str, folder: str | Path, 
 def set_card_aside(networks: dict[str, ModelMixin], folder: Path, variant: str | None = None) -> bool:
     """Rename the card and samples of a saved pipeline if a network's weights are to replace others of this variant.
 
-    Returns whether they are.
+    Or if its `guiding_unet` is to go. Returns whether either is so.
     """
     weights = rf"[^.]+{re.escape(f'.{variant}' if variant else '')}(-\d+-of-\d+)?\.safetensors"
     others = False
-    for name, network in networks.items():
+    for name in networks_in(folder):
         replaced = [path for path in Path(folder, name).glob("*.safetensors") if re.fullmatch(weights, path.name)]
-        others |= bool(replaced) and not has_weights_of(network, replaced)
+        others |= bool(replaced) and not (name in networks and has_weights_of(networks[name], replaced))
     if others:
         paths = (folder / README, folder / SAMPLES)
         for number in itertools.count():
@@ -819,15 +848,24 @@ def set_card_aside(networks: dict[str, ModelMixin], folder: Path, variant: str |
     return others
 
 
-def has_weights_of(unet: ModelMixin, files: Iterable[Path]) -> bool:
+def networks_in(folder: Path) -> list[str]:
+    """Which networks the pipeline saved in a folder has: `unet`, and `guiding_unet` if its index names one."""
+    try:
+        index = json.loads(Path(folder, "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError):  # none yet, or cut off when a save was killed
+        index = {}
+    return [name for name in NETWORKS if name == "unet" or (index.get(name) or [None])[0] is not None]
+
+
+def has_weights_of(network: ModelMixin, files: Iterable[Path]) -> bool:
     """Whether each of the network's tensors is in one of these files, but for their dtype."""
-    held = {name for path in files for name, is_same in compared_with(unet, path).items() if is_same}
-    return held == {name.removeprefix("_orig_mod.") for name in unet.state_dict()}
+    held = {name for path in files for name, is_same in compared_with(network, path).items() if is_same}
+    return held == {name.removeprefix("_orig_mod.") for name in network.state_dict()}
 
 
-def compared_with(unet: ModelMixin, file: Path) -> dict[str, bool]:
+def compared_with(network: ModelMixin, file: Path) -> dict[str, bool]:
     """For each tensor in a file, whether it is the network's but for its dtype; empty if the file cannot be read."""
-    state = {name.removeprefix("_orig_mod."): tensor.cpu() for name, tensor in unet.state_dict().items()}
+    state = {name.removeprefix("_orig_mod."): tensor.cpu() for name, tensor in network.state_dict().items()}
     try:
         tensors = safetensors.torch.load_file(file)
     except safetensors.SafetensorError:  # cut off when a save was killed

@@ -1,6 +1,7 @@
 """Guidance by a weaker network: what it computes, and what it needs."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import evaluate as evaluate_script
@@ -19,7 +20,7 @@ from test_schedulers import ExactDenoiser, mean_and_spread, sample
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.evaluation import Reference, evaluate_images, load_feature_extractor
 from ddpm_diffusers.hub import model_card, pipeline_files
-from ddpm_diffusers.pipeline_pixel_diffusion import pipeline_card
+from ddpm_diffusers.pipeline_pixel_diffusion import only_variant, pipeline_card
 from ddpm_diffusers.sampling import sample_images
 
 
@@ -35,7 +36,7 @@ def call(pipe, guidance_scale: float = 1.0, steps: int = 4) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["ddpm", "dpmsolver++", "heun", "euler_ancestral"])
-def test_it_is_a_network_that_extrapolates_from_the_weaker_one(guided, name):
+def test_guidance_is_sampling_with_the_extrapolated_network(guided, name):
     guided.scheduler = make_scheduler(name, guided.scheduler)
     images = call(guided, 1.5)
     strong, weak = guided.unet.forward, guided.guiding_unet
@@ -90,6 +91,7 @@ def test_the_weaker_network_is_saved_only_if_there_is_one(guided, tmp_path):
     assert torch.equal(call(again, 1.25), call(guided, 1.25))
     guided.save_pretrained(tmp_path)
     assert PixelDiffusionPipeline.from_pretrained(tmp_path, guiding_unet=None).guiding_unet is None
+    assert DDPMPipeline(**plain.components).unet is plain.unet
 
 
 PUSH = """
@@ -131,6 +133,14 @@ def test_the_card_is_of_both_networks(guided, tmp_path, caplog):
     loaded.guiding_unet = randomize(guided.guiding_unet, seed=2)
     loaded.save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other" / "README.md").exists()
+    shutil.copytree(tmp_path / "first", tmp_path / "removed")
+    without = PixelDiffusionPipeline.from_pretrained(tmp_path / "removed", guiding_unet=None)
+    without.save_pretrained(tmp_path / "removed")  # a folder of it stays there, but the index does not name it
+    assert (tmp_path / "removed" / "README.before.md").exists()
+    (tmp_path / "removed" / "README.md").write_text("figures of the unet")
+    again = PixelDiffusionPipeline.from_pretrained(tmp_path / "removed")
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == "figures of the unet"
     with caplog.at_level("WARNING", logger="diffusers"):
         loaded.save_pretrained(tmp_path / "first", variant="fp16")
         assert "guiding_unet/diffusion_pytorch_model.safetensors holds other weights" in caplog.text and card.exists()
@@ -138,15 +148,28 @@ def test_the_card_is_of_both_networks(guided, tmp_path, caplog):
     assert not card.exists() and card.with_name("README.before.md").exists()
 
 
-def test_a_weaker_network_of_another_training_is_told(guided, tmp_path, caplog):
-    other = PixelDiffusionPipeline(guided.unet, DDPMScheduler(prediction_type="v_prediction"))
-    other.save_pretrained(tmp_path)
-    with caplog.at_level("WARNING", logger="diffusers"):
-        guided.guiding_unet = OptimizedUNet2DModel.from_pretrained(tmp_path, subfolder="unet")
-    assert "saved with the `guiding_unet` had {'prediction_type': 'v_prediction'}" in caplog.text
+def test_a_weaker_network_of_another_training_is_told_once(guided, tmp_path, caplog):
+    guided.save_pretrained(tmp_path / "guided")
+    velocity = PixelDiffusionPipeline(guided.unet, DDPMScheduler(prediction_type="v_prediction"))
+    velocity.save_pretrained(tmp_path / "guiding_unet")  # a folder of the name of a component
+    other = OptimizedUNet2DModel.from_pretrained(tmp_path / "guiding_unet", subfolder="unet")
+
+    def told(act) -> list[str]:
+        caplog.clear()
+        act()
+        return [record.message for record in caplog.records if "prediction_type" in record.message]
+
+    plain = PixelDiffusionPipeline(guided.unet, guided.scheduler)
+    for pipe in (guided, plain):
+        (message,) = told(lambda pipe=pipe: setattr(pipe, "guiding_unet", other))
+        assert "was saved with a scheduler that has {'prediction_type': 'v_prediction'}, and the pipeline's" in message
+    assert not told(lambda: PixelDiffusionPipeline.from_pretrained(tmp_path / "guided"))
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    (message,) = told(lambda: PixelDiffusionPipeline.from_pretrained(tmp_path / "guided", scheduler=scheduler))
+    assert "saved with the network" in message
 
 
-def test_a_subclass_may_take_none(guided):
+def test_a_subclass_may_take_none(guided, tmp_path):
     class Plain(PixelDiffusionPipeline):
         def __init__(self, unet, scheduler):
             super().__init__(unet, scheduler)
@@ -154,8 +177,19 @@ def test_a_subclass_may_take_none(guided):
     plain = Plain.from_pipe(guided)
     plain.set_progress_bar_config(disable=True)
     assert plain.guiding_unet is None and torch.equal(call(plain), call(guided))
+    plain.save_pretrained(tmp_path)
+    assert not [name for name in json.loads((tmp_path / "model_index.json").read_text()) if "guiding" in name]
+    assert torch.equal(Plain.from_pretrained(tmp_path).unet.stem.weight, guided.unet.stem.weight)
     with pytest.raises(ValueError, match="Plain cannot have a `guiding_unet`"):
         plain.guiding_unet = guided.guiding_unet
+
+
+@pytest.mark.parametrize("files, variant", [
+    (["unet/a.safetensors", "guiding_unet/a.safetensors", "guiding_unet/a.fp16.safetensors"], None),
+    (["unet/a.safetensors", "unet/a.fp16.safetensors", "guiding_unet/a.fp16.safetensors"], "fp16"),
+])  # fmt: skip
+def test_the_variant_that_the_snippets_ask_for_is_one_of_both_networks(files, variant):
+    assert only_variant(files) == variant
 
 
 @pytest.mark.parametrize("scale, message", [
@@ -174,6 +208,9 @@ def test_networks_that_do_not_fit_together_are_refused(guided):
         guided.unet.register_to_config(out_channels=2)
         guided.guiding_unet.register_to_config(out_channels=2)
         guided.scheduler.register_to_config(variance_type="learned")
+        call(guided, 2)
+    guided.guiding_unet.register_to_config(sample_size=16)
+    with pytest.raises(ValueError, match="was made for images of 16x16 and the `unet` for 8x8"):
         call(guided, 2)
     guided.guiding_unet.register_to_config(in_channels=3)
     with pytest.raises(ValueError, match="The `guiding_unet` has 3 `in_channels` and the `unet` 1; they must"):
