@@ -181,7 +181,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 arXiv:2010.02502; TCD).
             guidance_scale: At least 1, which is no guidance. Above, `guiding_unet` is evaluated, too, and the
                 prediction is extrapolated from its own through that of `unet` (arXiv:2406.02507): samples move
-                away from the errors that both make, the weaker network larger ones. 1.25 was measured to be good
+                away from the errors that both make, the weaker network larger ones. 1.15 was measured to be good
                 (`train_scripts/results/README.md`); too much raises the contrast.
             output_type: `"pil"` images (grey ones in mode "L"), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1],
                 or `"latent"`: (B, C, H, W) as the last step left it, roughly in [-1, 1].
@@ -693,7 +693,7 @@ Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffuser
 """
 GUIDANCE = """
 Beside it is a weaker network, `guiding_unet`, of {parameters:,} parameters. With a `guidance_scale` above 1 in
-the call, such as 1.25, samples move away from what the weaker one gets wrong (autoguidance,
+the call, such as 1.15, samples move away from what the weaker one gets wrong (autoguidance,
 [arXiv:2406.02507](https://arxiv.org/abs/2406.02507)).
 """
 # the comment on the first import keeps diffusers from taking it for an import of this file
