@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, randomize, reset_accelerate
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, EDMEulerScheduler
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from interpreter import Interpreter
@@ -137,6 +137,9 @@ def test_the_card_is_of_both_networks(guided, tmp_path, caplog):
     without = PixelDiffusionPipeline.from_pretrained(tmp_path / "removed", guiding_unet=None)
     without.save_pretrained(tmp_path / "removed")  # a folder of it stays there, but the index does not name it
     assert (tmp_path / "removed" / "README.before.md").exists()
+    shutil.copytree(tmp_path / "first", tmp_path / "variant")
+    without.save_pretrained(tmp_path / "variant", variant="fp16")
+    assert not (tmp_path / "variant" / "README.md").exists()
     (tmp_path / "removed" / "README.md").write_text("figures of the unet")
     again = PixelDiffusionPipeline.from_pretrained(tmp_path / "removed")
     again.save_pretrained(tmp_path / "again")
@@ -164,6 +167,12 @@ def test_a_weaker_network_of_another_training_is_told_once(guided, tmp_path, cap
         (message,) = told(lambda pipe=pipe: setattr(pipe, "guiding_unet", other))
         assert "was saved with a scheduler that has {'prediction_type': 'v_prediction'}, and the pipeline's" in message
     assert not told(lambda: PixelDiffusionPipeline.from_pretrained(tmp_path / "guided"))
+    edm = PixelDiffusionPipeline(guided.unet, EDMEulerScheduler())  # another kind of noise
+    edm.save_pretrained(tmp_path / "edm")
+    other = OptimizedUNet2DModel.from_pretrained(tmp_path / "edm", subfolder="unet")
+    caplog.clear()
+    plain.guiding_unet = other
+    assert "was saved with a scheduler that has {'beta_schedule': None}" in caplog.text
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     (message,) = told(lambda: PixelDiffusionPipeline.from_pretrained(tmp_path / "guided", scheduler=scheduler))
     assert "saved with the network" in message

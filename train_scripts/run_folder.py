@@ -160,7 +160,7 @@ def save_pipeline(pipe, output_dir: Path) -> None:
             target.parent.mkdir(exist_ok=True)
             os.replace(partial / path, target)
         shutil.rmtree(partial)
-        if replaced:
+        if "unet" in replaced:
             for path in output_dir.glob("unet/*.safetensors*"):
                 if path.relative_to(output_dir) not in files:
                     path.unlink()

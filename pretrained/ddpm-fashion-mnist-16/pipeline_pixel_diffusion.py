@@ -128,7 +128,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             ValueError: If a `scheduler` among the arguments cannot take the place of the pipeline's.
         """
         taken = NETWORKS if takes_guiding_unet(cls) else ("unet",)
-        networks = {name: part for name, part in pipeline.components.items() if name in taken}
+        networks = {name: getattr(pipeline, name) for name in taken if hasattr(pipeline, name)}
         if "scheduler" in kwargs and "scheduler" in pipeline.components:
             in_place = pipeline.scheduler
             check_scheduler(kwargs["scheduler"], None if in_place is None else in_place.config)
@@ -332,7 +332,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(
                     f"The `guiding_unet` has {guiding} `{key}` and the `unet` {own}; they must have the same."
                 )
-        own, guiding = (height_and_width(network.config.sample_size) for network in (self.unet, self.guiding_unet))
+        sizes = (network.config.get("sample_size") for network in (self.unet, self.guiding_unet))
+        own, guiding = map(height_and_width, sizes)
         if own != guiding and None not in (*own, *guiding):
             raise ValueError(
                 f"The `guiding_unet` was made for images of {guiding[0]}x{guiding[1]} and the `unet` for"
@@ -543,7 +544,8 @@ def warn_of_other_training(guiding_unet: ModelMixin, unet: ModelMixin | None, sc
     trained = scheduler_beside(guiding_unet)
     if trained is None or trained == scheduler_beside(unet):  # of the latter, a warning was given already
         return
-    if changed := other_noise(trained, scheduler.config):
+    another_kind = ("beta_schedule" in trained) != ("beta_schedule" in scheduler.config)
+    if changed := ["beta_schedule"] if another_kind else other_noise(trained, scheduler.config):
         was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
         logger.warning(
             f"The `guiding_unet` was saved with a scheduler that has {was}, and the pipeline's has {now}: give one"
@@ -825,17 +827,18 @@ def copy_card(networks: dict[str, ModelMixin], source: str, folder: str | Path, 
                 partial.replace(Path(folder, name))
 
 
-def set_card_aside(networks: dict[str, ModelMixin], folder: Path, variant: str | None = None) -> bool:
-    """Rename the card and samples of a saved pipeline if a network's weights are to replace others of this variant.
+def set_card_aside(networks: dict[str, ModelMixin], folder: Path, variant: str | None = None) -> list[str]:
+    """Rename the card and samples of a saved pipeline if weights of this variant are to be replaced by others.
 
-    Or if its `guiding_unet` is to go. Returns whether either is so.
+    Or if its `guiding_unet` is to go. Returns the names of the networks of which either is so.
     """
     weights = rf"[^.]+{re.escape(f'.{variant}' if variant else '')}(-\d+-of-\d+)?\.safetensors"
-    others = False
+    changed = []
     for name in networks_in(folder):
         replaced = [path for path in Path(folder, name).glob("*.safetensors") if re.fullmatch(weights, path.name)]
-        others |= bool(replaced) and not (name in networks and has_weights_of(networks[name], replaced))
-    if others:
+        if name not in networks or (replaced and not has_weights_of(networks[name], replaced)):
+            changed.append(name)
+    if changed:
         paths = (folder / README, folder / SAMPLES)
         for number in itertools.count():
             asides = [path.with_stem(f"{path.stem}.before{number or ''}") for path in paths]
@@ -845,7 +848,7 @@ def set_card_aside(networks: dict[str, ModelMixin], folder: Path, variant: str |
             if path.exists():
                 path.replace(aside)
                 logger.warning(f"{path} is of the weights that are replaced now: it is {aside.name} from here on.")
-    return others
+    return changed
 
 
 def networks_in(folder: Path) -> list[str]:
