@@ -104,11 +104,12 @@ def test_the_figures_of_the_front_page_are_of_the_records():
         ]
     same_noise = f"({distances('default', 'muon_16')['0'][0]:.2f} with the seed of the row above)"
     assert same_noise in line(muon)[0]
-    for size in ("16", "28"):
-        record = json.loads((RESULTS / f"released_{size}" / "evaluation.json").read_text())["figures"]
+    with_guidance = [(f"{size}x{size}, with guidance", f"guidance/scale-1.15-{size}") for size in (16, 28)]
+    for label, folder in (("16x16", "released_16"), ("28x28", "released_28"), *with_guidance):
+        record = json.loads((RESULTS / folder / "evaluation.json").read_text())["figures"]
         found, floor = ({name: figure["mean"] for name, figure in record[group].items() if figure}
                         for group in ("train", "floor"))  # fmt: skip
-        assert line(f"{size}x{size}")[1:] == [
+        assert line(label)[1:] == [
             f"{found['frechet_distance']:.3f}", f"{record['to_floor']['frechet_distance']['mean']:.1f}",
             *(f"{100 * found[name] / floor[name]:.0f} %" for name in ("precision", "recall"))]  # fmt: skip
 
