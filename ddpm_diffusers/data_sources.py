@@ -92,7 +92,7 @@ def files_by_split(folder: str) -> dict[str, list[str]]:
     for split, words in SPLIT_KEYWORDS.items():
         for source in sources:
             name = source.stem if is_archive(source) else source.name
-            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", name):
+            if re.fullmatch(rf"({'|'.join(words)})([-._ \d].*)?", name.lower()):
                 pattern = glob.escape(str(source))
                 patterns.setdefault(str(split), []).append(f"{pattern}/**" if source.is_dir() else pattern)
                 named.append(source.name)

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Image
+from datasets.utils import tqdm
 from diffusers.utils import logging
 from PIL import Image as PILImage
 from PIL import ImageOps
@@ -19,20 +20,30 @@ from .synthetic_fashion import SYNTHETIC
 logger = logging.get_logger(__name__)
 
 ROWS = 64  # decoded at a time
+MOST_DAMAGED = 10  # images that one error names
 FETCHES = 16  # at a time, of images that are not in the data set's own files
 
 
 def decode_images(table: pa.Table, indices: list[int], image_column, resolution, channels, size) -> pa.Table:
     """Decode a table's images to uint8 rows, (C, H, W) each; `indices` number them in error messages.
 
-    All must be squares as wide as `size`, (W, H); if it is None, each is cropped to its central square.
+    All must be squares as wide as `size`, (W, H); if it is None, each is cropped to its central square. Images that
+    are missing or damaged are named together, the first ten, so that they can be repaired at once.
     """
     pixels = np.empty((len(table), channels, resolution, resolution), np.uint8)
     parts = [table.select([image_column]).slice(first, ROWS) for first in range(0, len(table), ROWS)]
     images = (encoded for part in parts for encoded in with_content(part).column(0))
+    images = tqdm(images, desc="Images", total=len(table), leave=False)  # the bar of `map` moves once a table
+    damaged = []
     for row, (index, encoded) in enumerate(zip(indices, images, strict=True)):
         encoded = encoded.as_py()
-        image = decode_image(encoded, index)
+        try:
+            image = decode_image(encoded, index)
+        except DamagedImage as error:
+            damaged.append(error)
+            if len(damaged) == MOST_DAMAGED:
+                break
+            continue
         if size is None:
             image = central_square(image)
         elif image.size != (size[0], size[0]):
@@ -47,6 +58,8 @@ def decode_images(table: pa.Table, indices: list[int], image_column, resolution,
         if image.width != resolution:
             image = image.resize((resolution, resolution), PILImage.Resampling.BILINEAR)
         pixels[row] = np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1)
+    if damaged:
+        raise DamagedImage("\n".join(map(str, damaged))) from damaged[0]
     return pixel_table(pixels, table.drop_columns([image_column]))
 
 

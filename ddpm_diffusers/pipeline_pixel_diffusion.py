@@ -80,9 +80,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             of the scheduler that it replaces, or, if it was given to `from_pretrained`, from that of the scheduler
             saved beside the network, as far as this is in the folder or the cache.
         guiding_unet (`ModelMixin`, *optional*): A weaker network of the same task, for a `guidance_scale` above 1:
-            smaller and trained for less long than `unet`, on the same images, noise schedule and prediction type. (One
-            that was saved is replaced or left out by `guiding_unet=` of `PixelDiffusionPipeline.from_pretrained`, not
-            of `DiffusionPipeline.from_pretrained`.)
+            smaller and trained for less long than `unet`, on the same images, noise schedule and prediction type. Set
+            after `pipe.to(device)`, it must be moved there first. (One that was saved is replaced or left out by
+            `guiding_unet=` of `PixelDiffusionPipeline.from_pretrained`, not of `DiffusionPipeline.from_pretrained`.)
     """
 
     _code = Path(__file__).read_bytes()  # as it runs; by the time of saving, the file may be another
@@ -142,6 +142,17 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def networks(self) -> dict[str, ModelMixin]:
         """Its networks by name, `unet` and, if there is one, `guiding_unet`."""
         return {name: getattr(self, name) for name in NETWORKS if getattr(self, name) is not None}
+
+    def enable_group_offload(self, *args, **kwargs) -> None:
+        """diffusers' method; ValueError for `offload_to_disk_path` with a `guiding_unet`."""
+        given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        if given.get("offload_to_disk_path") is not None and self.guiding_unet is not None:
+            # diffusers names them by layers and never replaces one, so both would get the weights of the first
+            raise ValueError(
+                "`offload_to_disk_path` is given, but files of `unet` and `guiding_unet` would have the same names:"
+                " call `enable_group_offload` of each network instead, with a folder of its own."
+            )
+        super().enable_group_offload(*args, **kwargs)
 
     @property
     def num_timesteps(self) -> int:
@@ -694,8 +705,8 @@ Draws {images} from noise: a U-Net in pixel space and a scheduler, as a diffuser
 - For study and experiments: not for decisions about people, nor as evidence of anything.
 """
 GUIDANCE = """
-Beside it is a weaker network, `guiding_unet`, of {parameters:,} parameters. With a `guidance_scale` above 1 in
-the call, such as 1.15, samples move away from what the weaker one gets wrong (autoguidance,
+Beside the `unet` is a weaker network, `guiding_unet`, of {parameters:,} parameters. With a `guidance_scale` above
+1 in the call, such as 1.15, samples move away from what the weaker one gets wrong (autoguidance,
 [arXiv:2406.02507](https://arxiv.org/abs/2406.02507)).
 """
 # the comment on the first import keeps diffusers from taking it for an import of this file
@@ -764,6 +775,8 @@ def takes_few_steps(scheduler: dict) -> bool:
     learned = "learned" in str(scheduler.get("variance_type"))
     if "beta_schedule" not in scheduler or learned or scheduler.get("use_flow_sigmas"):
         return False
+    if scheduler["beta_schedule"] == "squaredcos_cap_v2" and scheduler.get("prediction_type", "epsilon") == "epsilon":
+        return False  # too little signal at the last timestep for a sampler that does not clip
     try:
         DPMSolverMultistepScheduler.from_config(scheduler, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True)
     except (NotImplementedError, ValueError):  # a beta_schedule that it does not know; sigmas of another kind
@@ -803,7 +816,8 @@ def only_variant(files: Iterable[str]) -> str | None:
 def copy_card(networks: dict[str, ModelMixin], source: str, folder: str | Path, token: str | None) -> None:
     """Copy the card and samples of a folder or repository, if they can be read and its networks are still the same.
 
-    The card describes only these weights: no other network, no other revision, and none that was trained further.
+    The card describes only these weights: no other network, no other revision, and none that was trained further. If
+    it knows nothing of a `guiding_unet` that was added, a section on it is appended.
     """
     loaded, in_cache = Path(networks["unet"].config.get("_name_or_path") or ""), f"models--{source}".replace("/", "--")
     is_local = loaded == Path(source, "unet")
@@ -824,6 +838,10 @@ def copy_card(networks: dict[str, ModelMixin], source: str, folder: str | Path, 
             if not Path(folder, name).exists():
                 partial = Path(folder, f".{name}.partial")  # a full disk must leave no part of it under its name
                 shutil.copyfile(path, partial)
+                if name == README and "guiding_unet" in networks and b"guiding_unet" not in partial.read_bytes():
+                    guidance = GUIDANCE.format(parameters=networks["guiding_unet"].num_parameters())
+                    with open(partial, "ab") as card:
+                        card.write(f"\n## Guidance\n{guidance}".encode())
                 partial.replace(Path(folder, name))
 
 
@@ -847,7 +865,7 @@ def set_card_aside(networks: dict[str, ModelMixin], folder: Path, variant: str |
         for path, aside in zip(paths, asides, strict=True):
             if path.exists():
                 path.replace(aside)
-                logger.warning(f"{path} is of the weights that are replaced now: it is {aside.name} from here on.")
+                logger.warning(f"{path} is of the networks that are replaced now: it is {aside.name} from here on.")
     return changed
 
 

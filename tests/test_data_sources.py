@@ -124,7 +124,7 @@ def test_images_that_are_left_out_are_told(tmp_path, caplog):
     assert "source holds 3 images, and `datasets` takes 1, by names" in caplog.text
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("training", "validation")])
+@pytest.mark.parametrize("names", [("train", "test"), ("training", "validation"), ("Train", "TEST")])
 def test_splits_may_be_links(names, tmp_path, caplog):
     folder = tmp_path / "source"
     folder.mkdir()

@@ -185,6 +185,8 @@ def test_a_folder_is_read_as_the_training_reads_it(evaluate, tmp_path):
     (["--images", "test", "--resolution", "9"], "`--resolution` is 9; it must be even"),
     (["--images", "test", "--scheduler", "ddim"], "`--scheduler` is for a `--model`"),
     (["--images", "test", "--num_inference_steps", "5"], "`--num_inference_steps` is for a `--model`"),
+    (["--images", "test", "--guidance_scale", "2"], "`--guidance_scale` is for a `--model`"),
+    (["--model", "MODEL", "--guidance_scale", "nan"], "`--guidance_scale` is nan; it must be a number from 1"),
     (["--images", "folder", "--resolution", "16"], "`--resolution` is for `--images` that are a split"),
     (["--model", "folder", "--resolution", "16"], "`--resolution` is for `--images` that are a split"),
     (["--images", "nowhere"], "nowhere is no folder with images .*nor one of the splits train and test"),

@@ -97,6 +97,8 @@ def test_samples_that_came_while_it_loaded_are_kept(tiny_pipe, tmp_path):
     (["--scheduler", "ddim:beta_end=wide"], "`beta_end` is 0.02 in the scheduler"),
     (["--scheduler", "ddim:eta"], "The scheduler is 'ddim:eta'; it must be NAME or NAME:OPTION=VALUE"),
     (["--num_images", "0"], "`--num_images` is 0; it must be at least 1"),
+    (["--guidance_scale", "0.5"], "`--guidance_scale` is 0.5; it must be a number from 1"),
+    (["--guidance_scale", "2"], "`guidance_scale` is 2.0, but the pipeline has no `guiding_unet`"),
     (["--dtype", "half"], "`--dtype` is 'half'; it must be float32, float16 or bfloat16"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_before_anything_is_written(generate, tmp_path, flags, message):

@@ -151,6 +151,28 @@ def test_the_card_is_of_both_networks(guided, tmp_path, caplog):
     assert not card.exists() and card.with_name("README.before.md").exists()
 
 
+def test_a_copied_card_tells_of_a_weaker_network_that_was_added(guided, tmp_path):
+    PixelDiffusionPipeline(guided.unet, guided.scheduler).save_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "README.md").write_text("# figures\n")
+    pipe = PixelDiffusionPipeline.from_pretrained(tmp_path / "plain", guiding_unet=guided.guiding_unet)
+    pipe.save_pretrained(tmp_path / "added")
+    card = (tmp_path / "added" / "README.md").read_text()
+    assert card.startswith("# figures\n\n## Guidance\n") and "`guiding_unet`" in card
+    PixelDiffusionPipeline.from_pretrained(tmp_path / "added").save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == card
+
+
+def test_offloading_both_networks_to_the_same_files_is_refused(guided, tmp_path):
+    images = call(guided, 1.25)
+    with pytest.raises(ValueError, match="`offload_to_disk_path` is given, but files of `unet` and `guiding_unet`"):
+        guided.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    for name, network in guided.networks().items():
+        network.enable_group_offload(
+            torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / name)
+        )
+    torch.testing.assert_close(call(guided, 1.25), images)
+
+
 def test_a_weaker_network_of_another_training_is_told_once(guided, tmp_path, caplog):
     guided.save_pretrained(tmp_path / "guided")
     velocity = PixelDiffusionPipeline(guided.unet, DDPMScheduler(prediction_type="v_prediction"))

@@ -168,6 +168,18 @@ def test_an_image_that_cannot_be_used(kind):
     assert_says(error, ["Image 0 ", *words])
 
 
+def test_damaged_images_are_named_together_up_to_ten(tmp_path):
+    for count in (2, 30):
+        images = [{"bytes": b"", "path": None} if 3 <= i < 3 + count else image
+                  for i, image in enumerate(random_images(40))]  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            load_images(**store(images, tmp_path / str(count)), resolution=8)
+        lines = str(error.value).splitlines()
+        assert [line.split(" cannot")[0] for line in lines] == [
+            f"Image {3 + i} of the data set" for i in range(min(count, 10))
+        ]
+
+
 @pytest.mark.parametrize("format", ["png", "jpeg", "gif", "webp"])
 def test_random_damage_gives_an_image_or_the_error_that_names_it(format):
     rng = np.random.default_rng(0)

@@ -67,7 +67,7 @@ def test_a_card_of_weights_that_are_replaced_is_set_aside(tiny_pipe, tmp_path, c
         next(tiny_pipe.unet.parameters()).add_(1)
     assert save() == {"README.before.md", "samples.before.png"}
     assert (tmp_path / "README.before.md").read_text() == "Its distance is 0.1."
-    assert "README.md is of the weights that are replaced now" in caplog.text
+    assert "README.md is of the networks that are replaced now" in caplog.text
     (tmp_path / "samples.png").write_bytes(b"made by these")
     with torch.no_grad():
         next(tiny_pipe.unet.parameters()).add_(1)

@@ -122,6 +122,14 @@ def test_without_an_average_the_trained_weights_are_saved(train):
     assert not (output_dir / "checkpoint-3" / "unet_ema").exists()
 
 
+def test_samples_that_are_not_finite_do_not_end_a_run_whose_weights_are(train, caplog):
+    """One step so large that sampling overflows; the loss before it, and the weights after it, are finite."""
+    output_dir = train("--learning_rate", "1e20", "--no_use_ema", "--max_train_steps", "1")
+    assert "There is no grid of samples at step 1: DPMSolverMultistepScheduler made images with NaN" in caplog.text
+    assert (output_dir / WEIGHTS).is_file() and not (output_dir / "samples.png").exists()
+    assert "samples.png" not in (output_dir / "README.md").read_text()
+
+
 def test_settings_come_from_a_file_the_network_a_mapping_in_it(tmp_path):
     """In colour, with the logger by default."""
     network = {**json.loads(UNET), "in_channels": 3, "out_channels": 3}

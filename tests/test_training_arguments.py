@@ -124,3 +124,8 @@ def test_a_schedule_that_does_not_reach_noise_is_told(train, caplog):
             train("--ddpm_num_steps", steps, "--unet_config", "missing.json")
         message = "After 100 timesteps of `--ddpm_beta_schedule` scaled_linear, 70% of the image is left"
         assert (message in caplog.text) == ("of the image is left" in caplog.text) == told
+    for prediction_type, told in (("v_prediction", False), ("epsilon", True)):
+        with pytest.raises(ValueError, match="is no file"):
+            train("--ddpm_beta_schedule", "squaredcos_cap_v2", "--prediction_type", prediction_type,
+                  "--unet_config", "missing.json")  # fmt: skip
+        assert ("Give `--prediction_type v_prediction`" in caplog.text) == told

@@ -29,7 +29,7 @@ class TrainingArguments:
     train_data_dir: str | None = arg(None, "folder of images, in place of --dataset_name")
     split: str = arg("train", "split of the data set")
     image_column: str = arg("image", "column that holds the images")
-    max_train_samples: int | None = arg(None, "use only the first N images")
+    max_train_samples: int | None = arg(None, "use only the first N images (of data sorted by class, a few classes)")
     resolution: int = arg(16, "height and width that images are resized to")
     center_crop: bool = arg(False, "crop each image to its central square first")
     random_flip: bool = arg(False, "flip images horizontally at random; hurts if objects face one way, as shoes do")

@@ -7,6 +7,7 @@ shows what the figures are worth. Under `accelerate launch` the processes share 
 """
 
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,7 @@ class EvaluateArguments(EvaluationArguments):
         self.num_inference_steps = 100 if self.num_inference_steps is None else self.num_inference_steps
         self.resolution = 28 if self.resolution is None else self.resolution
         check(self, self.num_inference_steps >= 1, "num_inference_steps", "be at least 1")
+        check(self, 1 <= self.guidance_scale < math.inf, "guidance_scale", "be a number from 1 (no guidance)")
         even = self.resolution >= 6 and self.resolution % 2 == 0
         check(self, even, "resolution", "be even, and at least 6")
         if self.damage is not None and (self.images is None or self.damage not in DAMAGE):

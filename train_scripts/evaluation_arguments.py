@@ -113,5 +113,6 @@ def provenance(args: EvaluationArguments, accelerator: Accelerator, pipe: PixelD
 
 def digest_of(network: torch.nn.Module) -> str:
     """The start of its weights' SHA-256, by which a record names them."""
-    weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+    state = network.state_dict().items()  # of a network that accelerate compiled, with a prefix
+    weights = {name.removeprefix("_orig_mod."): tensor.cpu().contiguous() for name, tensor in state}
     return hashlib.sha256(safetensors.torch.save(weights)).hexdigest()[:12]

@@ -45,7 +45,7 @@ in other features: give the digest below with each.
 ```python
 from ddpm_diffusers.evaluation.features import extract_features, load_feature_extractor
 
-extractor = load_feature_extractor("{name}")
+extractor = load_feature_extractor("{path}")
 features = extract_features(extractor, images)  # uint8 (N, {channels}, H, W) to (N, {num_features})
 ```
 
@@ -70,6 +70,7 @@ class FeatureExtractorArguments:
     dataset_name: str = arg(
         "zalando-datasets/fashion_mnist", "Hub id or local folder, with a column `label` of classes"
     )
+    dataset_config_name: str | None = arg(None, "configuration of the data set, if it has several")
     train_split: str = arg("train", "split to train on")
     test_split: str = arg("test", "split that gives the accuracies alone")
     image_column: str = arg("image", "column that holds the images")
@@ -78,6 +79,7 @@ class FeatureExtractorArguments:
     resolution: int = arg(28, "height and width that images are resized to, and the highest resolution to train on")
     lowest_resolution: int = arg(12, "lowest resolution to train on")
     image_size: int = arg(48, "height and width of the network's input, whatever the resolution")
+    cache_dir: str | None = arg(None, "cache folder for data sets and decoded images")
     output_dir: str = arg("feature-extractor", "folder for the model and its card")
     hub_license: str | None = arg(None, "license of the model, such as mit, for its card")
     seed: int = arg(0, "seed for weights, data order and resolutions")
@@ -192,8 +194,10 @@ def load_split(
         resolution=resolution,
         channels=args.channels,
         center_crop=args.center_crop,
+        dataset_config_name=args.dataset_config_name,
         split=split,
         image_column=args.image_column,
+        cache_dir=args.cache_dir,
     )
     if not isinstance(dataset.features.get("label"), ClassLabel):
         raise ValueError(
@@ -226,12 +230,15 @@ def model_card(
         value = getattr(args, field.name)
         if field.name == "output_dir":
             command += ["--output_dir", Path(value).resolve().name]
+        elif field.name == "cache_dir":
+            continue
         elif field.name == "dataset_name":
             command += ["--dataset_name", value if public or value == SYNTHETIC else "path/to/images"]
         elif field.name == "mixed_precision":  # whatever chose it
             command += ["--mixed_precision", accelerator.mixed_precision]
         elif value != field.default:
             command += [f"--{field.name}", str(value)]
+    name = Path(args.output_dir).resolve().name
     source = f"[{args.dataset_name}](https://huggingface.co/datasets/{args.dataset_name})" if public else "a local set"
     rows = {f"test accuracy at {size}x{size}": f"{value:.4f}" for size, value in accuracies.items()}
     rows |= {"features": config.hidden_sizes[-1], "seed": args.seed, "SHA-256 of model.safetensors": f"`{digest}`"}
@@ -244,7 +251,8 @@ def model_card(
         datasets=[args.dataset_name] if public else None,
     )
     text = CARD.format(
-        name=Path(args.output_dir).resolve().name,
+        name=name,
+        path=f"path/to/{name}" if Path(args.output_dir).is_absolute() else args.output_dir,
         data=f"{SYNTHETIC}, which ddpm-diffusers draws itself" if args.dataset_name == SYNTHETIC else source,
         num_features=config.hidden_sizes[-1],
         image_size=args.image_size,

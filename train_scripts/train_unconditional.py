@@ -44,7 +44,7 @@ from ddpm_diffusers.hub import is_hub_id, model_card, prepare_repo
 from ddpm_diffusers.muon import Muon
 from ddpm_diffusers.objectives import draw_noise_and_timesteps, loss_weights, training_target
 from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
-from ddpm_diffusers.sampling import sample_images, to_pil
+from ddpm_diffusers.sampling import NotFiniteError, sample_images, to_pil
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -171,9 +171,13 @@ def main(args: TrainingArguments) -> None:
         """The U-Net with averaged weights, if any, whole in every process even if the model is sharded."""
         return plain_copy(model, None if ema is None else ema.shadow_params)
 
-    def write_samples() -> Path:
+    def write_samples() -> Path | None:
         pipe = PixelDiffusionPipeline(averaged_unet(), make_scheduler("dpmsolver++", scheduler)).to(device)
-        samples = sample_images(pipe, args.eval_batch_size, args.ddpm_num_inference_steps)
+        try:
+            samples = sample_images(pipe, args.eval_batch_size, args.ddpm_num_inference_steps)
+        except NotFiniteError as error:  # no reason to end a training whose weights are finite
+            logger.warning(f"There is no grid of samples at step {step}: {error}")
+            return None
         path = samples_path(output_dir, step)
         if accelerator.is_main_process:
             grid = image_grid(to_pil(samples))
@@ -328,7 +332,8 @@ def main(args: TrainingArguments) -> None:
     samples = write_samples()
     logger.info(f"Samples: {samples}")
     if accelerator.is_main_process:
-        write_file(output_dir / SAMPLES, partial(shutil.copyfile, samples))
+        if samples is not None:
+            write_file(output_dir / SAMPLES, partial(shutil.copyfile, samples))
         if not (output_dir / README).exists():
             card = model_card(
                 pipe,
@@ -337,7 +342,7 @@ def main(args: TrainingArguments) -> None:
                 dataset_id=args.dataset_id,
                 base_model=run["base_model"],
                 settings=settings_for_card(run),
-                has_samples=True,
+                has_samples=samples is not None,
                 license=args.hub_license,
             )
             write_text(output_dir / README, str(card))

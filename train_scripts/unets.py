@@ -27,7 +27,7 @@ FLAGS = {
 
 
 def make_noise_schedule(args: TrainingArguments) -> DDPMScheduler:
-    """The scheduler of the training; warns if its last timestep leaves much of the image."""
+    """The scheduler of the training; warns if its last timestep leaves much of the image, or too little."""
     scheduler = DDPMScheduler(
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,
@@ -40,6 +40,12 @@ def make_noise_schedule(args: TrainingArguments) -> DDPMScheduler:
             f"After {args.ddpm_num_steps} timesteps of `--ddpm_beta_schedule` {args.ddpm_beta_schedule},"
             f" {signal_left**0.5:.0%} of the image is left, and sampling starts from pure noise, which the network"
             " never saw: give more `--ddpm_num_steps`, or squaredcos_cap_v2 with v_prediction."
+        )
+    elif signal_left < 1e-6 and args.prediction_type == "epsilon":
+        logger.warning(
+            f"`--ddpm_beta_schedule` {args.ddpm_beta_schedule} leaves next to nothing of the image at its last"
+            " timestep, where predicted noise cannot tell the image: schedulers that do not clip, such as the"
+            " DPM-Solver++ of the sample grids, will diverge. Give `--prediction_type v_prediction`."
         )
     return scheduler
 
@@ -108,7 +114,9 @@ def load_unet(
     """The network of a saved pipeline, with its weights; ValueError if it cannot be trained with `scheduler`."""
     flag = "pretrained_model_name_or_path"
     try:
-        pipe = PixelDiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, use_safetensors=True)
+        pipe = PixelDiffusionPipeline.from_pretrained(
+            name_or_path, guiding_unet=None, dtype=torch.float32, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`--{flag}` {name_or_path} cannot be loaded ({error}): give a saved pipeline, with weights in safetensors"
