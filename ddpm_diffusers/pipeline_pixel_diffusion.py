@@ -410,41 +410,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 content = json.loads(config.read_text("utf-8"))
                 if content.pop("_name_or_path", None) is not None:
                     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-        card, samples = Path(save_directory, README), Path(save_directory, SAMPLES)
-        if self.unet is not None and self.name_or_path and not card.exists():
+        if self.unet is not None and self.name_or_path and not Path(save_directory, README).exists():
             copy_card(networks, self.name_or_path, save_directory, token)
         if not push_to_hub:
             return None
-        check_token(token)
-        if self.unet is None:
-            raise ValueError("The pipeline has no `unet` to push: set `pipe.unet` first.")
-        for name in networks:
-            library, class_name = self.config[name]
-            code = Path(save_directory, name, f"{library.rpartition('.')[2]}.py")
-            if not loads_elsewhere(library) and not code.is_file():
-                logger.warning(
-                    f"{class_name} does not save its code, so the repository cannot be loaded by its id: import"
-                    f" {library}, then load the folder that `huggingface_hub.snapshot_download` gives."
-                )
-        repo_id = repo_id or Path(save_directory).name
-        repo_id = create_repo(repo_id, private, token).repo_id
-        files = ["model_index.json"]
-        if type(self).__module__ == __name__:
-            files.append(f"{CLASS_IN_INDEX[0]}.py")
-        for folder in (Path(save_directory, name) for name, part in self.components.items() if part is not None):
-            files += [f"{folder.name}/{file}" for file in component_files(folder, safe_serialization)]
-        if not subfolder and huggingface_hub.file_exists(repo_id, README, token=token):
-            if not card.exists():  # else it is of these weights
-                logger.warning(f"{repo_id} keeps its model card: see that the figures in it are of these weights.")
-        elif not subfolder:
-            text = card.read_text("utf-8") if card.exists() else str(pipeline_card(self, repo_id, samples.exists()))
-            card.write_text(with_repo_id(text, repo_id, only_variant(files)), "utf-8")
-            files += [README, SAMPLES]
-        return huggingface_hub.upload_folder(
-            repo_id=repo_id, folder_path=save_directory, path_in_repo=subfolder, create_pr=create_pr, token=token,
-            allow_patterns=[glob.escape(file) for file in files],
-            commit_message=commit_message or f"Upload {type(self).__name__}",
-        )  # fmt: skip
+        options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        return upload(self, Path(save_directory), repo_id, subfolder, safe_serialization, **options)
 
     def push_to_hub(
         self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token: str | None = None,
@@ -895,6 +866,45 @@ def compared_with(network: ModelMixin, file: Path) -> dict[str, bool]:
         name: name in state and torch.equal(tensor.to(state[name].dtype), state[name])
         for name, tensor in tensors.items()
     }
+
+
+def upload(
+    pipe: PixelDiffusionPipeline, folder: Path, repo_id: str | None, subfolder: str | None, safe_serialization: bool,
+    *, commit_message: str | None, private: bool | None, token: str | None, create_pr: bool,
+) -> huggingface_hub.CommitInfo:  # fmt: skip
+    """Push what `save_pretrained` has saved in a folder, with a card."""
+    check_token(token)
+    if pipe.unet is None:
+        raise ValueError("The pipeline has no `unet` to push: set `pipe.unet` first.")
+    for name in pipe.networks():
+        library, class_name = pipe.config[name]
+        code = folder / name / f"{library.rpartition('.')[2]}.py"
+        if not loads_elsewhere(library) and not code.is_file():
+            logger.warning(
+                f"{class_name} does not save its code, so the repository cannot be loaded by its id: import {library},"
+                " then load the folder that `huggingface_hub.snapshot_download` gives."
+            )
+    repo_id = create_repo(repo_id or folder.name, private, token).repo_id
+    files = ["model_index.json"]
+    if type(pipe).__module__ == __name__:
+        files.append(f"{CLASS_IN_INDEX[0]}.py")
+    for name, component in pipe.components.items():
+        if component is not None:
+            files += [f"{name}/{file}" for file in component_files(folder / name, safe_serialization)]
+    card = folder / README
+    if not subfolder and huggingface_hub.file_exists(repo_id, README, token=token):
+        if not card.exists():  # else it is of these weights
+            logger.warning(f"{repo_id} keeps its model card: see that the figures in it are of these weights.")
+    elif not subfolder:
+        has_samples = (folder / SAMPLES).exists()
+        text = card.read_text("utf-8") if card.exists() else str(pipeline_card(pipe, repo_id, has_samples))
+        card.write_text(with_repo_id(text, repo_id, only_variant(files)), "utf-8")
+        files += [README, SAMPLES]
+    return huggingface_hub.upload_folder(
+        repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, create_pr=create_pr, token=token,
+        allow_patterns=[glob.escape(file) for file in files],
+        commit_message=commit_message or f"Upload {type(pipe).__name__}",
+    )  # fmt: skip
 
 
 def component_files(folder: Path, safe: bool = True) -> list[str]:
