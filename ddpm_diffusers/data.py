@@ -147,7 +147,7 @@ def load_images(
         label,
         with_indices=True,
         remove_columns=[image_column],
-        fn_kwargs=settings,
+        fn_kwargs={**settings, "progress": True},
         cache_file_name=cache_file(cache_dir, source._fingerprint, stamps(source), settings),
         desc=f"Decoding to {resolution}x{resolution}",
     )

@@ -24,16 +24,20 @@ MOST_DAMAGED = 10  # images that one error names
 FETCHES = 16  # at a time, of images that are not in the data set's own files
 
 
-def decode_images(table: pa.Table, indices: list[int], image_column, resolution, channels, size) -> pa.Table:
+def decode_images(
+    table: pa.Table, indices: list[int], image_column, resolution, channels, size, progress: bool = False
+) -> pa.Table:
     """Decode a table's images to uint8 rows, (C, H, W) each; `indices` number them in error messages.
 
     All must be squares as wide as `size`, (W, H); if it is None, each is cropped to its central square. Images that
-    are missing or damaged are named together, the first ten, so that they can be repaired at once.
+    are missing or damaged are named together, the first ten, so that they can be repaired at once. `progress` shows a
+    bar, since that of `map` moves once a table.
     """
     pixels = np.empty((len(table), channels, resolution, resolution), np.uint8)
     parts = [table.select([image_column]).slice(first, ROWS) for first in range(0, len(table), ROWS)]
     images = (encoded for part in parts for encoded in with_content(part).column(0))
-    images = tqdm(images, desc="Images", total=len(table), leave=False)  # the bar of `map` moves once a table
+    if progress:
+        images = tqdm(images, desc="Images", total=len(table), leave=False)
     damaged = []
     for row, (index, encoded) in enumerate(zip(indices, images, strict=True)):
         encoded = encoded.as_py()

@@ -11,11 +11,13 @@ import pytest
 import torch
 from conftest import TINY, randomize, reset_accelerate
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, EDMEulerScheduler
+from evaluation_arguments import digest_of
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from interpreter import Interpreter
 from PIL import Image
 from test_schedulers import ExactDenoiser, mean_and_spread, sample
+from unets import load_unet
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.evaluation import Reference, evaluate_images, load_feature_extractor
@@ -160,16 +162,30 @@ def test_a_copied_card_tells_of_a_weaker_network_that_was_added(guided, tmp_path
     assert card.startswith("# figures\n\n## Guidance\n") and "`guiding_unet`" in card
     PixelDiffusionPipeline.from_pretrained(tmp_path / "added").save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "README.md").read_text() == card
+    pipe.save_pretrained(tmp_path / "plain")  # in place, too
+    assert (tmp_path / "plain" / "README.md").read_text() == card
+
+
+def test_a_training_starts_from_the_network_alone(guided, tmp_path):
+    guided.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "guiding_unet")
+    unet = load_unet(str(tmp_path), guided.scheduler, 8)
+    assert torch.equal(unet.stem.weight, guided.unet.stem.weight)
+
+
+def test_records_name_weights_whether_compiled_or_not(guided):
+    names = [digest_of(network) for network in guided.networks().values()]
+    assert names == [digest_of(torch.compile(network)) for network in guided.networks().values()]
+    assert names[0] != names[1]
 
 
 def test_offloading_both_networks_to_the_same_files_is_refused(guided, tmp_path):
-    images = call(guided, 1.25)
+    images, options = call(guided, 1.25), {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
     with pytest.raises(ValueError, match="`offload_to_disk_path` is given, but files of `unet` and `guiding_unet`"):
-        guided.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
-    for name, network in guided.networks().items():
-        network.enable_group_offload(
-            torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / name)
-        )
+        guided.enable_group_offload(**options, offload_to_disk_path=str(tmp_path))
+    unet = str(tmp_path / "unet")
+    guided.enable_group_offload(**options, offload_to_disk_path=unet, exclude_modules="guiding_unet")
+    guided.guiding_unet.enable_group_offload(**options, offload_to_disk_path=str(tmp_path / "guiding_unet"))
     torch.testing.assert_close(call(guided, 1.25), images)
 
 

@@ -128,4 +128,4 @@ def test_a_schedule_that_does_not_reach_noise_is_told(train, caplog):
         with pytest.raises(ValueError, match="is no file"):
             train("--ddpm_beta_schedule", "squaredcos_cap_v2", "--prediction_type", prediction_type,
                   "--unet_config", "missing.json")  # fmt: skip
-        assert ("Give `--prediction_type v_prediction`" in caplog.text) == told
+        assert ("train with `--prediction_type v_prediction`" in caplog.text) == told

@@ -45,7 +45,7 @@ in other features: give the digest below with each.
 ```python
 from ddpm_diffusers.evaluation.features import extract_features, load_feature_extractor
 
-extractor = load_feature_extractor("{path}")
+extractor = load_feature_extractor("path/to/{name}")
 features = extract_features(extractor, images)  # uint8 (N, {channels}, H, W) to (N, {num_features})
 ```
 
@@ -238,7 +238,6 @@ def model_card(
             command += ["--mixed_precision", accelerator.mixed_precision]
         elif value != field.default:
             command += [f"--{field.name}", str(value)]
-    name = Path(args.output_dir).resolve().name
     source = f"[{args.dataset_name}](https://huggingface.co/datasets/{args.dataset_name})" if public else "a local set"
     rows = {f"test accuracy at {size}x{size}": f"{value:.4f}" for size, value in accuracies.items()}
     rows |= {"features": config.hidden_sizes[-1], "seed": args.seed, "SHA-256 of model.safetensors": f"`{digest}`"}
@@ -251,8 +250,7 @@ def model_card(
         datasets=[args.dataset_name] if public else None,
     )
     text = CARD.format(
-        name=name,
-        path=f"path/to/{name}" if Path(args.output_dir).is_absolute() else args.output_dir,
+        name=Path(args.output_dir).resolve().name,
         data=f"{SYNTHETIC}, which ddpm-diffusers draws itself" if args.dataset_name == SYNTHETIC else source,
         num_features=config.hidden_sizes[-1],
         image_size=args.image_size,

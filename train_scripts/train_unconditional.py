@@ -330,7 +330,8 @@ def main(args: TrainingArguments) -> None:
         save_pipeline(pipe, output_dir)
     logger.info(f"Pipeline: {output_dir}")
     samples = write_samples()
-    logger.info(f"Samples: {samples}")
+    if samples is not None:
+        logger.info(f"Samples: {samples}")
     if accelerator.is_main_process:
         if samples is not None:
             write_file(output_dir / SAMPLES, partial(shutil.copyfile, samples))

@@ -27,7 +27,7 @@ FLAGS = {
 
 
 def make_noise_schedule(args: TrainingArguments) -> DDPMScheduler:
-    """The scheduler of the training; warns if its last timestep leaves much of the image, or too little."""
+    """The scheduler of the training; warns if its last timestep leaves much of the image, or too little by far."""
     scheduler = DDPMScheduler(
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,
@@ -41,11 +41,11 @@ def make_noise_schedule(args: TrainingArguments) -> DDPMScheduler:
             f" {signal_left**0.5:.0%} of the image is left, and sampling starts from pure noise, which the network"
             " never saw: give more `--ddpm_num_steps`, or squaredcos_cap_v2 with v_prediction."
         )
-    elif signal_left < 1e-6 and args.prediction_type == "epsilon":
+    if (args.ddpm_beta_schedule, args.prediction_type) == ("squaredcos_cap_v2", "epsilon"):
         logger.warning(
-            f"`--ddpm_beta_schedule` {args.ddpm_beta_schedule} leaves next to nothing of the image at its last"
-            " timestep, where predicted noise cannot tell the image: schedulers that do not clip, such as the"
-            " DPM-Solver++ of the sample grids, will diverge. Give `--prediction_type v_prediction`."
+            "`--ddpm_beta_schedule` squaredcos_cap_v2 leaves so little of the image at its last timestep that, with"
+            " predicted noise, schedulers that do not clip diverge, such as the DPM-Solver++ of the sample grids:"
+            " train with `--prediction_type v_prediction`, or sample with `ddpm` or `ddim`."
         )
     return scheduler
 

@@ -146,7 +146,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def enable_group_offload(self, *args, **kwargs) -> None:
         """diffusers' method; ValueError for `offload_to_disk_path` with a `guiding_unet`."""
         given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
-        if given.get("offload_to_disk_path") is not None and self.guiding_unet is not None:
+        excluded = given.get("exclude_modules") or []
+        both = len(set(self.networks()) - ({excluded} if isinstance(excluded, str) else set(excluded))) == 2
+        if both and given.get("offload_to_disk_path") is not None:
             # diffusers names them by layers and never replaces one, so both would get the weights of the first
             raise ValueError(
                 "`offload_to_disk_path` is given, but files of `unet` and `guiding_unet` would have the same names:"
@@ -382,7 +384,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
         The card is copied only if the folder has none and the weights are still the source's, since its figures are
         theirs. If other weights in the folder are replaced now, their card is renamed; if some stay, as a variant, a
-        warning names them.
+        warning names them. A section on the `guiding_unet` is appended to a card that does not name it.
 
         With `push_to_hub`, the index, the code, the components' files and a card (see `push_to_hub`) are then uploaded
         to `repo_id`, by default the folder's name; other files in the folder are not. A card that the repository
@@ -410,8 +412,13 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 content = json.loads(config.read_text("utf-8"))
                 if content.pop("_name_or_path", None) is not None:
                     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-        if self.unet is not None and self.name_or_path and not Path(save_directory, README).exists():
+        card = Path(save_directory, README)
+        if self.unet is not None and self.name_or_path and not card.exists():
             copy_card(networks, self.name_or_path, save_directory, token)
+        if self.guiding_unet is not None and card.exists() and b"guiding_unet" not in card.read_bytes():
+            guidance = GUIDANCE.format(parameters=self.guiding_unet.num_parameters())
+            with open(card, "ab") as file:
+                file.write(f"\n## Guidance\n{guidance}".encode())
         if not push_to_hub:
             return None
         options = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
@@ -787,8 +794,7 @@ def only_variant(files: Iterable[str]) -> str | None:
 def copy_card(networks: dict[str, ModelMixin], source: str, folder: str | Path, token: str | None) -> None:
     """Copy the card and samples of a folder or repository, if they can be read and its networks are still the same.
 
-    The card describes only these weights: no other network, no other revision, and none that was trained further. If
-    it knows nothing of a `guiding_unet` that was added, a section on it is appended.
+    The card describes only these weights: no other network, no other revision, and none that was trained further.
     """
     loaded, in_cache = Path(networks["unet"].config.get("_name_or_path") or ""), f"models--{source}".replace("/", "--")
     is_local = loaded == Path(source, "unet")
@@ -809,10 +815,6 @@ def copy_card(networks: dict[str, ModelMixin], source: str, folder: str | Path, 
             if not Path(folder, name).exists():
                 partial = Path(folder, f".{name}.partial")  # a full disk must leave no part of it under its name
                 shutil.copyfile(path, partial)
-                if name == README and "guiding_unet" in networks and b"guiding_unet" not in partial.read_bytes():
-                    guidance = GUIDANCE.format(parameters=networks["guiding_unet"].num_parameters())
-                    with open(partial, "ab") as card:
-                        card.write(f"\n## Guidance\n{guidance}".encode())
                 partial.replace(Path(folder, name))
 
 
