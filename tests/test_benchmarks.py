@@ -54,7 +54,8 @@ def test_the_peak_of_memory_is_seen():
 def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "run.py", "--sections", "training_step", "memory", "operators",
                "--networks", "default", "stock", "--resolutions", "8", "--batch_sizes", "2", "--precisions", "no",
-               "--windows", "2", "--window_seconds", "0", "--output_dir", tmp_path / "a" / "b"]  # fmt: skip
+               "--windows", "2", "--window_seconds", "0", "--device", "cpu",
+               "--output_dir", tmp_path / "a" / "b"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "a" / "b" / "training_step.json").read_text())

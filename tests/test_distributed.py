@@ -167,6 +167,8 @@ def test_sharding_that_could_not_be_saved_is_refused_before_the_training(tmp_pat
     launcher = [*ACCELERATE, str(tmp_path / "fsdp1.yaml"), str(ROOT / "tests" / "on_cpu.py"), "fsdp"]
     done = train(tmp_path / "run", launcher, "--max_train_steps", "2")
     assert done.returncode and "The network could not be saved under FSDP 1, which the config asks for" in done.stderr
+    assert not (tmp_path / "run").exists()
     launcher[-3] = str(ROOT / "train_scripts" / "accelerate" / "fsdp2.yaml")
     done = train(tmp_path / "run", launcher, "--max_train_steps", "2", "--optimizer", "muon")
     assert done.returncode and "`--optimizer muon` needs whole kernels" in done.stderr
+    assert not (tmp_path / "run").exists()

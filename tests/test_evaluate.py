@@ -198,7 +198,10 @@ def test_a_folder_is_read_as_the_training_reads_it(evaluate, tmp_path):
     (["--model", "MODEL", "--feature_extractor", "resnet"], "There is no feature extractor 'resnet'"),
     (["--model", "MODEL", "--mixed_precision", "int8"], "must be auto, no, fp16 or bf16"),
 ])  # fmt: skip
-def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(evaluate, model, tmp_path, flags, message):
+def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(
+    evaluate, model, tmp_path, monkeypatch, flags, message
+):
+    monkeypatch.setattr(PixelDiffusionPipeline, "__call__", lambda *_, **__: pytest.fail("sampled"))
     with pytest.raises(ValueError, match=message):
         evaluate(*[str(model) if flag == "MODEL" else flag for flag in flags])
     assert not [path for path in tmp_path.glob("evaluation/*") if path.name != ".lock"]

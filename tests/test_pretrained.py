@@ -47,8 +47,14 @@ def test_its_card_says_what_it_was_trained_on_and_how_it_was_judged(folder):
     record = json.loads((ROOT / "train_scripts" / "results" / f"released_{size}" / "evaluation.json").read_text())
     for metric, (_, group, name) in CARD_FIGURES.items():
         assert found[metric] == float(f"{record['figures'][group][name]['mean']:.4g}")
-    weights = safetensors.torch.save(DiffusionPipeline.from_pretrained(str(folder)).unet.state_dict())
-    assert record["weights"] == hashlib.sha256(weights).hexdigest()[:12]
+    pipe = DiffusionPipeline.from_pretrained(str(folder))
+    assert record["weights"] == hashlib.sha256(safetensors.torch.save(pipe.unet.state_dict())).hexdigest()[:12]
+    guided = ROOT / "train_scripts" / "results" / "guidance" / f"scale-1.15-{size}" / "evaluation.json"
+    guided = json.loads(guided.read_text())
+    guiding_weights = hashlib.sha256(safetensors.torch.save(pipe.guiding_unet.state_dict())).hexdigest()[:12]
+    assert (guided["weights"], guided["guiding_weights"]) == (record["weights"], guiding_weights)
+    distance, times = (guided["figures"][group]["frechet_distance"]["mean"] for group in ("train", "to_floor"))
+    assert f"{distance:.4g}, {times:.4g} times that of real test images" in " ".join(card.text.split())
     assert f'from_pretrained("./pretrained/{folder.name}")' in card.text
     assert min(Image.open(folder / "samples.png").size) > 100
 

@@ -95,6 +95,8 @@ def test_the_figures_of_the_front_page_are_of_the_records():
         cell("stock", "ladder_16", "ladder_16_gpu"), cell("stock", *of_gpu), speed["stock"]]  # fmt: skip
     assert line("our default network") == [
         cell("default", "switches_16", "ladder_16_gpu"), cell("default", *of_gpu), speed["default"]]  # fmt: skip
+    longer = "the same, trained for as long as `UNet2DModel` (on one core with AMX, in bf16)"
+    assert line(longer)[:2] == [cell("default", "equal_time_16"), cell("default", "equal_time_28")]
     muon = "our default network with Muon (three trainings at 16x16, one at 28x28)"
     for label, row in (("`UNet2DModel` with the optimizer Muon in place of AdamW, one training each", "stock"),
                        (muon, "default")):  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import train_unconditional as script
 from batches import open_images
-from conftest import UNET, WEIGHTS, reset_accelerate, run_training
+from conftest import SCRIPT, UNET, WEIGHTS, reset_accelerate, run_training
 from datasets import Dataset
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from huggingface_hub import ModelCard
@@ -128,6 +129,29 @@ def test_samples_that_are_not_finite_do_not_end_a_run_whose_weights_are(train, c
     assert "There is no grid of samples at step 1: DPMSolverMultistepScheduler made images with NaN" in caplog.text
     assert (output_dir / WEIGHTS).is_file() and not (output_dir / "samples.png").exists()
     assert "samples.png" not in (output_dir / "README.md").read_text()
+
+
+EXTRAS_HIDDEN = """
+import runpy, sys
+for name in ("torchmetrics", "matplotlib", "scipy", "torchsde", "gradio", "tensorboard"):
+    sys.modules[name] = None
+folder, *sys.argv = sys.argv[1:]
+sys.path.insert(0, folder)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_training_and_sampling_need_no_extra(tmp_path):
+    (tmp_path / "hidden.py").write_text(EXTRAS_HIDDEN)
+    hidden = [sys.executable, str(tmp_path / "hidden.py"), str(SCRIPT.parent)]
+    done = run_training(tmp_path / "run", "--max_train_steps", "2", launcher=hidden)
+    assert done.returncode == 0, done.stderr
+    generate = [SCRIPT.with_name("generate.py"), "--model", tmp_path / "run", "--num_inference_steps", "2",
+                "--num_images", "2", "--scheduler", "ddim", "--output_dir", tmp_path / "samples"]  # fmt: skip
+    done = subprocess.run([*hidden, *map(str, generate)], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "samples" / "000001.png").is_file(), done.stderr
+    done = subprocess.run([*hidden, str(SCRIPT.with_name("evaluate.py"))], capture_output=True, text=True)
+    assert 'ddpm_diffusers.evaluation needs torchmetrics: pip install "ddpm-diffusers[eval]"' in done.stderr
 
 
 def test_settings_come_from_a_file_the_network_a_mapping_in_it(tmp_path):
