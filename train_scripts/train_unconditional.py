@@ -332,9 +332,9 @@ def main(args: TrainingArguments) -> None:
     samples = write_samples()
     if samples is not None:
         logger.info(f"Samples: {samples}")
-    if accelerator.is_main_process:
-        if samples is not None:
+        if accelerator.is_main_process:
             write_file(output_dir / SAMPLES, partial(shutil.copyfile, samples))
+    if accelerator.is_main_process:
         if not (output_dir / README).exists():
             card = model_card(
                 pipe,

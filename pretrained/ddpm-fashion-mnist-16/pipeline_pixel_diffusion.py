@@ -144,7 +144,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return {name: getattr(self, name) for name in NETWORKS if getattr(self, name) is not None}
 
     def enable_group_offload(self, *args, **kwargs) -> None:
-        """diffusers' method; ValueError for `offload_to_disk_path` with a `guiding_unet`."""
+        """diffusers' method; ValueError if it is to offload both `unet` and `guiding_unet` to one folder on disk."""
         given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
         excluded = given.get("exclude_modules") or []
         both = len(set(self.networks()) - ({excluded} if isinstance(excluded, str) else set(excluded))) == 2
