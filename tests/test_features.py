@@ -228,7 +228,7 @@ def drawn_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script():
     """The script, to run here."""
     reset_accelerate()
     return train_feature_extractor

@@ -3,7 +3,8 @@
     python train_scripts/evaluate.py --model runs/first --scheduler dpmsolver++ --num_inference_steps 20
 
 `--images` evaluates a folder, or the data set's split `train` or `test`, in place of a pipeline's samples; `--damage`
-shows what the figures are worth. Under `accelerate launch` the processes share the sampling.
+blurs them or adds a checkerboard or noise first, to see which figures move. Under `accelerate launch` the processes
+share the sampling.
 """
 
 import json
@@ -24,7 +25,7 @@ from evaluation_arguments import (
     provenance,
     source_of,
 )
-from files import check_empty, lock, write_file, write_text
+from files import lock, write_file, write_text
 from launch import make_accelerator
 from samplers import FORM, swap_scheduler
 from tables import caption, figures_table
@@ -141,8 +142,6 @@ def main(args: EvaluateArguments) -> None:
         side, channels = images.shape[-1], images.shape[1]
     if accelerator.is_main_process:
         folder_lock = lock(output_dir)
-        if not args.overwrite:  # another process may have filled it since
-            check_empty(output_dir)
     reference = open_reference(args, accelerator, extractor, side, channels)
 
     if pipe is not None:
@@ -180,7 +179,7 @@ def main(args: EvaluateArguments) -> None:
     write_text(output_dir / "evaluation.json", json.dumps(record, indent=2) + "\n")  # last
     if args.write_card:
         card = Path(args.model, README)
-        write_text(card, add_figures(card.read_text("utf-8"), card_figures(record, args)))
+        write_text(card, add_figures(card.read_text("utf-8"), card_figures(record)))
     folder_lock.release()
     print(row)
 
@@ -237,7 +236,7 @@ def leading_cells(record: dict) -> dict:
     return cells
 
 
-def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
+def card_figures(record: dict) -> list[dict]:
     """The figures for the card's `model-index`, and how they were measured."""
     extractor = record["feature_extractor"]
     measured_with = {
@@ -257,7 +256,7 @@ def card_figures(record: dict, args: EvaluateArguments) -> list[dict]:
             figures.append({
                 "dataset_type": record["dataset"],
                 "dataset_name": record["dataset"].rpartition("/")[2],
-                "dataset_split": args.test_split if group == "test" else args.train_split,
+                "dataset_split": record["test_split" if group == "test" else "train_split"],
                 "metric_type": metric,
                 "metric_name": heading + (f", ± {figure['sd']:.2g} over the seeds" if "sd" in figure else ""),
                 "metric_value": float(f"{figure['mean']:.4g}"),

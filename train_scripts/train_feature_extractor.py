@@ -149,7 +149,6 @@ def main(args: FeatureExtractorArguments) -> None:
     steps = math.ceil(args.num_epochs * len(images) / args.train_batch_size)
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
 
-    classifier.train()
     order = ShuffledBatches(len(images), args.train_batch_size, args.seed, range(steps))
     resolutions = np.random.default_rng(args.seed).integers(args.lowest_resolution, args.resolution + 1, steps)
     progress_bar = tqdm(order, desc="Steps")

@@ -11,7 +11,7 @@ ROWS_AT_A_TIME = 1000  # of a matrix of distances
 
 
 class GivenFeatures(torch.nn.Identity):
-    """Stands in for the network by which torchmetrics extracts features, since features are given."""
+    """Stands in for the network by which torchmetrics extracts features, since they are given; it asks how many."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -57,7 +57,7 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about keeping the features: they are in memory already
         metric = KernelInceptionDistance(
-            feature=GivenFeatures(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+            feature=torch.nn.Identity(), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
         )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
