@@ -222,7 +222,6 @@ def test_the_card_of_a_training_says_what_is_known_and_names_no_path(tiny_pipe, 
     ({}, {"beta_schedule": "sigmoid"}, "num_inference_steps=50).images", "DPMSolverMultistepScheduler"),
     ({}, {"rescale_betas_zero_snr": True}, "DPMSolverMultistepScheduler", "output_type"),
     ({}, {"beta_schedule": "squaredcos_cap_v2"}, "num_inference_steps=50).images", "DPMSolverMultistepScheduler"),
-    ({}, {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}, "DPMSolverMultistep", "np"),
     ({"sample_size": None}, {}, "of any size", "from_pretrained"),
 ])  # fmt: skip
 def test_the_snippets_of_a_card_suit_the_pipeline(unet, scheduler, shown, not_shown):

@@ -161,14 +161,6 @@ def test_by_default_it_makes_one_image_in_50_steps(tiny_pipe):
     assert len(tiny_pipe().images) == 1 and len(calls) == tiny_pipe.num_timesteps == 50
 
 
-def test_images_of_more_channels_than_pil_has_are_refused_before_any_work(tiny_pipe):
-    tiny_pipe.unet = OptimizedUNet2DModel(**TINY | {"in_channels": 5, "out_channels": 5}).eval()
-    assert tiny_pipe(1, 1, output_type="np").images.shape == (1, 8, 8, 5)
-    tiny_pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network was called"))
-    with pytest.raises(ValueError, match="images of 5 channels, which PIL has no mode for: pass `output_type` 'np'"):
-        tiny_pipe(1, 1)
-
-
 @pytest.mark.parametrize("name", ["pndm", "dpmsolver++", "unipc"])
 def test_a_network_may_reuse_the_memory_of_its_output(tiny_pipe, name):
     """As one does that is compiled into a CUDA graph."""
@@ -196,9 +188,9 @@ def test_progress_bar_settings_are_used(tiny_pipe, capsys):
     ({"num_inference_steps": 1001}, "`num_inference_steps` is 1001; it must not exceed the 1000 timesteps"),
     ({"output_type": "jpeg"}, "`output_type` is 'jpeg'; it must be one of 'pil', 'np', 'pt', 'latent'"),
     ({"batch_size": 2, "generator": generators(0)}, "`generator` holds 1 generators for a `batch_size` of 2"),
-    ({"latents": torch.zeros(1, 1, 8, 9)}, r"`latents` has shape \(1, 1, 8, 9\); it must be \(1, 1, 8, 8\)"),
-    ({"latents": [0.0]}, "`latents` must be a tensor of shape .* it is list"),
-    ({"latents": torch.zeros(8)}, r"`latents` must be a tensor of shape .* it is of shape \(8,\)"),
+    ({"latents": torch.zeros(1, 1, 8, 9)}, r"`latents` has shape \(1, 1, 8, 9\); it must be .* \(1, 1, 8, 8\)"),
+    ({"latents": [0.0]}, "`latents` is list; it must be a tensor of shape"),
+    ({"latents": torch.zeros(8)}, r"`latents` has shape \(8,\); it must be a tensor"),
     ({"eta": 1.5}, r"`eta` is 1.5; it must be a number in \[0, 1\]"),
     ({"eta": "0.5"}, r"`eta` is '0.5'; it must be a number"),
     ({"eta": 0.5}, "`eta` is 0.5, but DDPMScheduler takes none"),

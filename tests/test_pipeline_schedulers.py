@@ -70,18 +70,12 @@ def test_a_scheduler_that_the_loop_cannot_call_is_refused(tiny_pipe, scheduler, 
     assert type(tiny_pipe.scheduler).__name__ == "DDPMScheduler"
 
 
-def test_a_scheduler_that_knows_no_predicted_images_is_refused_for_such_a_network(tiny_pipe):
-    pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.DDPMScheduler(prediction_type="sample"))
-    with pytest.raises(ValueError, match="PNDMScheduler cannot be .*: its step knows no `prediction_type` 'sample'"):
-        pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
-
-
-def test_a_noise_schedule_that_is_not_discrete_is_not_exchanged_for_one_that_is(tiny_pipe):
+def test_a_discrete_noise_schedule_in_place_of_one_that_is_not_is_told(tiny_pipe, caplog):
     pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.EDMEulerScheduler())
     pipe.scheduler = diffusers.EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    ddim = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="DDIMScheduler cannot be .* has no discrete noise schedule"):
-        pipe.scheduler = ddim
+    assert not caplog.messages
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    assert "DDIMScheduler has {'beta_schedule': 'linear'} where" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("scheduler_class", [diffusers.DDPMScheduler, diffusers.DDIMScheduler])
@@ -126,10 +120,8 @@ def test_a_scheduler_given_at_load_is_looked_at_as_an_exchange_is(tiny_pipe, tmp
     assert not [message for message in caplog.messages if " has {" in message]
     DiffusionPipeline.from_pretrained(tmp_path, scheduler=diffusers.DDIMScheduler(beta_end=0.01))
     assert "DDIMScheduler has {'beta_end': 0.01}" in caplog.text and "saved with the network" in caplog.text
-    assert "for `pipe.scheduler` then `DDIMScheduler.from_config(" in caplog.text
     DiffusionPipeline.from_pretrained(tmp_path, scheduler=diffusers.EDMEulerScheduler())
     assert "EDMEulerScheduler has {'beta_schedule': None} where the scheduler saved" in caplog.messages[-1]
-    assert "for `pipe.scheduler` then one of `ddpm_diffusers.make_scheduler`" in caplog.messages[-1]
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     del config["prediction_type"]  # as in those of long ago
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
@@ -188,18 +180,3 @@ def test_others_than_ddpm_take_a_learned_variance_only_from_predicted_noise():
             pipe(1, 2)
     with pytest.raises(ValueError, match="with 3 channels and predicted noise also DPM-Solver"):
         pipe(1, 2)
-
-
-def test_an_error_during_sampling_leaves_the_scheduler_usable(tiny_pipe):
-    tiny_pipe.scheduler = make_scheduler("euler", tiny_pipe.scheduler)
-
-    def stop(pipe, i, t, tensors):
-        raise KeyboardInterrupt
-
-    clean, noise = torch.zeros(3, 1, 8, 8), torch.ones(3, 1, 8, 8)
-    tiny_pipe.scheduler.set_timesteps(4)
-    timesteps = tiny_pipe.scheduler.timesteps[:3]
-    expected = tiny_pipe.scheduler.add_noise(clean, noise, timesteps)
-    with pytest.raises(KeyboardInterrupt):
-        tiny_pipe(1, 4, callback_on_step_end=stop)
-    assert torch.equal(tiny_pipe.scheduler.add_noise(clean, noise, timesteps), expected)

@@ -41,6 +41,7 @@ from ddpm_diffusers.evaluation.comparison import AT_MOST, WITHIN, best_settings,
 from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows
 from ddpm_diffusers.evaluation.protocol import as_json, image_shape
 from ddpm_diffusers.sampling import to_pil
+from ddpm_diffusers.schedulers import rehearse
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def usable(scheduler) -> tuple[list[tuple[str, dict]], list[dict]]:
     kept, left_out = [], []
     for name in SCHEDULERS:
         try:
-            make_scheduler(name, scheduler)
+            rehearse(make_scheduler(name, scheduler), name)
             kept.append((name, {}))
         except (ImportError, ValueError) as error:
             reason = " ".join(str(error).split())

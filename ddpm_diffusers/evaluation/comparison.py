@@ -121,7 +121,7 @@ def plan(
             settings.setdefault(setting.key, setting)
     if not settings:
         reasons = "; ".join(f"{label_of(record)}: {record['left_out']}" for record in left_out)
-        raise ValueError(f"There is nothing to compare ({reasons or 'no schedulers'}): give others, or more evaluations.")
+        raise ValueError(f"There is nothing to compare ({reasons or 'no schedulers'}): allow more, or give others.")
     return list(settings.values()), left_out
 
 

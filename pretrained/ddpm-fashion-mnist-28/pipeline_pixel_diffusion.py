@@ -49,11 +49,6 @@ SAMPLED_WITH = (
     "dynamic_thresholding_ratio", "sample_max_value",
 )  # fmt: skip
 CARRIED_OVER = TRAINED_WITH + SAMPLED_WITH
-# whose step has no code for a `prediction_type` of "sample"
-NO_SAMPLE_PREDICTION = {
-    "PNDMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverSDEScheduler", "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-}  # fmt: skip
 MUST_BE_KNOWN = ("rescale_betas_zero_snr", "use_flow_sigmas")  # a class without these has another noise schedule
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -97,14 +92,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if guiding_unet is not None or takes_guiding_unet(type(self)):
             self.register_modules(guiding_unet=guiding_unet)
         # a `scheduler` given to `from_pretrained` is not the one saved beside the network
-        if trained := scheduler_beside(unet):
-            advice = "take the scheduler that `from_pretrained` loads with the network, and for `pipe.scheduler` then "
-            warn_of_other_noise(scheduler, trained, "saved with the network", advice)
+        warn_of_other_noise(scheduler, scheduler_beside(unet), "saved with the network")
 
     def __setattr__(self, name: str, value) -> None:
         if name == "scheduler":
-            in_place = self.__dict__.get("scheduler")
-            check_scheduler(value, None if in_place is None else in_place.config)
+            check_scheduler(value, getattr(self.__dict__.get("scheduler"), "config", {}))
             # `from_config` drops the arguments listed here, so the next class would use its own noise schedule
             defaults = value.config.get("_use_default_values", [])
             value.register_to_config(_use_default_values=[key for key in defaults if key not in CARRIED_OVER])
@@ -116,7 +108,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if name in NETWORKS and value is not None and self.config.get(name) == (None, None):
             self.register_modules(**{name: value})  # diffusers leaves an entry that was None as it is
         elif name == "guiding_unet" and value is not None:
-            warn_of_other_training(value, self.unet, self.scheduler)
+            trained = scheduler_beside(value)
+            if trained != scheduler_beside(self.unet):  # of the latter, a warning was given already
+                warn_of_other_noise(self.scheduler, trained, "saved with the `guiding_unet`")
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PixelDiffusionPipeline":
@@ -130,8 +124,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         taken = NETWORKS if takes_guiding_unet(cls) else ("unet",)
         networks = {name: getattr(pipeline, name) for name in taken if hasattr(pipeline, name)}
         if "scheduler" in kwargs and "scheduler" in pipeline.components:
-            in_place = pipeline.scheduler
-            check_scheduler(kwargs["scheduler"], None if in_place is None else in_place.config)
+            check_scheduler(kwargs["scheduler"], getattr(pipeline.scheduler, "config", {}))
         return super().from_pipe(pipeline, **{**networks, **kwargs})
 
     @property
@@ -142,19 +135,6 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def networks(self) -> dict[str, ModelMixin]:
         """Its networks by name, `unet` and, if there is one, `guiding_unet`."""
         return {name: getattr(self, name) for name in NETWORKS if getattr(self, name) is not None}
-
-    def enable_group_offload(self, *args, **kwargs) -> None:
-        """diffusers' method; ValueError if it is to offload both `unet` and `guiding_unet` to one folder on disk."""
-        given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
-        excluded = given.get("exclude_modules") or []
-        both = len(set(self.networks()) - ({excluded} if isinstance(excluded, str) else set(excluded))) == 2
-        if both and given.get("offload_to_disk_path") is not None:
-            # diffusers names them by layers and never replaces one, so both would get the weights of the first
-            raise ValueError(
-                "`offload_to_disk_path` is given, but files of `unet` and `guiding_unet` would have the same names:"
-                " call `enable_group_offload` of each network instead, with a folder of its own."
-            )
-        super().enable_group_offload(*args, **kwargs)
 
     @property
     def num_timesteps(self) -> int:
@@ -224,32 +204,30 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         self._num_timesteps = len(timesteps)
         dtype = self.unet.dtype  # which looks through all of the network's modules
         guiding_dtype = self.guiding_unet.dtype if guidance_scale > 1 else None
-        try:
-            # sampled in float32 whatever the weights' dtype: the steps are small differences of large numbers
-            if latents is None:
-                latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma  # (B, C, H, W)
-            step_kwargs = self.prepare_step_kwargs(generator, eta)  # may draw from the generators, too
+        # sampled in float32 whatever the weights' dtype: the steps are small differences of large numbers
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma  # (B, C, H, W)
+        step_kwargs = self.prepare_step_kwargs(generator, eta)  # may draw from the generators, too
 
-            with self.progress_bar(total=len(timesteps)) as progress_bar:
-                for i, t in enumerate(timesteps):
-                    if self.interrupt:
-                        continue
-                    sample = self.scheduler.scale_model_input(latents, t)
-                    # a copy: solvers keep it, and a compiled network may write its next output in the same place
-                    model_output = self.unet(sample.to(dtype), t).sample.to(torch.float32, copy=True)  # (B, C, H, W)
-                    if guidance_scale > 1:
-                        weaker = self.guiding_unet(sample.to(guiding_dtype), t).sample.to(torch.float32)
-                        model_output = weaker + guidance_scale * (model_output - weaker)
-                    latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                sample = self.scheduler.scale_model_input(latents, t)
+                # a copy: solvers keep it, and a compiled network may write its next output in the same place
+                model_output = self.unet(sample.to(dtype), t).sample.to(torch.float32, copy=True)  # (B, C, H, W)
+                if guidance_scale > 1:
+                    weaker = self.guiding_unet(sample.to(guiding_dtype), t).sample.to(torch.float32)
+                    model_output = weaker + guidance_scale * (model_output - weaker)
+                latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
 
-                    if callback_on_step_end is not None:
-                        tensors = {name: latents for name in callback_on_step_end_tensor_inputs or []}
-                        latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
-                    progress_bar.update()
-        finally:
-            if hasattr(self.scheduler, "set_begin_index"):
-                self.scheduler.set_begin_index(None)  # else `add_noise` would go by the place reached, not by timestep
+                if callback_on_step_end is not None:
+                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs or []}
+                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                progress_bar.update()
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(None)  # else `add_noise` would go by the place reached, not by timestep
 
         images = latents
         if output_type != "latent":
@@ -266,8 +244,6 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         self, batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
     ) -> tuple[int, int, int, int]:
         """Check the arguments and return the shape to sample, (batch_size, in_channels, height, width)."""
-        if self.unet is None:
-            raise ValueError("The pipeline has no `unet`: set `pipe.unet` first.")
         check_positive(batch_size=batch_size)
         check_steps(self.scheduler, num_inference_steps)
         if output_type not in OUTPUT_TYPES:
@@ -299,32 +275,23 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 " that takes a learned `variance_type` from it (`DDPMScheduler`; with 3 channels and predicted noise"
                 " also DPM-Solver). Set another scheduler, or another U-Net."
             )
-        if output_type == "pil" and channels > 4:
-            raise ValueError(
-                f"The U-Net makes images of {channels} channels, which PIL has no mode for: pass `output_type` 'np',"
-                " 'pt' or 'latent'."
-            )
         unknown = set(callback_on_step_end_tensor_inputs or []) - set(self._callback_tensor_inputs)
         if unknown:
             allowed = self._callback_tensor_inputs
             raise ValueError(f"`callback_on_step_end_tensor_inputs` holds {sorted(unknown)}; it may hold {allowed}.")
-        if latents is not None and not (torch.is_tensor(latents) and latents.ndim == 4):
-            raise ValueError(
-                "`latents` must be a tensor of shape (batch_size, in_channels, height, width); it is"
-                f" {f'of shape {tuple(latents.shape)}' if torch.is_tensor(latents) else type(latents).__name__}."
-            )
         size = self.unet.config.sample_size
-        if size is None and latents is None:
+        if size is None and torch.is_tensor(latents):
+            size = latents.shape[-2:]
+        if size is None:
             raise ValueError(
                 "The U-Net's `sample_size` is None: give `latents`, (batch_size, in_channels, height, width)."
             )
-        if size is None:
-            size = latents.shape[-2:]
         shape = (batch_size, self.unet.config.in_channels, *height_and_width(size))
-        if latents is not None and tuple(latents.shape) != shape:
+        if latents is not None and not (torch.is_tensor(latents) and latents.shape == shape):
+            given = f"has shape {tuple(latents.shape)}" if torch.is_tensor(latents) else f"is {type(latents).__name__}"
             raise ValueError(
-                f"`latents` has shape {tuple(latents.shape)}; it must be {shape}: (batch_size, in_channels, height,"
-                " width) of the call and of the U-Net's config."
+                f"`latents` {given}; it must be a tensor of shape {shape}: (batch_size, in_channels, height, width) of"
+                " the call and of the U-Net's config."
             )
         return shape
 
@@ -383,8 +350,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """diffusers' method; also copies the model card of the source that the network was loaded from, if available.
 
         The card is copied only if the folder has none and the weights are still the source's, since its figures are
-        theirs. If other weights in the folder are replaced now, their card is renamed; if some stay, as a variant, a
-        warning names them. A section on the `guiding_unet` is appended to a card that does not name it.
+        theirs. A card in the folder that is of other weights is renamed. A section on the `guiding_unet` is appended
+        to one that does not name it.
 
         With `push_to_hub`, the index, the code, the components' files and a card (see `push_to_hub`) are then uploaded
         to `repo_id`, by default the folder's name; other files in the folder are not. A card that the repository
@@ -392,21 +359,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         is uploaded into a `subfolder`.
         """
         networks = self.networks()
-        if safe_serialization:
-            set_card_aside(networks, Path(save_directory), variant)
-        before = [
-            (network, path, path.stat().st_mtime_ns)
-            for name, network in networks.items()
-            for path in Path(save_directory, name).glob("*.safetensors")
-        ]
+        set_card_aside(networks, Path(save_directory))
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
-        for network, path, time in before:
-            is_left = path.exists() and path.stat().st_mtime_ns == time
-            if is_left and not all(compared_with(network, path).values()):
-                logger.warning(
-                    f"{path} holds other weights than those saved now, and `from_pretrained` may load them: remove it"
-                    " unless both are to stay."
-                )
         for config in (Path(save_directory, name, "config.json") for name in self.components):
             if config.is_file():  # diffusers' networks write the path that they were loaded from, ours do not
                 content = json.loads(config.read_text("utf-8"))
@@ -414,7 +368,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
         card = Path(save_directory, README)
         if self.unet is not None and self.name_or_path and not card.exists():
-            copy_card(networks, self.name_or_path, save_directory, token)
+            copy_card(networks, self.name_or_path, Path(save_directory), token)
         if self.guiding_unet is not None and card.exists() and b"guiding_unet" not in card.read_bytes():
             guidance = GUIDANCE.format(parameters=self.guiding_unet.num_parameters())
             with open(card, "ab") as file:
@@ -492,24 +446,18 @@ def check_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
         )
 
 
-def check_scheduler(scheduler: SchedulerMixin, replaced: dict | None) -> None:
+def check_scheduler(scheduler: SchedulerMixin, replaced: dict) -> None:
     """Raise a ValueError if the pipeline cannot use the scheduler; warn if its noise is not that of the `replaced`.
 
-    `replaced` is the config of the scheduler whose place it takes, None if there is none.
+    `replaced` is the config of the scheduler whose place it takes, empty if there is none.
     """
-    name = type(scheduler).__name__
-    trained = replaced if replaced is not None and "beta_schedule" in replaced else {}
-    reason = refusal(scheduler, trained)
-    if reason is None and replaced is not None and not trained and "beta_schedule" in scheduler.config:
-        reason = "the one in place has no discrete noise schedule that it could take over"
-    if reason:
+    if reason := refusal(scheduler, replaced):
         raise ValueError(
-            f"{name} cannot be the pipeline's `scheduler`: {reason}. Give one that the loop can call and that"
-            " follows the noise schedule which the network was trained with, such as `ddpm_diffusers.make_scheduler`"
-            " makes."
+            f"{type(scheduler).__name__} cannot be the pipeline's `scheduler`: {reason}. Give one that the loop can"
+            " call and that follows the noise schedule which the network was trained with, such as"
+            " `ddpm_diffusers.make_scheduler` makes."
         )
-    if trained:
-        warn_of_other_noise(scheduler, trained, "in place", "use ")
+    warn_of_other_noise(scheduler, replaced, "in place")
 
 
 def takes_guiding_unet(pipeline_class: type) -> bool:
@@ -528,42 +476,21 @@ def scheduler_beside(network: ModelMixin | None) -> dict | None:
     return None
 
 
-def warn_of_other_training(guiding_unet: ModelMixin, unet: ModelMixin | None, scheduler: SchedulerMixin) -> None:
-    """Warn if the scheduler saved beside a `guiding_unet` has another noise schedule than the pipeline's."""
-    trained = scheduler_beside(guiding_unet)
-    if trained is None or trained == scheduler_beside(unet):  # of the latter, a warning was given already
-        return
-    another_kind = ("beta_schedule" in trained) != ("beta_schedule" in scheduler.config)
-    if changed := ["beta_schedule"] if another_kind else other_noise(trained, scheduler.config):
+def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict | None, where: str) -> None:
+    """Warn if its noise schedule differs from that of `trained`, the config of the scheduler `where`, if any."""
+    if trained and (changed := other_noise(trained, scheduler.config)):
         was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
         logger.warning(
-            f"The `guiding_unet` was saved with a scheduler that has {was}, and the pipeline's has {now}: give one"
-            " that was trained with the noise schedule and prediction type of the `unet`."
-        )
-
-
-def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict, where: str, advice: str) -> None:
-    """Warn if the scheduler's noise schedule differs from that of the config `trained`.
-
-    Args:
-        where: Which scheduler `trained` is the config of, for the message.
-        advice: Start of the message's advice on how to get a scheduler that matches.
-    """
-    name = type(scheduler).__name__
-    if ("beta_schedule" in trained) != ("beta_schedule" in scheduler.config):
-        changed, by_class = ["beta_schedule"], ""  # another kind of noise, which it cannot take over
-    else:
-        changed, by_class = other_noise(trained, scheduler.config), f"`{name}.from_config(pipe.scheduler.config)` or "
-    if changed:
-        was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
-        logger.warning(
-            f"The new {name} has {now} where the scheduler {where} had {was}. If the network was trained with the"
-            f" latter, samples will be poor: {advice}{by_class}one of `ddpm_diffusers.make_scheduler`."
+            f"The pipeline's {type(scheduler).__name__} has {now} where the scheduler {where} had {was}. If the"
+            " network was trained with the latter, samples will be poor: take the scheduler that `from_pretrained`"
+            " loads with the network, and make others from it by `ddpm_diffusers.make_scheduler`."
         )
 
 
 def other_noise(trained: dict, config: dict) -> list[str]:
-    """Names of the arguments in which the noise schedules of two configs, both discrete, differ."""
+    """Names of the arguments in which the noise schedules of two configs differ."""
+    if ("beta_schedule" in trained) != ("beta_schedule" in config):
+        return ["beta_schedule"]  # one is not discrete
     both = [key for key in noise_arguments(trained) if key in trained and key in config]
     # a class without one of these behaves as if it were False
     known_to_one = [key for key in MUST_BE_KNOWN if key not in both and (trained.get(key) or config.get(key))]
@@ -589,11 +516,8 @@ def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
              and (p.default is p.empty or p.name == "prev_timestep")]  # fmt: skip
     if unmet:
         return f"its step needs {', '.join(unmet)}, too"
-    classes = {base.__name__ for base in type(scheduler).__mro__}
-    if scheduler.config.get("prediction_type") == "sample" and classes & NO_SAMPLE_PREDICTION:
-        return "its step knows no `prediction_type` 'sample'"
     taken = init_parameters(scheduler)
-    if trained and "beta_schedule" not in taken:
+    if "beta_schedule" in trained and "beta_schedule" not in taken:
         return "it has a noise schedule of its own, and cannot take that of the scheduler in place"
     for key in MUST_BE_KNOWN:
         if trained.get(key) and key not in taken:
@@ -747,19 +671,12 @@ def pipeline_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool 
 
 
 def takes_few_steps(scheduler: dict) -> bool:
-    """Whether DPM-Solver++ can take over from a scheduler of this config, as the card shows."""
-    from diffusers import DPMSolverMultistepScheduler  # imports scipy
+    """Whether the card shows DPM-Solver++ in the place of a scheduler of this config.
 
-    learned = "learned" in str(scheduler.get("variance_type"))
-    if "beta_schedule" not in scheduler or learned or scheduler.get("use_flow_sigmas"):
-        return False
-    if scheduler["beta_schedule"] == "squaredcos_cap_v2" and scheduler.get("prediction_type", "epsilon") == "epsilon":
-        return False  # too little signal at the last timestep for a sampler that does not clip
-    try:
-        DPMSolverMultistepScheduler.from_config(scheduler, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True)
-    except (NotImplementedError, ValueError):  # a beta_schedule that it does not know; sigmas of another kind
-        return False
-    return True
+    Not with a cosine schedule, which leaves too little signal at the last timestep for predicted noise.
+    """
+    by_betas = scheduler.get("beta_schedule") in ("linear", "scaled_linear") and not scheduler.get("use_flow_sigmas")
+    return by_betas and "learned" not in str(scheduler.get("variance_type"))
 
 
 def loads_elsewhere(library: str) -> bool:
@@ -791,83 +708,57 @@ def only_variant(files: Iterable[str]) -> str | None:
     return min(alone, default=None)
 
 
-def copy_card(networks: dict[str, ModelMixin], source: str, folder: str | Path, token: str | None) -> None:
-    """Copy the card and samples of a folder or repository, if they can be read and its networks are still the same.
+def copy_card(networks: dict[str, ModelMixin], source: str, folder: Path, token: str | None) -> None:
+    """Copy the card and samples that stand beside the networks' own files, if their weights are still the same.
 
-    The card describes only these weights: no other network, no other revision, and none that was trained further.
+    The card describes only these: no other network, no other revision, and none that was trained further. `source` is
+    the folder or repository that the pipeline was loaded from.
     """
-    loaded, in_cache = Path(networks["unet"].config.get("_name_or_path") or ""), f"models--{source}".replace("/", "--")
-    is_local = loaded == Path(source, "unet")
-    if not is_local and in_cache not in loaded.parts:
+    origin = Path(networks["unet"].config.get("_name_or_path") or "").parent
+    if not Path(origin, "model_index.json").exists() or changed_networks(networks, origin):
         return
-    for name in networks_in(loaded.parent):
-        if name not in networks or not has_weights_of(networks[name], (loaded.parent / name).glob("*.safetensors")):
-            return
     with contextlib.suppress(Exception):  # absent, refused or out of reach, for which each client has other types
         for name in (README, SAMPLES):
-            path = Path(source, name)
-            if not is_local:  # the cache's folder is models--OWNER--NAME/snapshots/REVISION/unet
-                place = loaded.parts.index(in_cache)
-                cache_dir, revision = Path(*loaded.parts[:place]), loaded.parts[place + 2]
-                path = huggingface_hub.hf_hub_download(
-                    source, name, revision=revision, cache_dir=cache_dir, token=token
-                )
+            path = origin / name
+            if origin.parent.name == "snapshots":  # of the cache, CACHE/models--OWNER--NAME/snapshots/REVISION
+                where = {"revision": origin.name, "cache_dir": origin.parents[2], "token": token}
+                path = huggingface_hub.hf_hub_download(source, name, **where)
             if not Path(folder, name).exists():
-                partial = Path(folder, f".{name}.partial")  # a full disk must leave no part of it under its name
-                shutil.copyfile(path, partial)
-                partial.replace(Path(folder, name))
+                shutil.copyfile(path, folder / name)
 
 
-def set_card_aside(networks: dict[str, ModelMixin], folder: Path, variant: str | None = None) -> list[str]:
-    """Rename the card and samples of a saved pipeline if weights of this variant are to be replaced by others.
-
-    Or if its `guiding_unet` is to go. Returns the names of the networks of which either is so.
-    """
-    weights = rf"[^.]+{re.escape(f'.{variant}' if variant else '')}(-\d+-of-\d+)?\.safetensors"
-    changed = []
-    for name in networks_in(folder):
-        replaced = [path for path in Path(folder, name).glob("*.safetensors") if re.fullmatch(weights, path.name)]
-        if name not in networks or (replaced and not has_weights_of(networks[name], replaced)):
-            changed.append(name)
-    if changed:
-        paths = (folder / README, folder / SAMPLES)
-        for number in itertools.count():
-            asides = [path.with_stem(f"{path.stem}.before{number or ''}") for path in paths]
-            if not any(aside.exists() for aside in asides):
-                break
-        for path, aside in zip(paths, asides, strict=True):
-            if path.exists():
-                path.replace(aside)
-                logger.warning(f"{path} is of the networks that are replaced now: it is {aside.name} from here on.")
+def set_card_aside(networks: dict[str, ModelMixin], folder: Path) -> list[str]:
+    """Rename the card and samples of a saved pipeline that has other networks; returns the names of those."""
+    changed = changed_networks(networks, folder)
+    for path in (folder / README, folder / SAMPLES) if changed else ():
+        if path.exists():
+            names = (path.with_stem(f"{path.stem}.before{number or ''}") for number in itertools.count())
+            aside = path.replace(next(name for name in names if not name.exists()))
+            logger.warning(f"{path} is of the networks that are replaced now: it is {aside.name} from here on.")
     return changed
 
 
-def networks_in(folder: Path) -> list[str]:
-    """Which networks the pipeline saved in a folder has: `unet`, and `guiding_unet` if its index names one."""
+def changed_networks(networks: dict[str, ModelMixin], folder: Path) -> list[str]:
+    """Names of those networks of a saved pipeline that are not among these, or have other weights in the folder."""
     try:
         index = json.loads(Path(folder, "model_index.json").read_text("utf-8"))
     except (OSError, ValueError):  # none yet, or cut off when a save was killed
-        index = {}
-    return [name for name in NETWORKS if name == "unet" or (index.get(name) or [None])[0] is not None]
+        return []
+    saved = [name for name in NETWORKS if (index.get(name) or [None])[0] is not None]
+    return [name for name in saved if name not in networks or not has_weights_of(networks[name], folder / name)]
 
 
-def has_weights_of(network: ModelMixin, files: Iterable[Path]) -> bool:
-    """Whether each of the network's tensors is in one of these files, but for their dtype."""
-    held = {name for path in files for name, is_same in compared_with(network, path).items() if is_same}
-    return held == {name.removeprefix("_orig_mod.") for name in network.state_dict()}
-
-
-def compared_with(network: ModelMixin, file: Path) -> dict[str, bool]:
-    """For each tensor in a file, whether it is the network's but for its dtype; empty if the file cannot be read."""
+def has_weights_of(network: ModelMixin, folder: Path) -> bool:
+    """Whether each of the network's tensors is in a safetensors file of the folder, by the coarser of both dtypes."""
     state = {name.removeprefix("_orig_mod."): tensor.cpu() for name, tensor in network.state_dict().items()}
-    try:
-        tensors = safetensors.torch.load_file(file)
-    except safetensors.SafetensorError:  # cut off when a save was killed
-        return {}
-    return {
-        name: name in state and torch.equal(tensor.to(state[name].dtype), state[name])
-        for name, tensor in tensors.items()
-    }
+    held = set()
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(safetensors.SafetensorError):  # cut off when a save was killed
+            for name, saved in safetensors.torch.load_file(path).items():
+                if name in state:
+                    dtype = min(saved.dtype, state[name].dtype, key=lambda dtype: dtype.itemsize)
+                    held |= {name} if torch.equal(saved.to(dtype), state[name].to(dtype)) else set()
+    return held == state.keys()
 
 
 def upload(
@@ -876,8 +767,6 @@ def upload(
 ) -> huggingface_hub.CommitInfo:  # fmt: skip
     """Push what `save_pretrained` has saved in a folder, with a card."""
     check_token(token)
-    if pipe.unet is None:
-        raise ValueError("The pipeline has no `unet` to push: set `pipe.unet` first.")
     for name in pipe.networks():
         library, class_name = pipe.config[name]
         code = folder / name / f"{library.rpartition('.')[2]}.py"
