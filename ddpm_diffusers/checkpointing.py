@@ -63,11 +63,11 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} has {size} bytes in place of {written['size']}"
             if checksum(path / name) != written["sha256"]:
                 return f"{name} is not what was written: its SHA-256 differs"
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         return f"{MANIFEST} cannot be read ({error!r})"
     except OSError as error:
         return f"it cannot be read ({error})"
-    return None if STATE_FILE in manifest else f"{MANIFEST} does not list {STATE_FILE}"
+    return None
 
 
 def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> Path | None:
@@ -94,7 +94,7 @@ def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint: str) -> P
         damage = find_damage(path)
         if damage is None:
             return path
-        logger.warning(f"{path} is damaged: {damage}. The checkpoint before it is taken.")
+        logger.warning(f"{path} is damaged, and passed over: {damage}.")
     if checkpoints:
         raise ValueError(
             f"All {len(checkpoints)} checkpoint(s) in {output_dir} are damaged: remove them to begin again, or give an"
@@ -174,8 +174,7 @@ def save_checkpoint(
         flush(final.parent)  # so that the new name survives a power cut, too
 
     if total_limit is not None:
-        others = [path for path in list_checkpoints(output_dir) if path != final]
-        for old in others[: max(0, len(others) + 1 - total_limit)]:
+        for old in list_checkpoints(output_dir)[:-total_limit]:
             remove_checkpoint(old)
     return final
 

@@ -131,6 +131,6 @@ def warn_if_images_are_not_taken_once(loaded: Dataset, folder: str) -> None:
     found = sum(split.num_examples for split in loaded.info.splits.values())
     if found != there:
         logger.warning(
-            f"{folder} holds {there} images, and `datasets` takes {found}, by names of splits in their paths or by a"
-            " metadata file that lists them, and not along links to folders. To have each once, change these."
+            f"{folder} holds {there} images, and `datasets` takes {found}: it goes by split names in paths and by"
+            " metadata files, and follows no links to folders. Rename, list or move images so that each is taken once."
         )

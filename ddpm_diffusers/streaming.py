@@ -22,8 +22,6 @@ from torch.utils.data import DataLoader, get_worker_info
 from .data import as_batch
 from .data_sources import check_image_column, open_dataset
 from .image_decoding import ROWS, DamagedImage, decode_images, size_of_all, with_content
-from .pipeline_pixel_diffusion import check_positive
-from .synthetic_fashion import SYNTHETIC
 from .worker_signals import LeaveSignalsToMain
 
 logger = logging.getLogger(__name__)
@@ -48,7 +46,7 @@ def open_stream(
     """Open the encoded images of a data set for `StreamedBatches`; none is read before iteration.
 
     Args:
-        dataset_name: A data set on the Hub, or a local folder (parquet, or Arrow from `save_to_disk`).
+        dataset_name: A data set on the Hub, or a local folder (parquet, images, or Arrow from `save_to_disk`).
         dataset_config_name: Configuration to use, if the data set has several.
         train_data_dir: Folder of images, used instead of `dataset_name`. Their paths are listed first.
         split: Split to read.
@@ -62,8 +60,6 @@ def open_stream(
         ValueError: If the data set, split or column cannot be used; the message says what to do.
         ConnectionError: If the Hub cannot be reached.
     """
-    if dataset_name == SYNTHETIC and train_data_dir is None:
-        raise ValueError(f"Data set {SYNTHETIC!r} is drawn, not read, and cannot be streamed: load it whole.")
     stream = open_dataset(dataset_name, dataset_config_name, train_data_dir, split, cache_dir, streaming=True)
     if isinstance(stream, Dataset):
         stream = stream.to_iterable_dataset(num_shards=min(len(stream), LISTED_SHARDS))
@@ -113,11 +109,6 @@ class StreamedBatches:
         center_crop: bool = False,
         state: dict | None = None,
     ):
-        if len(shape) != 3 or shape[0] not in (1, 3) or shape[1] != shape[2] or shape[1] < 1:
-            raise ValueError(f"`shape` is {shape}; it must be (1 or 3, resolution, resolution).")
-        check_positive(batch_size=batch_size, buffer_size=buffer_size, world_size=world_size)
-        if not 0 <= rank < world_size:
-            raise ValueError(f"`rank` is {rank}; it must be in [0, {world_size - 1}], one of the processes.")
         self.stream, self.shape, self.batch_size, self.seed = stream.with_format("arrow"), shape, batch_size, seed
         self.buffer_size, self.rank, self.world_size, self.num_workers = buffer_size, rank, world_size, num_workers
         self.num_parts = max(num_workers, 1)  # of this process
@@ -244,7 +235,7 @@ class Parts(torch.utils.data.IterableDataset):
                 start, rows = {**START, "pass": start["pass"] + 1}, None
 
     def decode(self, table: pa.Table, indices: range, where: str) -> np.ndarray:
-        """Decode a table's images but for damaged ones: a long run must not end for one of millions."""
+        """Decode a table's images, leaving out damaged ones: a long run must not end for one of millions."""
         (channels, resolution, _), (column,) = self.run.shape, self.run.stream.column_names
         try:
             decoded = decode_images(table, indices, column, resolution, channels, self.run.size)

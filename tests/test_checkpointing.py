@@ -44,13 +44,6 @@ def test_nothing_stays_mapped_of_a_checkpoint_that_may_be_deleted(tmp_path):
     assert str(path) not in Path("/proc/self/maps").read_text()
 
 
-def test_a_checkpoint_before_the_first_step(tmp_path):
-    path = Run(0).save(tmp_path)
-    resumed = Run(1)
-    resumed.load(path)
-    assert_same(resumed.train(2), Run(0).train(2))
-
-
 def test_weights_and_their_average_load_as_models(tmp_path):
     run = Run().train(5)
     path = run.save(tmp_path)
@@ -92,15 +85,6 @@ def test_total_limit_keeps_the_newest(total_limit, kept, tmp_path):
     assert steps(tmp_path) == kept
 
 
-def test_the_checkpoint_just_written_is_kept_whatever_stands_beside_it(tmp_path):
-    run = Run()
-    for run.step in (10, 20, 30):
-        run.save(tmp_path)
-    run.step = 15  # resumed from 10
-    assert run.save(tmp_path, total_limit=2).is_dir()
-    assert steps(tmp_path) == [15, 30]
-
-
 def test_latest_and_paths(tmp_path, caplog):
     assert resolve_checkpoint(tmp_path, "latest") is None
     assert resolve_checkpoint(tmp_path / "not there yet", "latest") is None
@@ -122,9 +106,7 @@ def test_latest_and_paths(tmp_path, caplog):
 
 DAMAGES = {
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "it has no manifest.json"),
-    "a manifest of nothing": (lambda path: (path / "manifest.json").write_text("{}"), "does not list"),
     "half a manifest": (lambda path: (path / "manifest.json").write_text('{"uni'), "manifest.json cannot be read"),
-    "a list for a manifest": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
     "a missing file": (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
     "a cut file": (lambda path: os.truncate(path / WEIGHTS, 100), f"{WEIGHTS} has 100 bytes in place of"),
     "a flipped bit": (lambda path: flip_a_bit(path / WEIGHTS), f"{WEIGHTS} is not what was written"),
@@ -147,7 +129,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(damage, tmp_path, c
     inflict(tmp_path / "checkpoint-3")
     assert resolve_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2"
     (message,) = caplog.messages
-    assert "checkpoint-3 is damaged" in message and reason in message and "before it is taken" in message
+    assert "checkpoint-3 is damaged" in message and reason in message and "passed over" in message
     with pytest.raises(ValueError, match="is no complete checkpoint") as error:
         resolve_checkpoint(tmp_path, str(tmp_path / "checkpoint-3"))
     assert reason in str(error.value)

@@ -113,7 +113,7 @@ def test_images_that_are_left_out_are_told(tmp_path, caplog):
     save(random_images(1, seed=1), elsewhere, ["dog.png"])
     (folder / "dogs").symlink_to(elsewhere, target_is_directory=True)
     assert len(load_images(train_data_dir=str(folder), resolution=8)) == 3
-    assert "source holds 4 images, and `datasets` takes 3, by names" in caplog.text
+    assert "source holds 4 images, and `datasets` takes 3: it goes by split names" in caplog.text
     (folder / "dogs").unlink()
     (folder / "again").symlink_to(folder, target_is_directory=True)
     (folder / "more").symlink_to(folder / "cats", target_is_directory=True)
@@ -121,7 +121,7 @@ def test_images_that_are_left_out_are_told(tmp_path, caplog):
     assert len(load_images(train_data_dir=str(folder), resolution=8)) == 3 and not caplog.messages
     (folder / "metadata.csv").write_text("file_name,text\ncats/1.png,a cat\n")
     assert len(load_images(train_data_dir=str(folder), resolution=8)) == 1
-    assert "source holds 3 images, and `datasets` takes 1, by names" in caplog.text
+    assert "source holds 3 images, and `datasets` takes 1: it goes by split names" in caplog.text
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("training", "validation"), ("Train", "TEST")])

@@ -104,7 +104,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_nor_does_torchrun_start_two_without_a_gpu_for_each(tmp_path):
+def test_two_processes_of_torchrun_without_a_gpu_for_each_are_refused(tmp_path):
     result = train(tmp_path / "run", torchrun(2), *FORTY, **NO_GPU)
     assert result.returncode and UNCONNECTED in result.stderr
     assert not (tmp_path / "run").exists()

@@ -128,7 +128,7 @@ def test_a_longer_run_goes_on_at_its_own_rate_without_the_card_of_the_shorter(tr
     train(*longer)
     assert "| max_train_steps | 5 |" in (checkpointed / "README.md").read_text()
     record = {"arguments": {"max_train_steps": 7}, "unet": {}}
-    open_run(checkpointed, True, 5, record, ())
+    open_run(checkpointed, True, 5, record)
     assert (checkpointed / "README.md").exists()  # until there are other weights
     save_pipeline(tiny_pipe, checkpointed)
     assert not (checkpointed / "README.md").exists() and (checkpointed / "model_index.json").exists()
@@ -151,7 +151,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_by_the_same_comma
     assert (plain / WEIGHTS).read_bytes() == weights and (plain / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_nor_from_other_weights_than_it_began_with(train, tiny_pipe, tmp_path, checkpointed_run, caplog):
+def test_a_run_starts_again_from_no_other_weights_than_before(train, tiny_pipe, tmp_path, checkpointed_run, caplog):
     tiny_pipe.save_pretrained(tmp_path / "pretrained")
     pretrained = ["--pretrained_model_name_or_path", str(tmp_path / "pretrained"), "--ddpm_beta_schedule", "linear"]
     output_dir = train(*pretrained)
@@ -180,7 +180,7 @@ def test_latest_does_not_take_over_the_folder_of_another_run(train, plain):
     with pytest.raises(ValueError, match=r"holds another run \(up_layers_per_block: 2 there, 1 here\)"):
         train(*LATEST, "--unet_config", other)
     (plain / "run.json").unlink()  # and not a folder that is no run's
-    with pytest.raises(ValueError, match="is not empty, and has no checkpoint to go on from: choose another"):
+    with pytest.raises(ValueError, match=r"is not empty, and has no run\.json, so it may hold something other"):
         train(*LATEST)
     del before["run.json"]
     assert files_of(plain) == before
@@ -238,10 +238,9 @@ def test_a_run_with_anything_that_defines_it_changed_is_not_a_resumed_one(train,
 def test_the_folder_of_another_run_is_left_alone(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model_index.json").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty: choose another"):
-        train()
-    with pytest.raises(ValueError, match=r"holds files and no run\.json: .* may be something else"):
-        train("--overwrite_output_dir")
+    for flags in ((), ("--overwrite_output_dir",)):
+        with pytest.raises(ValueError, match=r"is not empty, and has no run\.json, so .* or empty it"):
+            train(*flags)
     assert [p.read_text() for p in (tmp_path / "run").iterdir()] == ["mine"]
 
 

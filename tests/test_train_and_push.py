@@ -190,7 +190,7 @@ def test_streaming_asks_for_what_it_needs():
     for flags, message in (
         (["--streaming"], "`--streaming` needs `--max_train_steps`"),
         ([*STREAM, "--max_train_steps", "2", "--dataset_name", "synthetic-fashion"], "synthetic-fashion is drawn"),
-        ([*STREAM, "--max_train_steps", "2", "--max_train_samples", "9"], "`--streaming` reads a whole data set"),
+        ([*STREAM, "--max_train_steps", "2", "--max_train_samples", "9"], "`--streaming` reads the whole data set"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_arguments(TrainingArguments, flags, "?")

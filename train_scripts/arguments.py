@@ -74,7 +74,9 @@ class TrainingArguments:
     use_ema: bool = arg(True, "keep an exponential moving average (EMA) of the weights, and save it in the pipeline")
     ema_max_decay: float = arg(0.999, "maximum decay of the EMA; 0.9999 for runs of over 50,000 steps")
     mixed_precision: str | None = arg(
-        None, "auto (bf16 if the hardware supports it), no, fp16 or bf16; accelerate's setting by default"
+        None,
+        "auto (bf16 where the hardware computes in it, else fp16 on a GPU and no on a CPU), no, fp16 or bf16;"
+        " accelerate's setting by default",
     )
     compile: bool = arg(False, "torch.compile the network: for GPUs, and CPUs with AMX in bf16")
     cuda_graph: bool = arg(
@@ -150,7 +152,7 @@ class TrainingArguments:
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`--streaming` needs `--max_train_steps`: how long an epoch is cannot be known.")
         if self.streaming and self.max_train_samples is not None:
-            raise ValueError("`--streaming` reads a whole data set, of the Hub or of files: no `--max_train_samples`.")
+            raise ValueError("`--streaming` reads the whole data set: leave out `--max_train_samples`.")
         if self.streaming and drawn:
             raise ValueError(f"`--streaming` needs a `--dataset_name` or `--train_data_dir`: {SYNTHETIC} is drawn.")
         if self.logger != "none" and importlib.util.find_spec(self.logger) is None:

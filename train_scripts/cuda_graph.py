@@ -61,8 +61,8 @@ class GraphedStep:
             raise
         except RuntimeError as error:
             raise RuntimeError(
-                "A step of this network cannot be captured as a CUDA graph, as where it copies from the CPU: pass"
-                " `--no_cuda_graph`."
+                "A step of this network cannot be captured as a CUDA graph (it may copy from the CPU, for example):"
+                " pass `--no_cuda_graph`."
             ) from error
         finally:
             for group, (rate, capturable) in zip(groups, before, strict=True):

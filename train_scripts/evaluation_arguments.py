@@ -37,7 +37,8 @@ class EvaluationArguments:
     batch_size: int = arg(100, "images sampled at a time; much larger batches are slower on a CPU")
     mixed_precision: str | None = arg(
         None,
-        "of the network: auto (bf16 if the hardware supports it), no, fp16 or bf16; accelerate's setting by default",
+        "of the network: auto (bf16 where the hardware computes in it, else fp16 on a GPU and no on a CPU), no, fp16"
+        " or bf16; accelerate's setting by default",
     )
     variant: str | None = arg(None, "variant of the weights, such as fp16")
     # output

@@ -6,6 +6,7 @@ import shutil
 import uuid
 from pathlib import Path
 
+from arguments import DEFINES_THE_RUN
 from files import holds_files, write_text
 
 from ddpm_diffusers.checkpointing import (
@@ -46,25 +47,20 @@ def choose_start(output_dir: Path, resume_from_checkpoint: str | None, overwrite
         # a run that was killed before its first checkpoint starts over
         goes_on = (output_dir / RUN_FILE).is_file() and not (output_dir / "model_index.json").exists()
     if holds_files(output_dir) and not goes_on:  # what is there would have to be deleted
-        if not overwrite and resume_from_checkpoint == "latest":
+        if not (output_dir / RUN_FILE).is_file():
             raise ValueError(
-                f"`--output_dir` {output_dir} is not empty, and has no checkpoint to go on from: choose"
-                " another, or pass `--overwrite_output_dir`."
+                f"`--output_dir` {output_dir} is not empty, and has no {RUN_FILE}, so it may hold something other than"
+                " a training: choose another, or empty it."
             )
         if not overwrite:
             raise ValueError(
                 f"`--output_dir` {output_dir} is not empty: choose another, or pass `--resume_from_checkpoint latest`"
-                " to go on from a checkpoint in it, or `--overwrite_output_dir`."
-            )
-        if not (output_dir / RUN_FILE).is_file():
-            raise ValueError(
-                f"`--output_dir` {output_dir} holds files and no {RUN_FILE}: `--overwrite_output_dir` clears what a"
-                " training wrote, and this may be something else. Choose another, or empty it."
+                " to go on from its last checkpoint, if it has one, or `--overwrite_output_dir`."
             )
     return resume_path, goes_on
 
 
-def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_the_run: tuple[str, ...]) -> dict:
+def open_run(output_dir: Path, goes_on: bool, step: int, record: dict) -> dict:
     """Prepare the folder for this run, and return the run's record with its id, as in `run.json`.
 
     Args:
@@ -72,7 +68,6 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
         goes_on: As `choose_start` returned it; if false, what a run left in the folder is deleted.
         step: Optimizer step at which the run starts.
         record: "arguments", and "unet", the U-Net's config.
-        defines_the_run: Names of the arguments that must not have changed.
 
     Raises:
         ValueError: If the folder holds a run with other arguments; the message lists the differences.
@@ -81,13 +76,13 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict, defines_t
     with explain_write_errors(f"{RUN_FILE} cannot be written to {output_dir}"):
         if goes_on and (output_dir / RUN_FILE).is_file():
             run = json.loads((output_dir / RUN_FILE).read_text())
-            saved, names = run["arguments"], defines_the_run
-            if step == 0:  # it starts over, and must start from the same weights
-                names = (*names, "pretrained_model_name_or_path")
-            differences = list_differences(saved, {name: record["arguments"][name] for name in names})
-            differences += list_differences(run["unet"], record["unet"])
-            if step == 0 and saved["resume_from_checkpoint"] not in (None, "latest"):
-                differences.append(f"it began at {saved['resume_from_checkpoint']} and has no checkpoint yet")
+            saved, differences = run["arguments"], []
+            if step == 0:  # it starts over, from the same weights; else its checkpoint was compared when it was loaded
+                names = (*DEFINES_THE_RUN, "pretrained_model_name_or_path")
+                differences = list_differences(saved, {name: record["arguments"][name] for name in names})
+                differences += list_differences(run["unet"], record["unet"])
+                if saved["resume_from_checkpoint"] not in (None, "latest"):
+                    differences.append(f"it began at {saved['resume_from_checkpoint']} and has no checkpoint yet")
             if differences:
                 raise ValueError(
                     f"`--output_dir` {output_dir} holds another run ({'; '.join(differences)}): give the same"

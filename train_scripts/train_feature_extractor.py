@@ -88,7 +88,9 @@ class FeatureExtractorArguments:
     learning_rate: float = arg(2e-3, "peak learning rate of AdamW; cosine schedule, a tenth of the steps as warm-up")
     adam_weight_decay: float = arg(0.5, "weight decay of AdamW")
     mixed_precision: str | None = arg(
-        None, "auto (bf16 if the hardware supports it), no, fp16 or bf16; accelerate's setting by default"
+        None,
+        "auto (bf16 where the hardware computes in it, else fp16 on a GPU and no on a CPU), no, fp16 or bf16;"
+        " accelerate's setting by default",
     )
 
     def __post_init__(self):

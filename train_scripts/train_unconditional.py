@@ -150,7 +150,7 @@ def main(args: TrainingArguments) -> None:
         if choose_start(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir) != start:
             raise ValueError(f"`--output_dir` {output_dir} has changed while this run started: start it again.")
         configs = {"arguments": run, "unet": config_of(model)}
-        record = open_run(output_dir, goes_on, step, configs, DEFINES_THE_RUN)
+        record = open_run(output_dir, goes_on, step, configs)
         # metrics past the checkpoint are cut, so that they are the same however often the run resumes; speeds are kept
         metrics_file = LogLines(output_dir / "metrics.jsonl", last_step=step)
         speed_file = LogLines(output_dir / "speed.jsonl", last_step=math.inf)

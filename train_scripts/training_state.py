@@ -18,11 +18,9 @@ def make_lr_scheduler(
     warmup_steps = args.lr_warmup_steps
     if warmup_steps is None:
         warmup_steps = 0 if args.lr_scheduler == "constant" else max_train_steps // 10
-    # polynomial divides by the number of steps after the warm-up: there must be one
-    most = max_train_steps - 1 if args.lr_scheduler == "polynomial" else max_train_steps
-    if warmup_steps > most:
+    if warmup_steps >= max_train_steps:
         raise ValueError(
-            f"`--lr_warmup_steps` is {warmup_steps}; it must be in [0, {most}] for a run of {max_train_steps} steps."
+            f"`--lr_warmup_steps` is {warmup_steps}; it must be less than the {max_train_steps} steps of the run."
         )
     steps = {"num_warmup_steps": warmup_steps, "num_training_steps": max_train_steps}
     return get_scheduler(args.lr_scheduler, optimizer, **steps), warmup_steps

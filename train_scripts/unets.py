@@ -27,7 +27,7 @@ FLAGS = {
 
 
 def make_noise_schedule(args: TrainingArguments) -> DDPMScheduler:
-    """The scheduler of the training; warns if its last timestep leaves much of the image, or too little by far."""
+    """The scheduler of the training; warns if its last timestep leaves too much of the image, or too little."""
     scheduler = DDPMScheduler(
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,
@@ -102,7 +102,7 @@ def make_unet(
 
 
 def unet_of_checkpoint(checkpoint: Path, resolution: int, gradient_checkpointing: bool = False) -> ModelMixin:
-    """A new network of a checkpoint's own config, which may be of another script's making."""
+    """A new network by a checkpoint's own config: `--unet_config` does not describe one that was fine-tuned."""
     config = json.loads((checkpoint / "unet" / "config.json").read_text())
     unet = getattr(diffusers, config["_class_name"]).from_config(config)
     return ready(unet, "resume_from_checkpoint", resolution, gradient_checkpointing)
