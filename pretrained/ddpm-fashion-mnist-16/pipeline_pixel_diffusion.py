@@ -642,6 +642,10 @@ options = {{"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}}
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)
 images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
 """
+GUIDED = """
+# the same, guided by the weaker network
+images = pipe(batch_size=16, num_inference_steps={steps}, guidance_scale=1.15{more}).images
+"""
 
 
 def pipeline_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool = False) -> ModelCard:
@@ -651,7 +655,10 @@ def pipeline_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool 
     channels = {1: "grey", 3: "RGB"}.get(unet.in_channels, f"{unet.in_channels}-channel")
     timesteps = scheduler.num_train_timesteps
     more = ', output_type="np"' if unet.in_channels > 4 else ""
-    few_steps = FEW_STEPS.format(steps=min(15, timesteps), more=more) if takes_few_steps(scheduler) else ""
+    few_steps = FEW_STEPS if takes_few_steps(scheduler) else ""
+    if few_steps and pipe.guiding_unet is not None:
+        few_steps += GUIDED
+    few_steps = few_steps.format(steps=min(15, timesteps), more=more)
     guidance = "" if pipe.guiding_unet is None else GUIDANCE.format(parameters=pipe.guiding_unet.num_parameters())
     usage = USAGE.format(repo_id=repo_id, steps=min(50, timesteps), more=more, few_steps=few_steps)
     have_code = type(pipe).__module__ == __name__ and all(loads_elsewhere(pipe.config[n][0]) for n in pipe.networks())

@@ -3,10 +3,14 @@
 This file is self-contained (it needs torch, einops and diffusers): with a copy of it beside the weights, the Hub
 repository of a pipeline is complete.
 
-References: the guide "From Pixelated to Crisp" (cells of its notebook are named below); DDPM, Ho et al. 2020
-(arXiv:2006.11239); ADM, Dhariwal and Nichol 2021 (arXiv:2105.05233); pre-norm residuals, He et al. 2016
-(arXiv:1603.05027); Group Normalization, Wu and He 2018 (arXiv:1803.08494); GELU, Hendrycks and Gimpel 2016
-(arXiv:1606.08415); ICNR, Aitken et al. 2017 (arXiv:1707.02937).
+The classes of the guide "From Pixelated to Crisp", by the cell of its notebook, and what they are here: 12
+GELUConvBlock is `ConvBlock`; 17 RearrangePoolBlock is made by `pool` in the model; 19 DownBlock is `DownBlock`; 25
+SinusoidalPositionEmbedBlock is diffusers' `Timesteps`; 31 ResidualConvBlock is `ConvStem`; 34 UNet is
+`OptimizedUNet2DModel`, whose `stem` makes its down0. What it calls group size is a number of groups.
+
+References: DDPM, Ho et al. 2020 (arXiv:2006.11239); ADM, Dhariwal and Nichol 2021 (arXiv:2105.05233); pre-norm
+residuals, He et al. 2016 (arXiv:1603.05027); Group Normalization, Wu and He 2018 (arXiv:1803.08494); GELU, Hendrycks
+and Gimpel 2016 (arXiv:1606.08415); ICNR, Aitken et al. 2017 (arXiv:1707.02937).
 """
 
 import json
@@ -199,9 +203,9 @@ class UpBlock(nn.Module):
 
 
 class OutBlock(nn.Module):
-    """norm - act - conv 3x3 on cat(x, stem), the global skip (guide, cell 34), or on x alone; the guide's conv first.
+    """norm - act - conv 3x3 on cat(hidden, stem), the global skip (guide, cell 34), or on hidden alone.
 
-    (B, C, H, W) each -> (B, out_channels, H, W).
+    In the guide's network another conv 3x3 comes before. (B, C, H, W) each -> (B, out_channels, H, W).
     """
 
     def __init__(self, layers: list[nn.Module], global_skip: bool):
@@ -244,8 +248,8 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
             or, as in the guide, pooled and concatenated before the upsampling.
         upsample_type (`"rearrange"` | `"conv_transpose"`): 1x1 convolution and depth to space, or a transposed 2x2
             convolution of stride 2.
-        norm_num_groups, block_norm_num_groups (`int`): Groups of the norms in the output and the guide's stem, and in
-            blocks.
+        norm_num_groups (`int`): Groups of the norms before the output and in the guide's stem.
+        block_norm_num_groups (`int`): Groups of the norms in the blocks; 32 in the guide.
         down_layers_per_block, up_layers_per_block (`int` or `tuple[int, ...]`): Blocks of `block_type` on the way
             down and up: one number for all levels, or one per level, highest resolution first. The last number also
             applies to all levels below; excess numbers are ignored. Down, a level that keeps the width may have 0.
@@ -302,7 +306,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
                 return [ConvBlock(a, b, *args) for a, b in pairwise(widths)]
             return [ResnetBlock(a, b, *args, residual_blocks) for a, b in pairwise(widths)]
 
-        def pool(channels: int) -> nn.Module:
+        def pool(channels: int) -> nn.Module:  # halves height and width
             if downsample_type == "max_pool":
                 return nn.MaxPool2d(2)
             if block_type == "conv":
@@ -319,7 +323,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         # time
         if time_embedding_type == "linear":
             self.time_proj = LinearTimesteps(time_embedding_dim, num_train_timesteps)
-        else:
+        else:  # sines, then cosines, of t (or t/T) times 10000^(-i / (dim / 2 - 1))
             scale = 1 / num_train_timesteps if normalize_timesteps else 1
             self.time_proj = Timesteps(time_embedding_dim, flip_sin_to_cos=False, downscale_freq_shift=1, scale=scale)
         self.time_embedding = None
@@ -366,7 +370,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
             out, width = [nn.Conv2d(width, first, 3, padding=1)], first
         out += [make_norm(norm_type, width, norm_num_groups), get_activation(act_fn)]
         out += [nn.Conv2d(width, out_channels, 3, padding=1)]
-        if block_type == "resnet":  # the first prediction is 0, so the loss starts at the variance of its target
+        if block_type == "resnet":  # the first prediction is 0, so the loss starts at the mean square of its target
             nn.init.zeros_(out[-1].weight)
             nn.init.zeros_(out[-1].bias)
         self.out_block = OutBlock(out, global_skip)
