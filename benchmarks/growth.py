@@ -16,7 +16,7 @@ import torch
 from counts import count
 from networks import training_step
 from processes import run, speed_of_training
-from report import table, thousands, with_quartiles
+from report import precision_name, table, thousands, with_quartiles
 from windows import quartiles, time_arms, turns
 
 from ddpm_diffusers import OptimizedUNet2DModel
@@ -156,9 +156,10 @@ def report(result: dict) -> str:
     processes = [(row["processes"], with_quartiles(row["images_per_second"], ",.0f")) for row in result["processes"]]
     return "\n\n".join([
         "A training step of the default network, from 16 images of 16x16 and the widths (64, 64, 128), one size at a"
-        f" time, precision {result['precision']}:",
+        f" time, precision {precision_name(result['precision'])}:",
         table(("", "GFLOP", "ms", "images/s", "GFLOP/s"), steps),
-        f"{READ_BATCHES:,} shuffled batches of {READ_BATCH_SIZE} from a memory-mapped data set of 16x16, each once:",
+        f"{READ_BATCHES:,} shuffled batches of {READ_BATCH_SIZE} from a memory-mapped data set of 16x16, one run each;"
+        f" memory while {READ_BATCHES:,} more are read:",
         table(("images in it", "images/s", "resident memory, MiB more", "pages of the file, MiB more"), data),
         f"The training script on several processes, each with batches of {BATCH_SIZE} and its share of the threads:",
         table(("processes", "images/s"), processes),

@@ -16,7 +16,7 @@ import torch
 from machine import set_up
 from networks import make_network, training_step
 from processes import run
-from report import grouped, table
+from report import grouped, precision_name, table
 from windows import quartiles, turns
 
 from ddpm_diffusers import OptimizedUNet2DModel
@@ -107,10 +107,9 @@ def report(result: dict) -> str:
         for _, rows in grouped(result["rows"], "resolution", "network")
     ]
     head = ("network, resolution", *(f"{kind}, MiB" for kind in KINDS))
-    number = len(result["rows"][0]["bytes"]["windows"])
     caption = (
-        f"Batches of {result['batch_size']}, precision {result['precision']}; sampling is evaluations of the network."
-        f" Median and quartiles of {'one process' if number == 1 else f'{number} processes'}."
+        f"Batches of {result['batch_size']}, precision {precision_name(result['precision'])}; sampling is evaluations"
+        f" of the network. Median and quartiles of {len(result['rows'][0]['bytes']['windows'])} processes."
     )
     return f"{caption}\n\n{table(head, lines)}"
 

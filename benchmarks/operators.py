@@ -2,7 +2,7 @@
 
 import torch
 from networks import make_network, training_step
-from report import grouped, table
+from report import grouped, precision_name, table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -42,8 +42,8 @@ def measure(args, device: torch.device) -> dict:
 def report(result: dict) -> str:
     size = result["resolution"]
     parts = [
-        f"Of a training step at {size}x{size}, batches of {result['batch_size']}, precision {result['precision']}: the"
-        " time of each operator without those that it calls."
+        f"Of a training step at {size}x{size}, batches of {result['batch_size']}, precision"
+        f" {precision_name(result['precision'])}: the time of each operator without those that it calls."
     ]
     for title, rows in grouped(result["rows"], "network"):
         rows.sort(key=lambda row: row["seconds"], reverse=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from ddpm_diffusers.hub import table
 
-__all__ = ["grouped", "table", "thousands", "with_quartiles"]
+__all__ = ["grouped", "precision_name", "table", "thousands", "with_quartiles"]
 
 
 def thousands(value: float) -> str:
@@ -19,10 +19,16 @@ def with_quartiles(result: dict | None, form: str = ".2f") -> str:
     return f"{result['median']:{form}} ({first:{form}} to {third:{form}})"
 
 
+def precision_name(precision: str) -> str:
+    """A precision as accelerate calls it, in words: its "no" is float32."""
+    return "float32" if precision == "no" else precision
+
+
 def grouped(rows: Iterable[dict], *keys: str) -> Iterator[tuple[str, list[dict]]]:
     """Groups of rows with equal `keys`, in order of appearance, each after a title made of these."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+        values = (precision_name(row[key]) if key == "precision" else row[key] for key in keys)
+        groups.setdefault(tuple(values), []).append(row)
     for values, members in groups.items():
         yield ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in zip(keys, values, strict=True)), members

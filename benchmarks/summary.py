@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from networks import PEER
-from report import table, thousands, with_quartiles
+from report import precision_name, table, thousands, with_quartiles
 from startup import DIFFUSERS
 from training_script import AS_IT_COMES, RECIPE
 from windows import paired, quartiles
@@ -139,8 +139,8 @@ def of_last_precision(record: dict) -> Iterator[dict]:
 
 
 def described(settings: dict) -> str:
-    precision = {"no": "float32"}.get(settings["precision"], settings["precision"])
-    return f"{settings['resolution']}x{settings['resolution']}, batch {settings['batch_size']}, {precision}"
+    size = settings["resolution"]
+    return f"{size}x{size}, batch {settings['batch_size']}, {precision_name(settings['precision'])}"
 
 
 SECTIONS = {

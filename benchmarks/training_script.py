@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Features, Image
 from networks import CONFIGS, make_network, training_step
 from processes import LOGGING_STEPS, flags, run, speed_of_training
-from report import table, thousands, with_quartiles
+from report import precision_name, table, thousands, with_quartiles
 from windows import quartiles, ratio, seconds_of, turns
 
 from ddpm_diffusers.data import ImageArrays, load_images
@@ -114,7 +114,8 @@ def report(result: dict) -> str:
     head = ("", "images/s", "of the bare step", "x the recipe", "x the recipe in float32")
     caption = (
         f"{result['steps']} steps of {result['batch_size']} images at {result['resolution']}x{result['resolution']},"
-        f" the first {LOGGING_STEPS} not timed, precision {result['precision']} but for what says otherwise. Bare"
-        " step and script keep freed memory; the recipe leaves the allocator alone, as diffusers' script does."
+        f" the first {LOGGING_STEPS} not timed, precision {precision_name(result['precision'])} but for what says"
+        " otherwise. Bare step and script keep freed memory; the recipe leaves the allocator alone, as diffusers'"
+        " script does."
     )
     return f"{caption}\n\n{table(head, lines)}"

@@ -7,7 +7,7 @@ import torch
 from counts import count
 from machine import matrix_peak
 from networks import installed, make_network, training_step
-from report import grouped, table, thousands, with_quartiles
+from report import grouped, precision_name, table, thousands, with_quartiles
 from windows import ratio, time_arms
 
 from cuda_graph import GraphedStep  # isort: skip
@@ -72,7 +72,9 @@ def measure_setting(args, device: torch.device, settings: dict, peak: float) -> 
 
 
 def report(result: dict) -> str:
-    peaks = ", ".join(f"{peak['per_second'] / 1e9:,.0f} GFLOP/s {name}" for name, peak in result["peaks"].items())
+    peaks = ", ".join(
+        f"{peak['per_second'] / 1e9:,.0f} GFLOP/s in {precision_name(name)}" for name, peak in result["peaks"].items()
+    )
     parts = [
         f"The peak, of square matrix products: {peaks}. GFLOP of convolutions and products, forward and backward."
     ]
