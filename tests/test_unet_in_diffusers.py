@@ -87,14 +87,6 @@ def test_half_precision_weights_and_autocast(dtype):
         assert F.cosine_similarity(output.float().flatten(), full.flatten(), dim=0) > 0.99
 
 
-def test_channels_last():
-    sample, timestep = inputs()
-    model = make()
-    expected = model(sample, timestep).sample
-    model.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(model(sample.to(memory_format=torch.channels_last), timestep).sample, expected)
-
-
 @pytest.mark.parametrize("compute_dtype, time", [
     (torch.float32, {}), (torch.bfloat16, {"time_embedding_type": "linear"}),
 ])  # fmt: skip
@@ -153,18 +145,14 @@ def test_compile_repeated_blocks():
         torch.testing.assert_close(model(sample, timestep).sample, expected)
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{}, {"variant": "fp16"}, {"max_shard_size": "10KB"}, {"safe_serialization": False}]
-)
+@pytest.mark.parametrize("kwargs", [{}, {"variant": "fp16"}])
 def test_saved_and_loaded_it_is_the_same_network(tmp_path, kwargs):
     sample, timestep = inputs()
     model = make()
     model.save_pretrained(tmp_path, **kwargs)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or "max_shard_size" not in kwargs
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load = {"variant": kwargs["variant"]} if "variant" in kwargs else {}
-        loaded = OptimizedUNet2DModel.from_pretrained(tmp_path, **load)
+        loaded = OptimizedUNet2DModel.from_pretrained(tmp_path, **kwargs)
     assert torch.equal(loaded(sample, timestep).sample, model(sample, timestep).sample)
     assert {k: v for k, v in loaded.config.items() if k[0] != "_"} == {
         k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if k[0] != "_"
