@@ -1,7 +1,8 @@
 """Sampling images in pixel space with diffusers' schedulers and any U-Net that is called like diffusers' own.
 
 This file is self-contained (it needs torch and diffusers, and what that depends on): a copy of it beside
-`model_index.json` makes a Hub repository complete.
+`model_index.json` makes a Hub repository complete. So it has all that this takes: the pipeline, what it asks of a
+scheduler, the model card and the push.
 
 References: DDPM, Ho et al. 2020 (arXiv:2006.11239), algorithm 2; EDM, Karras et al. 2022 (arXiv:2206.00364), whose
 table 1 shows why a sampler may scale its input and start from a standard deviation other than 1; autoguidance, Karras
@@ -428,6 +429,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
+# arguments
+
+
 def check_positive(**values) -> None:
     """Raise a ValueError that names the first of these that is no positive integer."""
     for name, value in values.items():
@@ -446,6 +450,30 @@ def check_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
         )
 
 
+def height_and_width(sample_size: int | tuple[int, int] | None) -> tuple:
+    return tuple(sample_size) if isinstance(sample_size, (tuple, list)) else (sample_size, sample_size)
+
+
+def as_list(generator) -> list:
+    if generator is None:
+        return []
+    return generator if isinstance(generator, list) else [generator]
+
+
+def takes_guiding_unet(pipeline_class: type) -> bool:
+    return "guiding_unet" in inspect.signature(pipeline_class.__init__).parameters
+
+
+def with_this_class(index: dict) -> dict:
+    """A `model_index.json` with the name alone instead of our [module, class], as for a class of diffusers."""
+    if index.get("_class_name") == CLASS_IN_INDEX:
+        index["_class_name"] = PixelDiffusionPipeline.__name__
+    return index
+
+
+# schedulers
+
+
 def check_scheduler(scheduler: SchedulerMixin, replaced: dict) -> None:
     """Raise a ValueError if the pipeline cannot use the scheduler; warn if its noise is not that of the `replaced`.
 
@@ -458,49 +486,6 @@ def check_scheduler(scheduler: SchedulerMixin, replaced: dict) -> None:
             " `ddpm_diffusers.make_scheduler` makes."
         )
     warn_of_other_noise(scheduler, replaced, "in place")
-
-
-def takes_guiding_unet(pipeline_class: type) -> bool:
-    return "guiding_unet" in inspect.signature(pipeline_class.__init__).parameters
-
-
-def scheduler_beside(network: ModelMixin | None) -> dict | None:
-    """The config of the scheduler in the folder (or snapshot of the Hub) that a network was loaded from, if any."""
-    source = Path("" if network is None else network.config.get("_name_or_path") or "")
-    # loaded with the pipeline, it names its own folder, and by `subfolder="unet"` the pipeline's
-    folders = [source, *([source.parent] if source.name in NETWORKS else [])]
-    for saved in (folder / "scheduler" for folder in folders if source.name):
-        if (saved / DDPMScheduler.config_name).is_file():
-            # schedulers saved long ago have no `prediction_type`
-            return {"prediction_type": "epsilon", **DDPMScheduler.load_config(saved)}
-    return None
-
-
-def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict | None, where: str) -> None:
-    """Warn if its noise schedule differs from that of `trained`, the config of the scheduler `where`, if any."""
-    if trained and (changed := other_noise(trained, scheduler.config)):
-        was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
-        logger.warning(
-            f"The pipeline's {type(scheduler).__name__} has {now} where the scheduler {where} had {was}. If the"
-            " network was trained with the latter, samples will be poor: take the scheduler that `from_pretrained`"
-            " loads with the network, and make others from it by `ddpm_diffusers.make_scheduler`."
-        )
-
-
-def other_noise(trained: dict, config: dict) -> list[str]:
-    """Names of the arguments in which the noise schedules of two configs differ."""
-    if ("beta_schedule" in trained) != ("beta_schedule" in config):
-        return ["beta_schedule"]  # one is not discrete
-    both = [key for key in noise_arguments(trained) if key in trained and key in config]
-    # a class without one of these behaves as if it were False
-    known_to_one = [key for key in MUST_BE_KNOWN if key not in both and (trained.get(key) or config.get(key))]
-    return [key for key in both if not np.array_equal(trained[key], config[key])] + known_to_one
-
-
-def noise_arguments(config: dict) -> list[str]:
-    """Names of the arguments on which the noise schedule of a config depends."""
-    by_betas = config.get("trained_betas") is None and config.get("beta_schedule") != "squaredcos_cap_v2"
-    return [key for key in TRAINED_WITH if by_betas or key not in ("beta_start", "beta_end")]
 
 
 def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
@@ -568,21 +553,46 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=No
     return scheduler.timesteps
 
 
-def height_and_width(sample_size: int | tuple[int, int] | None) -> tuple:
-    return tuple(sample_size) if isinstance(sample_size, (tuple, list)) else (sample_size, sample_size)
+def scheduler_beside(network: ModelMixin | None) -> dict | None:
+    """The config of the scheduler in the folder (or snapshot of the Hub) that a network was loaded from, if any."""
+    source = Path("" if network is None else network.config.get("_name_or_path") or "")
+    # loaded with the pipeline, it names its own folder, and by `subfolder="unet"` the pipeline's
+    folders = [source, *([source.parent] if source.name in NETWORKS else [])]
+    for saved in (folder / "scheduler" for folder in folders if source.name):
+        if (saved / DDPMScheduler.config_name).is_file():
+            # schedulers saved long ago have no `prediction_type`
+            return {"prediction_type": "epsilon", **DDPMScheduler.load_config(saved)}
+    return None
 
 
-def as_list(generator) -> list:
-    if generator is None:
-        return []
-    return generator if isinstance(generator, list) else [generator]
+def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict | None, where: str) -> None:
+    """Warn if its noise schedule differs from that of `trained`, the config of the scheduler `where`, if any."""
+    if trained and (changed := other_noise(trained, scheduler.config)):
+        was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
+        logger.warning(
+            f"The pipeline's {type(scheduler).__name__} has {now} where the scheduler {where} had {was}. If the"
+            " network was trained with the latter, samples will be poor: take the scheduler that `from_pretrained`"
+            " loads with the network, and make others from it by `ddpm_diffusers.make_scheduler`."
+        )
 
 
-def with_this_class(index: dict) -> dict:
-    """A `model_index.json` with the name alone instead of our [module, class], as for a class of diffusers."""
-    if index.get("_class_name") == CLASS_IN_INDEX:
-        index["_class_name"] = PixelDiffusionPipeline.__name__
-    return index
+def other_noise(trained: dict, config: dict) -> list[str]:
+    """Names of the arguments in which the noise schedules of two configs differ."""
+    if ("beta_schedule" in trained) != ("beta_schedule" in config):
+        return ["beta_schedule"]  # one is not discrete
+    both = [key for key in noise_arguments(trained) if key in trained and key in config]
+    # a class without one of these behaves as if it were False
+    known_to_one = [key for key in MUST_BE_KNOWN if key not in both and (trained.get(key) or config.get(key))]
+    return [key for key in both if not np.array_equal(trained[key], config[key])] + known_to_one
+
+
+def noise_arguments(config: dict) -> list[str]:
+    """Names of the arguments on which the noise schedule of a config depends."""
+    by_betas = config.get("trained_betas") is None and config.get("beta_schedule") != "squaredcos_cap_v2"
+    return [key for key in TRAINED_WITH if by_betas or key not in ("beta_start", "beta_end")]
+
+
+# the model card
 
 
 CARD = """---
@@ -766,6 +776,9 @@ def has_weights_of(network: ModelMixin, folder: Path) -> bool:
                     dtype = min(saved.dtype, state[name].dtype, key=lambda dtype: dtype.itemsize)
                     held |= {name} if torch.equal(saved.to(dtype), state[name].to(dtype)) else set()
     return held == state.keys()
+
+
+# pushing to the Hub
 
 
 def upload(
