@@ -107,9 +107,10 @@ def report(result: dict) -> str:
         for _, rows in grouped(result["rows"], "resolution", "network")
     ]
     head = ("network, resolution", *(f"{kind}, MiB" for kind in KINDS))
+    number = len(result["rows"][0]["bytes"]["windows"])
     caption = (
         f"Batches of {result['batch_size']}, precision {precision_name(result['precision'])}; sampling is evaluations"
-        f" of the network. Median and quartiles of {len(result['rows'][0]['bytes']['windows'])} processes."
+        f" of the network. Median and quartiles; number of processes: {number}."
     )
     return f"{caption}\n\n{table(head, lines)}"
 

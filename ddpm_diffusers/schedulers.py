@@ -59,8 +59,8 @@ def make_scheduler(name: str, scheduler: SchedulerMixin, **overrides) -> Schedul
         overrides: Arguments of the new class, such as `use_karras_sigmas=True`.
 
     Raises:
-        ValueError: If the name is unknown, the scheduler cannot be used with the network (the message says why), or an
-            override is not an argument of the class or would change what the network was trained with.
+        ValueError: If the name is unknown, the scheduler cannot follow the network's noise schedule (the message says
+            why), or an override is not an argument of the class or would change what the network was trained with.
         ImportError: If the scheduler needs a package that is not installed (`lms`: scipy; `dpmsolver_sde`: torchsde).
     """
     if name in REFUSED:

@@ -161,6 +161,14 @@ def test_by_default_it_makes_one_image_in_50_steps(tiny_pipe):
     assert len(tiny_pipe().images) == 1 and len(calls) == tiny_pipe.num_timesteps == 50
 
 
+def test_images_of_more_channels_than_pil_has_are_refused_before_any_work(tiny_pipe):
+    tiny_pipe.unet = OptimizedUNet2DModel(**TINY | {"in_channels": 5, "out_channels": 5}).eval()
+    assert tiny_pipe(1, 1, output_type="np").images.shape == (1, 8, 8, 5)
+    tiny_pipe.unet.register_forward_hook(lambda *args: pytest.fail("the network was called"))
+    with pytest.raises(ValueError, match="images of 5 channels, which PIL has no mode for: pass `output_type` 'np'"):
+        tiny_pipe(1, 1)
+
+
 @pytest.mark.parametrize("name", ["pndm", "dpmsolver++", "unipc"])
 def test_a_network_may_reuse_the_memory_of_its_output(tiny_pipe, name):
     """As one does that is compiled into a CUDA graph."""

@@ -70,12 +70,13 @@ def test_a_scheduler_that_the_loop_cannot_call_is_refused(tiny_pipe, scheduler, 
     assert type(tiny_pipe.scheduler).__name__ == "DDPMScheduler"
 
 
-def test_a_discrete_noise_schedule_in_place_of_one_that_is_not_is_told(tiny_pipe, caplog):
+def test_a_noise_schedule_that_is_not_discrete_is_not_exchanged_for_one_that_is(tiny_pipe, caplog):
     pipe = PixelDiffusionPipeline(tiny_pipe.unet, diffusers.EDMEulerScheduler())
     pipe.scheduler = diffusers.EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     assert not caplog.messages
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    assert "DDIMScheduler has {'beta_schedule': 'linear'} where" in caplog.messages[-1]
+    ddim = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="DDIMScheduler cannot be .* has no discrete noise schedule"):
+        pipe.scheduler = ddim
 
 
 @pytest.mark.parametrize("scheduler_class", [diffusers.DDPMScheduler, diffusers.DDIMScheduler])

@@ -31,6 +31,8 @@ def test_a_network_set_in_place_of_none_is_saved_and_none_is_not_pushed(tiny_pip
     unet = tiny_pipe.unet
     tiny_pipe.save_pretrained(tmp_path / "whole")
     pipe = PixelDiffusionPipeline.from_pretrained(tmp_path / "whole", unet=None)
+    with pytest.raises(ValueError, match="has no `unet` to push"):
+        pipe.push_to_hub("user/empty", token="hf_token")
     with pytest.raises(ValueError, match="was saved without its `unet`"):
         pipe.save_pretrained(tmp_path / "empty")
         pipeline_files(tmp_path / "empty")
@@ -75,11 +77,29 @@ def test_the_same_weights_in_another_precision_keep_their_card(tiny_pipe, tmp_pa
     (tmp_path / "README.md").write_text("Its distance is 0.1.")
     half = PixelDiffusionPipeline(tiny_pipe.unet, tiny_pipe.scheduler)
     half.unet = copy.deepcopy(tiny_pipe.unet).half()
-    for pipe, kwargs in ((tiny_pipe, {}), (half, {"variant": "fp16"}), (tiny_pipe, {}), (half, {})):
+    for pipe, kwargs in ((half, {"variant": "fp16"}), (tiny_pipe, {}), (half, {"variant": "fp16"}), (half, {})):
         pipe.save_pretrained(tmp_path, **kwargs)
-    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"by a kill")  # that of fp16 is whole
-    tiny_pipe.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").exists()
+
+
+def test_the_card_of_a_folder_goes_along_whatever_its_name(tiny_pipe, tmp_path):
+    source = tmp_path / "snapshots" / "revision"  # as `snapshot_download` names it
+    tiny_pipe.save_pretrained(source)
+    (source / "README.md").write_text("Its distance is 0.1.")
+    PixelDiffusionPipeline.from_pretrained(source).save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").read_text() == "Its distance is 0.1."
+
+
+def test_weights_that_stay_beside_others_keep_their_card_until_they_are_replaced(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("Its distance is 0.1.")
+    with torch.no_grad():
+        next(tiny_pipe.unet.parameters()).add_(1)
+    for kwargs in ({"variant": "non_ema"}, {"safe_serialization": False}):
+        tiny_pipe.save_pretrained(tmp_path, **kwargs)
+        assert (tmp_path / "README.md").exists()
+    tiny_pipe.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
 
 
 @pytest.mark.parametrize("network", ["ours", "stock"])

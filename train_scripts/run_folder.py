@@ -54,8 +54,8 @@ def choose_start(output_dir: Path, resume_from_checkpoint: str | None, overwrite
             )
         if not overwrite:
             raise ValueError(
-                f"`--output_dir` {output_dir} is not empty: choose another, or pass `--resume_from_checkpoint latest`"
-                " to go on from its last checkpoint, if it has one, or `--overwrite_output_dir`."
+                f"`--output_dir` {output_dir} is not empty: choose another, or pass `--overwrite_output_dir`."
+                " (`--resume_from_checkpoint latest` goes on if there is a checkpoint in it.)"
             )
     return resume_path, goes_on
 

@@ -11,7 +11,7 @@ ROWS_AT_A_TIME = 1000  # of a matrix of distances
 
 
 class GivenFeatures(torch.nn.Identity):
-    """Stands in for the network by which torchmetrics extracts features, since they are given; it asks how many."""
+    """Stands in for the network by which torchmetrics extracts features, and is asked for their number."""
 
     def __init__(self, num_features: int):
         super().__init__()

@@ -77,8 +77,10 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             saved beside the network, as far as this is in the folder or the cache.
         guiding_unet (`ModelMixin`, *optional*): A weaker network of the same task, for a `guidance_scale` above 1:
             smaller and trained for less long than `unet`, on the same images, noise schedule and prediction type. Set
-            after `pipe.to(device)`, it must be moved there first. (One that was saved is replaced or left out by
-            `guiding_unet=` of `PixelDiffusionPipeline.from_pretrained`, not of `DiffusionPipeline.from_pretrained`.)
+            after `pipe.to(device)`, it must be moved there first. To offload both to disk, call `enable_group_offload`
+            of each with a folder of its own, not the pipeline's, by which both get the weights of the first. (One that
+            was saved is replaced or left out by `guiding_unet=` of `PixelDiffusionPipeline.from_pretrained`, not of
+            `DiffusionPipeline.from_pretrained`.)
     """
 
     _code = Path(__file__).read_bytes()  # as it runs; by the time of saving, the file may be another
@@ -276,6 +278,11 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 " that takes a learned `variance_type` from it (`DDPMScheduler`; with 3 channels and predicted noise"
                 " also DPM-Solver). Set another scheduler, or another U-Net."
             )
+        if output_type == "pil" and channels > 4:
+            raise ValueError(
+                f"The U-Net makes images of {channels} channels, which PIL has no mode for: pass `output_type` 'np',"
+                " 'pt' or 'latent'."
+            )
         unknown = set(callback_on_step_end_tensor_inputs or []) - set(self._callback_tensor_inputs)
         if unknown:
             allowed = self._callback_tensor_inputs
@@ -351,8 +358,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """diffusers' method; also copies the model card of the source that the network was loaded from, if available.
 
         The card is copied only if the folder has none and the weights are still the source's, since its figures are
-        theirs. A card in the folder that is of other weights is renamed. A section on the `guiding_unet` is appended
-        to one that does not name it.
+        theirs. A card in the folder is renamed if other weights are replaced now. A section on the `guiding_unet` is
+        appended to one that does not name it.
 
         With `push_to_hub`, the index, the code, the components' files and a card (see `push_to_hub`) are then uploaded
         to `repo_id`, by default the folder's name; other files in the folder are not. A card that the repository
@@ -360,7 +367,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         is uploaded into a `subfolder`.
         """
         networks = self.networks()
-        set_card_aside(networks, Path(save_directory))
+        if safe_serialization:
+            set_card_aside(networks, Path(save_directory), variant)
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         for config in (Path(save_directory, name, "config.json") for name in self.components):
             if config.is_file():  # diffusers' networks write the path that they were loaded from, ours do not
@@ -502,6 +510,8 @@ def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
     if unmet:
         return f"its step needs {', '.join(unmet)}, too"
     taken = init_parameters(scheduler)
+    if trained and "beta_schedule" not in trained and "beta_schedule" in taken:
+        return "the one in place has no discrete noise schedule that it could take over"
     if "beta_schedule" in trained and "beta_schedule" not in taken:
         return "it has a noise schedule of its own, and cannot take that of the scheduler in place"
     for key in MUST_BE_KNOWN:
@@ -570,9 +580,10 @@ def warn_of_other_noise(scheduler: SchedulerMixin, trained: dict | None, where: 
     if trained and (changed := other_noise(trained, scheduler.config)):
         was, now = ({key: config.get(key) for key in changed} for config in (trained, scheduler.config))
         logger.warning(
-            f"The pipeline's {type(scheduler).__name__} has {now} where the scheduler {where} had {was}. If the"
-            " network was trained with the latter, samples will be poor: take the scheduler that `from_pretrained`"
-            " loads with the network, and make others from it by `ddpm_diffusers.make_scheduler`."
+            f"The pipeline's {type(scheduler).__name__} has {now} where the scheduler {where} had {was}. On another"
+            " noise schedule than its own, a network makes poor samples: take the scheduler that `from_pretrained`"
+            " loads with the `unet`, others that `ddpm_diffusers.make_scheduler` makes of it, and a `guiding_unet`"
+            " that was trained with the same."
         )
 
 
@@ -688,12 +699,10 @@ def pipeline_card(pipe: PixelDiffusionPipeline, repo_id: str, has_samples: bool 
 
 
 def takes_few_steps(scheduler: dict) -> bool:
-    """Whether the card shows DPM-Solver++ in the place of a scheduler of this config.
-
-    Not with a cosine schedule, which leaves too little signal at the last timestep for predicted noise.
-    """
-    by_betas = scheduler.get("beta_schedule") in ("linear", "scaled_linear") and not scheduler.get("use_flow_sigmas")
-    return by_betas and "learned" not in str(scheduler.get("variance_type"))
+    """Whether the card shows DPM-Solver++ in the place of a scheduler of this config; not with a cosine schedule."""
+    by_betas = scheduler.get("beta_schedule") in ("linear", "scaled_linear")
+    other_sigmas = any(scheduler.get(f"use_{kind}_sigmas") for kind in ("flow", "exponential", "beta"))
+    return by_betas and not other_sigmas and "learned" not in str(scheduler.get("variance_type"))
 
 
 def loads_elsewhere(library: str) -> bool:
@@ -737,16 +746,21 @@ def copy_card(networks: dict[str, ModelMixin], source: str, folder: Path, token:
     with contextlib.suppress(Exception):  # absent, refused or out of reach, for which each client has other types
         for name in (README, SAMPLES):
             path = origin / name
-            if origin.parent.name == "snapshots":  # of the cache, CACHE/models--OWNER--NAME/snapshots/REVISION
+            if not Path(source).is_dir():  # the origin is in the cache, CACHE/models--OWNER--NAME/snapshots/REVISION
                 where = {"revision": origin.name, "cache_dir": origin.parents[2], "token": token}
                 path = huggingface_hub.hf_hub_download(source, name, **where)
             if not Path(folder, name).exists():
-                shutil.copyfile(path, folder / name)
+                partial = folder / f".{name}.partial"  # a full disk must leave no part of it under its name
+                shutil.copyfile(path, partial)
+                partial.replace(folder / name)
 
 
-def set_card_aside(networks: dict[str, ModelMixin], folder: Path) -> list[str]:
-    """Rename the card and samples of a saved pipeline that has other networks; returns the names of those."""
-    changed = changed_networks(networks, folder)
+def set_card_aside(networks: dict[str, ModelMixin], folder: Path, variant: str | None = None) -> list[str]:
+    """Rename the card and samples of a saved pipeline if these networks, of this variant, are to replace others there.
+
+    Or if its `guiding_unet` is to go. Returns the names of the networks of which either is so.
+    """
+    changed = changed_networks(networks, folder, rf"[^.]+{re.escape(f'.{variant}' if variant else '')}")
     for path in (folder / README, folder / SAMPLES) if changed else ():
         if path.exists():
             names = (path.with_stem(f"{path.stem}.before{number or ''}") for number in itertools.count())
@@ -755,26 +769,30 @@ def set_card_aside(networks: dict[str, ModelMixin], folder: Path) -> list[str]:
     return changed
 
 
-def changed_networks(networks: dict[str, ModelMixin], folder: Path) -> list[str]:
-    """Names of those networks of a saved pipeline that are not among these, or have other weights in the folder."""
+def changed_networks(networks: dict[str, ModelMixin], folder: Path, stem: str = ".+") -> list[str]:
+    """Names of a saved pipeline's networks that are not among these, or have other weights in files of such a stem."""
     try:
         index = json.loads(Path(folder, "model_index.json").read_text("utf-8"))
     except (OSError, ValueError):  # none yet, or cut off when a save was killed
         return []
-    saved = [name for name in NETWORKS if (index.get(name) or [None])[0] is not None]
-    return [name for name in saved if name not in networks or not has_weights_of(networks[name], folder / name)]
+    changed = []
+    for name in NETWORKS:
+        files = [path for path in Path(folder, name).glob("*.safetensors")
+                 if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors", path.name)]  # fmt: skip
+        is_there = (index.get(name) or [None])[0] is not None
+        if is_there and (name not in networks or (files and not has_weights_of(networks[name], files))):
+            changed.append(name)
+    return changed
 
 
-def has_weights_of(network: ModelMixin, folder: Path) -> bool:
-    """Whether each of the network's tensors is in a safetensors file of the folder, by the coarser of both dtypes."""
+def has_weights_of(network: ModelMixin, files: Iterable[Path]) -> bool:
+    """Whether each of the network's tensors is in one of these files, but for its dtype."""
     state = {name.removeprefix("_orig_mod."): tensor.cpu() for name, tensor in network.state_dict().items()}
     held = set()
-    for path in folder.glob("*.safetensors"):
+    for path in files:
         with contextlib.suppress(safetensors.SafetensorError):  # cut off when a save was killed
-            for name, saved in safetensors.torch.load_file(path).items():
-                if name in state:
-                    dtype = min(saved.dtype, state[name].dtype, key=lambda dtype: dtype.itemsize)
-                    held |= {name} if torch.equal(saved.to(dtype), state[name].to(dtype)) else set()
+            saved = safetensors.torch.load_file(path).items()
+            held |= {n for n, tensor in saved if n in state and torch.equal(tensor.to(state[n].dtype), state[n])}
     return held == state.keys()
 
 
@@ -787,6 +805,8 @@ def upload(
 ) -> huggingface_hub.CommitInfo:  # fmt: skip
     """Push what `save_pretrained` has saved in a folder, with a card."""
     check_token(token)
+    if pipe.unet is None:
+        raise ValueError("The pipeline has no `unet` to push: set `pipe.unet` first.")
     for name in pipe.networks():
         library, class_name = pipe.config[name]
         code = folder / name / f"{library.rpartition('.')[2]}.py"
