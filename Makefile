@@ -12,7 +12,7 @@ BIN = .venv/bin
 
 quickstart: .venv/installed
 	$(BIN)/python train_scripts/generate.py --model pretrained/ddpm-fashion-mnist-28 \
-		--scheduler dpmsolver++:algorithm_type=sde-dpmsolver++,use_karras_sigmas=true --num_inference_steps 15 --guidance_scale 1.15 --num_images 64 --output_dir runs/pretrained-samples --overwrite
+		--scheduler dpmsolver++:algorithm_type=sde-dpmsolver++,use_karras_sigmas=true --num_inference_steps 15 --guidance_scale 1.4 --num_images 64 --output_dir runs/pretrained-samples --overwrite
 	$(BIN)/accelerate launch --config_file train_scripts/accelerate/cpu.yaml train_scripts/train_unconditional.py \
 		train_scripts/configs/quickstart.yaml --overwrite_output_dir
 

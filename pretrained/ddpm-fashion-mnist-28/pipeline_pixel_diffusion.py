@@ -176,8 +176,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             eta: Share of fresh noise per step, in [0, 1], for schedulers whose step takes it (DDIM, eq. 16 of
                 arXiv:2010.02502; TCD).
             guidance_scale: At least 1, which is no guidance. Above, `guiding_unet` is evaluated, too, and the
-                prediction is extrapolated from its own through that of `unet` (arXiv:2406.02507): samples move
-                away from the errors that both make, the weaker network larger ones. 1.15 was measured to be good
+                prediction is extrapolated from its own through that of `unet` (arXiv:2406.02507): samples move away
+                from the errors that both make, the weaker network larger ones. 1.15 and 1.4 were measured to be good
                 (`train_scripts/results/README.md`); too much raises the contrast.
             output_type: `"pil"` images (grey ones in mode "L"), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1],
                 or `"latent"`: (B, C, H, W) as the last step left it, roughly in [-1, 1].
