@@ -78,9 +78,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         guiding_unet (`ModelMixin`, *optional*): A weaker network of the same task, for a `guidance_scale` above 1:
             smaller and trained for less long than `unet`, on the same images, noise schedule and prediction type. Set
             after `pipe.to(device)`, it must be moved there first. To offload both to disk, call `enable_group_offload`
-            of each with a folder of its own, not the pipeline's, by which both get the weights of the first. (One that
-            was saved is replaced or left out by `guiding_unet=` of `PixelDiffusionPipeline.from_pretrained`, not of
-            `DiffusionPipeline.from_pretrained`.)
+            of each network, with a folder of its own: by the pipeline's method both would get the weights of the
+            first. (One that was saved is replaced or left out by `guiding_unet=` of
+            `PixelDiffusionPipeline.from_pretrained`, not of `DiffusionPipeline.from_pretrained`.)
     """
 
     _code = Path(__file__).read_bytes()  # as it runs; by the time of saving, the file may be another
@@ -358,8 +358,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         """diffusers' method; also copies the model card of the source that the network was loaded from, if available.
 
         The card is copied only if the folder has none and the weights are still the source's, since its figures are
-        theirs. A card in the folder is renamed if other weights are replaced now. A section on the `guiding_unet` is
-        appended to one that does not name it.
+        theirs. A card in the folder is renamed if the weights that it describes are replaced by others. A section on
+        the `guiding_unet` is appended to one that does not name it.
 
         With `push_to_hub`, the index, the code, the components' files and a card (see `push_to_hub`) are then uploaded
         to `repo_id`, by default the folder's name; other files in the folder are not. A card that the repository
@@ -367,8 +367,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         is uploaded into a `subfolder`.
         """
         networks = self.networks()
-        if safe_serialization:
-            set_card_aside(networks, Path(save_directory), variant)
+        set_card_aside(networks, Path(save_directory), variant, safe_serialization)
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         for config in (Path(save_directory, name, "config.json") for name in self.components):
             if config.is_file():  # diffusers' networks write the path that they were loaded from, ours do not
@@ -511,7 +510,10 @@ def refusal(scheduler: SchedulerMixin, trained: dict) -> str | None:
         return f"its step needs {', '.join(unmet)}, too"
     taken = init_parameters(scheduler)
     if trained and "beta_schedule" not in trained and "beta_schedule" in taken:
-        return "the one in place has no discrete noise schedule that it could take over"
+        return (
+            "the one in place has no discrete noise schedule that it could take over (if the network was trained with"
+            " one, make a new pipeline of the network and that scheduler)"
+        )
     if "beta_schedule" in trained and "beta_schedule" not in taken:
         return "it has a noise schedule of its own, and cannot take that of the scheduler in place"
     for key in MUST_BE_KNOWN:
@@ -746,7 +748,7 @@ def copy_card(networks: dict[str, ModelMixin], source: str, folder: Path, token:
     with contextlib.suppress(Exception):  # absent, refused or out of reach, for which each client has other types
         for name in (README, SAMPLES):
             path = origin / name
-            if not Path(source).is_dir():  # the origin is in the cache, CACHE/models--OWNER--NAME/snapshots/REVISION
+            if origin.parent.name == "snapshots" and Path(source) != origin:  # CACHE/models--A--B/snapshots/REVISION
                 where = {"revision": origin.name, "cache_dir": origin.parents[2], "token": token}
                 path = huggingface_hub.hf_hub_download(source, name, **where)
             if not Path(folder, name).exists():
@@ -755,12 +757,16 @@ def copy_card(networks: dict[str, ModelMixin], source: str, folder: Path, token:
                 partial.replace(folder / name)
 
 
-def set_card_aside(networks: dict[str, ModelMixin], folder: Path, variant: str | None = None) -> list[str]:
-    """Rename the card and samples of a saved pipeline if these networks, of this variant, are to replace others there.
+def set_card_aside(
+    networks: dict[str, ModelMixin], folder: Path, variant: str | None = None, safe_serialization: bool = True
+) -> list[str]:
+    """Rename the card and samples of a saved pipeline if one of its networks is to be replaced or removed by these.
 
-    Or if its `guiding_unet` is to go. Returns the names of the networks of which either is so.
+    Returns the names of such networks. Files that are replaced are those of the `variant`; pickles replace none, since
+    safetensors files are loaded first.
     """
-    changed = changed_networks(networks, folder, rf"[^.]+{re.escape(f'.{variant}' if variant else '')}")
+    name = rf"[^.]+{re.escape(f'.{variant}' if variant else '')}(-\d+-of-\d+)?\.safetensors"
+    changed = changed_networks(networks, folder, lambda path: safe_serialization and re.fullmatch(name, path.name))
     for path in (folder / README, folder / SAMPLES) if changed else ():
         if path.exists():
             names = (path.with_stem(f"{path.stem}.before{number or ''}") for number in itertools.count())
@@ -769,18 +775,19 @@ def set_card_aside(networks: dict[str, ModelMixin], folder: Path, variant: str |
     return changed
 
 
-def changed_networks(networks: dict[str, ModelMixin], folder: Path, stem: str = ".+") -> list[str]:
-    """Names of a saved pipeline's networks that are not among these, or have other weights in files of such a stem."""
+def changed_networks(networks: dict[str, ModelMixin], folder: Path, is_replaced: Callable | None = None) -> list[str]:
+    """Names of a saved pipeline's networks that are not among these, or have other weights in files to be replaced."""
     try:
         index = json.loads(Path(folder, "model_index.json").read_text("utf-8"))
     except (OSError, ValueError):  # none yet, or cut off when a save was killed
         return []
     changed = []
     for name in NETWORKS:
-        files = [path for path in Path(folder, name).glob("*.safetensors")
-                 if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors", path.name)]  # fmt: skip
         is_there = (index.get(name) or [None])[0] is not None
-        if is_there and (name not in networks or (files and not has_weights_of(networks[name], files))):
+        saved = list(Path(folder, name).glob("*.safetensors"))
+        replaced = saved if is_replaced is None else [path for path in saved if is_replaced(path)]
+        stays = saved and not replaced
+        if is_there and (name not in networks or not (stays or has_weights_of(networks[name], replaced))):
             changed.append(name)
     return changed
 

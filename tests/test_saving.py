@@ -83,7 +83,7 @@ def test_the_same_weights_in_another_precision_keep_their_card(tiny_pipe, tmp_pa
 
 
 def test_the_card_of_a_folder_goes_along_whatever_its_name(tiny_pipe, tmp_path):
-    source = tmp_path / "snapshots" / "revision"  # as `snapshot_download` names it
+    source = tmp_path / "models--user--name" / "snapshots" / "revision"  # as `snapshot_download` names it
     tiny_pipe.save_pretrained(source)
     (source / "README.md").write_text("Its distance is 0.1.")
     PixelDiffusionPipeline.from_pretrained(source).save_pretrained(tmp_path / "copy")
@@ -100,6 +100,16 @@ def test_weights_that_stay_beside_others_keep_their_card_until_they_are_replaced
         assert (tmp_path / "README.md").exists()
     tiny_pipe.save_pretrained(tmp_path)
     assert not (tmp_path / "README.md").exists()
+
+
+def test_pickles_cannot_be_compared_so_their_card_does_not_go_along(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    (tmp_path / "pickled" / "README.md").write_text("Its distance is 0.1.")
+    loaded = PixelDiffusionPipeline.from_pretrained(tmp_path / "pickled")
+    loaded.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "README.md").exists()
+    loaded.save_pretrained(tmp_path / "pickled")
+    assert (tmp_path / "pickled" / "README.before.md").exists()
 
 
 @pytest.mark.parametrize("network", ["ours", "stock"])
