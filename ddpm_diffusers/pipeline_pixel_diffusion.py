@@ -77,10 +77,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             saved beside the network, as far as this is in the folder or the cache.
         guiding_unet (`ModelMixin`, *optional*): A weaker network of the same task, for a `guidance_scale` above 1:
             smaller and trained for less long than `unet`, on the same images, noise schedule and prediction type. Set
-            after `pipe.to(device)`, it must be moved there first. To offload both to disk, call `enable_group_offload`
-            of each network, with a folder of its own: by the pipeline's method both would get the weights of the
-            first. (One that was saved is replaced or left out by `guiding_unet=` of
-            `PixelDiffusionPipeline.from_pretrained`, not of `DiffusionPipeline.from_pretrained`.)
+            after `pipe.to(device)`, it must be moved there first. (One that was saved is replaced or left out by
+            `guiding_unet=` of `PixelDiffusionPipeline.from_pretrained`, not of `DiffusionPipeline.from_pretrained`.)
     """
 
     _code = Path(__file__).read_bytes()  # as it runs; by the time of saving, the file may be another
@@ -138,6 +136,19 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     def networks(self) -> dict[str, ModelMixin]:
         """Its networks by name, `unet` and, if there is one, `guiding_unet`."""
         return {name: getattr(self, name) for name in NETWORKS if getattr(self, name) is not None}
+
+    def enable_group_offload(self, *args, **kwargs) -> None:
+        """diffusers' method; ValueError for `offload_to_disk_path` with a `guiding_unet`."""
+        given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        excluded = given.get("exclude_modules") or []
+        both = len(set(self.networks()) - ({excluded} if isinstance(excluded, str) else set(excluded))) == 2
+        if both and given.get("offload_to_disk_path") is not None:
+            # diffusers names them by layers and never replaces one, so both would get the weights of the first
+            raise ValueError(
+                "`offload_to_disk_path` is given, but files of `unet` and `guiding_unet` would have the same names:"
+                " call `enable_group_offload` of each network instead, with a folder of its own."
+            )
+        super().enable_group_offload(*args, **kwargs)
 
     @property
     def num_timesteps(self) -> int:
@@ -207,30 +218,32 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         self._num_timesteps = len(timesteps)
         dtype = self.unet.dtype  # which looks through all of the network's modules
         guiding_dtype = self.guiding_unet.dtype if guidance_scale > 1 else None
-        # sampled in float32 whatever the weights' dtype: the steps are small differences of large numbers
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma  # (B, C, H, W)
-        step_kwargs = self.prepare_step_kwargs(generator, eta)  # may draw from the generators, too
+        try:
+            # sampled in float32 whatever the weights' dtype: the steps are small differences of large numbers
+            if latents is None:
+                latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma  # (B, C, H, W)
+            step_kwargs = self.prepare_step_kwargs(generator, eta)  # may draw from the generators, too
 
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                sample = self.scheduler.scale_model_input(latents, t)
-                # a copy: solvers keep it, and a compiled network may write its next output in the same place
-                model_output = self.unet(sample.to(dtype), t).sample.to(torch.float32, copy=True)  # (B, C, H, W)
-                if guidance_scale > 1:
-                    weaker = self.guiding_unet(sample.to(guiding_dtype), t).sample.to(torch.float32)
-                    model_output = weaker + guidance_scale * (model_output - weaker)
-                latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+            with self.progress_bar(total=len(timesteps)) as progress_bar:
+                for i, t in enumerate(timesteps):
+                    if self.interrupt:
+                        continue
+                    sample = self.scheduler.scale_model_input(latents, t)
+                    # a copy: solvers keep it, and a compiled network may write its next output in the same place
+                    model_output = self.unet(sample.to(dtype), t).sample.to(torch.float32, copy=True)  # (B, C, H, W)
+                    if guidance_scale > 1:
+                        weaker = self.guiding_unet(sample.to(guiding_dtype), t).sample.to(torch.float32)
+                        model_output = weaker + guidance_scale * (model_output - weaker)
+                    latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
 
-                if callback_on_step_end is not None:
-                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs or []}
-                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
-                progress_bar.update()
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(None)  # else `add_noise` would go by the place reached, not by timestep
+                    if callback_on_step_end is not None:
+                        tensors = {name: latents for name in callback_on_step_end_tensor_inputs or []}
+                        latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                    progress_bar.update()
+        finally:
+            if hasattr(self.scheduler, "set_begin_index"):
+                self.scheduler.set_begin_index(None)  # else `add_noise` would go by the place reached, not by timestep
 
         images = latents
         if output_type != "latent":

@@ -176,6 +176,16 @@ def test_records_name_weights_whether_compiled_or_not(guided):
     assert names[0] != names[1]
 
 
+def test_offloading_both_networks_to_the_same_files_is_refused(guided, tmp_path):
+    images, options = call(guided, 1.25), {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
+    with pytest.raises(ValueError, match="`offload_to_disk_path` is given, but files of `unet` and `guiding_unet`"):
+        guided.enable_group_offload(**options, offload_to_disk_path=str(tmp_path))
+    unet = str(tmp_path / "unet")
+    guided.enable_group_offload(**options, offload_to_disk_path=unet, exclude_modules="guiding_unet")
+    guided.guiding_unet.enable_group_offload(**options, offload_to_disk_path=str(tmp_path / "guiding_unet"))
+    torch.testing.assert_close(call(guided, 1.25), images)
+
+
 def test_a_weaker_network_of_another_training_is_told_once(guided, tmp_path, caplog):
     guided.save_pretrained(tmp_path / "guided")
     velocity = PixelDiffusionPipeline(guided.unet, DDPMScheduler(prediction_type="v_prediction"))

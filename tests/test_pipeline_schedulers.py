@@ -181,3 +181,18 @@ def test_others_than_ddpm_take_a_learned_variance_only_from_predicted_noise():
             pipe(1, 2)
     with pytest.raises(ValueError, match="with 3 channels and predicted noise also DPM-Solver"):
         pipe(1, 2)
+
+
+def test_an_error_during_sampling_leaves_the_scheduler_usable(tiny_pipe):
+    tiny_pipe.scheduler = make_scheduler("euler", tiny_pipe.scheduler)
+
+    def stop(pipe, i, t, tensors):
+        raise KeyboardInterrupt
+
+    clean, noise = torch.zeros(3, 1, 8, 8), torch.ones(3, 1, 8, 8)
+    tiny_pipe.scheduler.set_timesteps(4)
+    timesteps = tiny_pipe.scheduler.timesteps[:3]
+    expected = tiny_pipe.scheduler.add_noise(clean, noise, timesteps)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_pipe(1, 4, callback_on_step_end=stop)
+    assert torch.equal(tiny_pipe.scheduler.add_noise(clean, noise, timesteps), expected)
