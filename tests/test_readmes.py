@@ -9,6 +9,7 @@ from pathlib import Path
 import ablate
 import compare_schedulers
 import evaluate
+import exact_score
 import generate
 import ladder_rows
 import push_to_hub
@@ -29,6 +30,7 @@ ARGUMENTS = {
     "ablate": ablate.AblateArguments,
     "compare_schedulers": compare_schedulers.ComparisonArguments,
     "evaluate": evaluate.EvaluateArguments,
+    "exact_score": exact_score.ExactScoreArguments,
     "generate": generate.GenerateArguments,
     "push_to_hub": push_to_hub.PushArguments,
     "run": run.BenchmarkArguments,

@@ -19,7 +19,7 @@ from ddpm_diffusers.evaluation.protocol import check_count, image_shape
 
 
 @dataclass
-class EvaluationArguments:
+class MeasuringArguments:
     # the real images
     dataset_name: str = arg("zalando-datasets/fashion_mnist", "Hub id or local folder of the real images")
     train_data_dir: str | None = arg(None, "folder of images, in place of --dataset_name, as in the training")
@@ -35,12 +35,6 @@ class EvaluationArguments:
     num_images: int = arg(10_000, "samples per seed: 10,000 for figures to quote, 2,000 during development")
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "one or more seeds of sampling noise"})
     batch_size: int = arg(100, "images sampled at a time; much larger batches are slower on a CPU")
-    mixed_precision: str | None = arg(
-        None,
-        "of the network: auto (bf16 where the hardware computes in it, else fp16 on a GPU and no on a CPU), no, fp16"
-        " or bf16; accelerate's setting by default",
-    )
-    variant: str | None = arg(None, "variant of the weights, such as fp16")
     # output
     output_dir: str = arg("evaluation", "folder for the results")
     overwrite: bool = arg(False, "write into a folder that is not empty")
@@ -48,7 +42,6 @@ class EvaluationArguments:
     def __post_init__(self):
         for name in ("num_images", "batch_size"):
             check(self, getattr(self, name) >= 1, name, "be at least 1")
-        check(self, self.mixed_precision in PRECISIONS, "mixed_precision", "be auto, no, fp16 or bf16")
         different = len(set(self.seeds)) == len(self.seeds)
         check(self, different and min(self.seeds) >= 0, "seeds", "hold different whole numbers from 0")
         if not (self.overwrite or self.continues()):
@@ -59,7 +52,22 @@ class EvaluationArguments:
         return False
 
 
-def open_extractor(args: EvaluationArguments, accelerator: Accelerator, channels: int = 1) -> FeatureExtractor:
+@dataclass
+class EvaluationArguments(MeasuringArguments):
+    # the network
+    mixed_precision: str | None = arg(
+        None,
+        "of the network: auto (bf16 where the hardware computes in it, else fp16 on a GPU and no on a CPU), no, fp16"
+        " or bf16; accelerate's setting by default",
+    )
+    variant: str | None = arg(None, "variant of the weights, such as fp16")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, self.mixed_precision in PRECISIONS, "mixed_precision", "be auto, no, fp16 or bf16")
+
+
+def open_extractor(args: MeasuringArguments, accelerator: Accelerator, channels: int = 1) -> FeatureExtractor:
     extractor = load_feature_extractor(args.feature_extractor).to(accelerator.device)
     extractor.check_channels(channels)
     check_count(args.num_images, extractor)
@@ -67,7 +75,7 @@ def open_extractor(args: EvaluationArguments, accelerator: Accelerator, channels
 
 
 def open_reference(
-    args: EvaluationArguments, accelerator: Accelerator, extractor: FeatureExtractor, resolution: int, channels: int
+    args: MeasuringArguments, accelerator: Accelerator, extractor: FeatureExtractor, resolution: int, channels: int
 ) -> Reference:
     with accelerator.main_process_first():  # it fills the caches for the others
         return Reference.of_dataset(
@@ -80,7 +88,7 @@ def open_reference(
         )
 
 
-def source_of(args: EvaluationArguments) -> dict:
+def source_of(args: MeasuringArguments) -> dict:
     """The arguments of `load_images` that say where the real images are and how they are read."""
     names = ("dataset_name", "train_data_dir", "dataset_config_name", "image_column", "center_crop", "cache_dir")
     return {name: getattr(args, name) for name in names}
@@ -97,7 +105,7 @@ def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> 
     return pipe
 
 
-def provenance(args: EvaluationArguments, accelerator: Accelerator, pipe: PixelDiffusionPipeline | None) -> dict:
+def provenance(args: MeasuringArguments, accelerator: Accelerator, pipe: PixelDiffusionPipeline | None) -> dict:
     """What a figure depends on beyond its record: data, weights, precision, versions. No local paths."""
     local = Path(os.path.abspath(args.train_data_dir or args.dataset_name))  # by its own name, also if it is a link
     record = {
