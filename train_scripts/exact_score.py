@@ -121,26 +121,30 @@ def main(args: ExactScoreArguments) -> None:
     draws = [torch.randint(len(images), (args.num_images,), generator=torch.Generator().manual_seed(seed))
              for seed in args.seeds]  # fmt: skip
     drawn = record_of([Statistics.of_images(images[which], extractor) for which in draws], reference)
-    common = {**provenance(args, accelerator, None), "num_train_images": args.num_train_images, "seeds": args.seeds}
-    drawn |= common
-    left_out += [record for record in records if "left_out" in record]
-    records = [common | record for record in records if "left_out" not in record]
+    ours = {"train_split": args.train_split, "num_train_images": args.num_train_images, "seeds": args.seeds}
+    common = {**provenance(args, accelerator, None), **ours}
     for record in records:
-        del record["images"]  # training images
-    rows = [({"sampler": label_of(r), "evaluations": r["evaluations"]}, r["figures"]) for r in records]
-    rows.insert(0, ({"sampler": "training images, drawn at random", "evaluations": 0}, drawn["figures"]))
-    report = [
-        figures_table(rows),
-        f"{caption(drawn | {'train_split': args.train_split})} Sampled by the exact score of"
-        f" {args.num_train_images:,} training images; since samples are copies of these, precision and recall mean"
-        " little.",
-        *(f"Left out: {title_of(record)}: {record['left_out']}" for record in left_out),
-    ]
-    result = {"drawn": drawn, "records": records, "left_out": left_out}
+        record.pop("images", None)  # training images
+    result = {
+        "drawn": common | drawn,
+        "records": [common | record for record in records if "left_out" not in record],
+        "left_out": left_out + [record for record in records if "left_out" in record],
+    }
     write_text(output_dir / "exact.json", json.dumps(result, indent=2) + "\n")
-    write_text(output_dir / "exact.md", "\n\n".join(report) + "\n")
-    print("\n\n".join(report))
+    write_text(output_dir / "exact.md", report(**result) + "\n")
+    print(report(**result))
     folder_lock.release()
+
+
+def report(drawn: dict, records: list[dict], left_out: list[dict]) -> str:
+    rows = [({"sampler": "training images, drawn at random", "evaluations": 0}, drawn["figures"])]
+    rows += [({"sampler": label_of(r), "evaluations": r["evaluations"]}, r["figures"]) for r in records]
+    how = (
+        f"{caption(drawn)} Sampled by the exact score of {drawn['num_train_images']:,} training images, of which the"
+        " samples are copies: precision and recall mean little."
+    )
+    reasons = [f"Left out: {title_of(record)}: {record['left_out']}" for record in left_out]
+    return "\n\n".join([figures_table(rows), how, *reasons])
 
 
 if __name__ == "__main__":
