@@ -179,8 +179,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             batch_size: Number of images, at least 1.
             num_inference_steps: Number of scheduler steps, from 1 to the number of training timesteps (solvers with
                 `timestep_spacing` "linspace" or "leading" need fewer than all, or divide by zero). A second-order
-                scheduler evaluates the network up to twice per step. Recommended for fast sampling: 15 (at 28x28, 20
-                or 50 where time allows), with `DPMSolverMultistepScheduler`, `algorithm_type="sde-dpmsolver++"` and
+                scheduler evaluates the network up to twice per step. Recommended for fast sampling: 15 (at 28x28, 30
+                where time allows), with `DPMSolverMultistepScheduler`, `algorithm_type="sde-dpmsolver++"` and
                 `use_karras_sigmas=True` (measured in `train_scripts/results/README.md`).
             generator: Makes the images reproducible. With one per image, image i does not depend on the batch.
             latents: Starting noise of variance 1, (batch_size, in_channels, height, width), instead of drawn noise.

@@ -64,6 +64,12 @@ def test_rows_are_of_the_records_beside_them(folder):
     assert len([line for line in rows - heads if line.startswith("|")]) == len(records) > 0
 
 
+@pytest.mark.parametrize("size", [16, 28])
+def test_the_tables_of_the_exact_score_are_of_their_records(size):
+    result = json.loads((RESULTS / f"exact_{size}" / "exact.json").read_text())
+    assert exact_score.report(**result) + "\n" == (RESULTS / f"exact_{size}" / "exact.md").read_text()
+
+
 def distances(row: str, *folders: str) -> dict[str, list[float]]:
     """Of all trainings of a row in these folders in bf16, by seed."""
     found = {}
@@ -113,6 +119,7 @@ def test_the_figures_of_the_front_page_are_of_the_records():
         "28x28": "released_28",
         "16x16, with guidance": "guidance/scale-1.15-16",
         "28x28, with guidance": "guidance/scale-1.4-28",
+        "28x28, with guidance, in 30 steps": "guidance/30-steps-28",
     }
     for label, folder in released.items():
         record = json.loads((RESULTS / folder / "evaluation.json").read_text())["figures"]
