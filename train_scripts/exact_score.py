@@ -32,8 +32,6 @@ from ddpm_diffusers.evaluation import comparison
 from ddpm_diffusers.evaluation.comparison import label_of, title_of
 from ddpm_diffusers.evaluation.protocol import Statistics, evenly_spaced, record_of
 
-logger = logging.getLogger(__name__)
-
 # the training script's default; squaredcos_cap_v2 needs a network that predicts velocity
 NOISE = DDPMScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing")
 
