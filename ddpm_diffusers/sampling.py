@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import PartialState
@@ -21,11 +21,12 @@ class NotFiniteError(ValueError):
 def sample_images(
     pipe: PixelDiffusionPipeline,
     num_images: int,
-    num_inference_steps: int,
+    num_inference_steps: int = 50,
     *,
     batch_size: int = 16,
     seed: int = 0,
     guidance_scale: float = 1.0,
+    timesteps: Sequence[int] | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
     """Sample images 0 to num_images - 1 of `pipe`, uint8 (num_images, C, H, W) on the CPU.
@@ -40,7 +41,7 @@ def sample_images(
         num_inference_steps: Number of scheduler steps.
         batch_size: Images sampled at a time; their last bits depend on it.
         seed: Seed of the first image.
-        guidance_scale: That of the pipeline's call.
+        guidance_scale, timesteps: Those of the pipeline's call.
         progress: Show a progress bar of the main process's batches.
 
     Raises:
@@ -54,7 +55,9 @@ def sample_images(
             " `PixelDiffusionPipeline(pipe.unet, pipe.scheduler)`."
         )
     check_positive(num_images=num_images, batch_size=batch_size)
-    guidance = {} if guidance_scale == 1 else {"guidance_scale": guidance_scale}  # a subclass's call may take none
+    own = {} if guidance_scale == 1 else {"guidance_scale": guidance_scale}  # a subclass's call may take none
+    own |= {} if timesteps is None else {"timesteps": timesteps}
+    steps = num_inference_steps if timesteps is None else len(timesteps)
     state = PartialState()
     batch_size = min(batch_size, num_images)
     rounds = math.ceil(num_images / (batch_size * state.num_processes))
@@ -63,10 +66,10 @@ def sample_images(
         first = (turn * state.num_processes + state.process_index) * batch_size
         generators = [torch.Generator().manual_seed(seed + i) for i in range(first, first + batch_size)]
         with without_progress_bar(pipe):
-            latents = pipe(batch_size, num_inference_steps, generators, output_type="latent", **guidance).images
+            latents = pipe(batch_size, num_inference_steps, generators, output_type="latent", **own).images
         if not gather(latents.isfinite().all()[None]).all():  # clamping would hide infinity
             raise NotFiniteError(
-                f"{type(pipe.scheduler).__name__} made images with NaN or infinity in {num_inference_steps} steps. Try"
+                f"{type(pipe.scheduler).__name__} made images with NaN or infinity in {steps} steps. Try"
                 " other steps, DDPM and float32; if they do, too, the training has diverged: lower its learning rate."
             )
         batches.append(((latents / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))

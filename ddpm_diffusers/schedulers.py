@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Sequence
 
 import diffusers
 import numpy as np
@@ -120,14 +121,17 @@ def name_and_options(scheduler: SchedulerMixin, followed: SchedulerMixin) -> tup
     return names[0], {key: config[key] for key in sorted(given) if not np.array_equal(config[key], made[key])}
 
 
-def count_evaluations(scheduler: SchedulerMixin, num_inference_steps: int) -> int:
+def count_evaluations(
+    scheduler: SchedulerMixin, num_inference_steps: int, timesteps: Sequence[int] | None = None
+) -> int:
     """Number of network evaluations that the pipeline makes: up to two per step, and more for a warm-up.
 
     Raises:
-        ValueError: If the scheduler cannot take that number of steps.
+        ValueError, TypeError: If the scheduler cannot take that number of steps, or these timesteps in its place.
     """
-    check_steps(scheduler, num_inference_steps)
-    return len(set_timesteps(copy.deepcopy(scheduler), num_inference_steps))  # the caller's keeps its timesteps
+    check_steps(scheduler, num_inference_steps, timesteps)
+    scheduler = copy.deepcopy(scheduler)  # the caller's keeps its timesteps
+    return len(set_timesteps(scheduler, num_inference_steps, timesteps=timesteps))
 
 
 def rehearse(scheduler: SchedulerMixin, name: str) -> None:

@@ -62,7 +62,7 @@ def test_lower_precision_is_for_the_network_alone(evaluate, model, garments):
 
 
 def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluate, model, garments, tmp_path, capsys):
-    sampler = ("--scheduler", "dpmsolver++:solver_order=1", "--num_inference_steps", "3")
+    sampler = ("--scheduler", "dpmsolver++:solver_order=1", "--timesteps", "999", "400", "20")
     record = evaluate("--model", str(model), *sampler, "--seeds", "0", "1", "--batch_size", "50",
                       "--dataset_id", "user/garments", "--write_card")  # fmt: skip
 
@@ -70,7 +70,8 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler, solver_order=1)
     reference = Reference.of_dataset(garments, load_feature_extractor(), resolution=16)
-    expected = evaluate_pipeline(pipe, reference, NUM_IMAGES, 3, seeds=(0, 1), batch_size=50)
+    how = {"seeds": (0, 1), "batch_size": 50, "timesteps": [999, 400, 20]}
+    expected = evaluate_pipeline(pipe, reference, NUM_IMAGES, **how)
     assert record["figures"] == expected["figures"] and record["per_seed"] == expected["per_seed"]
     assert record["evaluations"] == 3 and record["scheduler_config"]["solver_order"] == 1
     assert record["feature_extractor"]["digest"] == load_feature_extractor().digest
@@ -93,7 +94,7 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     kernel = of_train["kernel_distance"]
     assert shown["KID x 1000"] == f"{1000 * kernel['mean']:.2f} ± {1000 * kernel['sd']:.2f}"
     assert row in capsys.readouterr().out
-    assert "Sampled by DPMSolverMultistepScheduler (solver_order 1) in 3 steps" in row
+    assert "Sampled by DPMSolverMultistepScheduler (solver_order 1) in 3 steps at timesteps 999, 400, 20, 3" in row
     with Image.open(tmp_path / "evaluation" / "grid.png") as grid:
         assert grid.size == (8 * 64, 8 * 64)
     spectrum = record["spectrum"]
@@ -193,6 +194,8 @@ def test_a_folder_is_read_as_the_training_reads_it(evaluate, tmp_path):
     (["--model", "MODEL", "--num_images", "20"], "20 images to evaluate; there must be more than the"),
     (["--model", "MODEL", "--seeds", "1", "1"], r"`--seeds` is \[1, 1\]; it must hold different"),
     (["--model", "MODEL", "--scheduler", "ddpm:speed=1"], "`speed` is no argument of DDPMScheduler"),
+    (["--images", "test", "--timesteps", "9", "2"], "`--timesteps` is for a `--model`"),
+    (["--model", "MODEL", "--timesteps", "2", "9"], "`timesteps` is .2, 9.; it must hold whole numbers"),
     (["--model", "MODEL", "--num_inference_steps", "5000"], "is 5000; it must not exceed the 1000 timesteps"),
     (["--model", "MODEL", "--test_split", "validation"], "no split 'validation'"),
     (["--model", "MODEL", "--feature_extractor", "resnet"], "There is no feature extractor 'resnet'"),

@@ -46,6 +46,18 @@ def test_image_i_is_of_seed_and_scheduler_whatever_the_batch(generate, capsys):
     assert Image.open(generate("grid", "--num_images", "5") / "grid.png").size == (168, 112)  # images enlarged to 56
 
 
+def test_timesteps_take_the_place_of_steps(generate, tmp_path, capsys):
+    flags = tmp_path / "flags.yaml"
+    flags.write_text(flags.read_text().replace("scheduler: ddim\nnum_inference_steps: 4", "scheduler: dpmsolver++"))
+    steps = pixels(generate("steps", "--num_inference_steps", "4"))
+    assert len(pixels(generate("chosen", "--timesteps", "999", "749", "499", "249"))) == len(steps)
+    assert "16 images by DPMSolverMultistepScheduler, 4 steps" in capsys.readouterr().out
+    for wrong, message in ((["2", "9"], r"`timesteps` is \[2, 9\]; it must"), (["9", "--scheduler", "ddim"], "takes none")):
+        with pytest.raises(ValueError, match=message):
+            generate("wrong", "--timesteps", *wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_weights_in_half_precision_give_nearly_the_same(generate):
     full = pixels(generate("full", "--num_images", "2"))
     half = pixels(generate("half", "--num_images", "2", "--dtype", "bfloat16"))
@@ -97,6 +109,7 @@ def test_samples_that_came_while_it_loaded_are_kept(tiny_pipe, tmp_path):
     (["--scheduler", "ddim:beta_end=wide"], "`beta_end` is 0.02 in the scheduler"),
     (["--scheduler", "ddim:eta"], "The scheduler is 'ddim:eta'; it must be NAME or NAME:OPTION=VALUE"),
     (["--num_images", "0"], "`--num_images` is 0; it must be at least 1"),
+    (["--timesteps", "9", "2"], "Give either `--num_inference_steps` or `--timesteps`"),  # the file has the former
     (["--guidance_scale", "0.5"], "`--guidance_scale` is 0.5; it must be a number from 1"),
     (["--guidance_scale", "2"], "`guidance_scale` is 2.0, but the pipeline has no `guiding_unet`"),
     (["--dtype", "half"], "`--dtype` is 'half'; it must be float32, float16 or bfloat16"),

@@ -27,7 +27,7 @@ from evaluation_arguments import (
 )
 from files import lock, write_file, write_text
 from launch import make_accelerator
-from samplers import FORM, swap_scheduler
+from samplers import FORM, settle_steps, swap_scheduler
 from tables import caption, figures_table
 
 from ddpm_diffusers import SCHEDULERS
@@ -71,6 +71,7 @@ class EvaluateArguments(EvaluationArguments):
     model: str | None = arg(None, "folder or Hub id of a pipeline")
     scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}, {FORM}; the pipeline's own by default")
     num_inference_steps: int | None = arg(None, "steps of the scheduler; 100 by default")
+    timesteps: list[int] | None = arg(None, "timesteps to step through, descending, in place of --num_inference_steps")
     guidance_scale: float = arg(1.0, "above 1: guidance by the pipeline's weaker network, `guiding_unet`")
     images: str | None = arg(None, "in place of --model: a folder of images, or the data set's split train or test")
     resolution: int | None = arg(None, "with --images train or test: height and width to resize to; 28 by default")
@@ -85,7 +86,7 @@ class EvaluateArguments(EvaluationArguments):
         if (self.model is None) == (self.images is None):
             raise ValueError("Give either `--model`, a pipeline, or `--images`, images in place of its samples.")
         if self.images is not None:
-            for name in ("scheduler", "num_inference_steps", "variant", "mixed_precision"):
+            for name in ("scheduler", "num_inference_steps", "timesteps", "variant", "mixed_precision"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"`--{name}` is for a `--model`; `--images` are judged as they are: leave it out."
@@ -101,7 +102,7 @@ class EvaluateArguments(EvaluationArguments):
                 "`--resolution` is for `--images` that are a split of the data set; others, and a `--model`'s samples,"
                 " have one: leave it out."
             )
-        self.num_inference_steps = 100 if self.num_inference_steps is None else self.num_inference_steps
+        settle_steps(self)
         self.resolution = 28 if self.resolution is None else self.resolution
         check(self, self.num_inference_steps >= 1, "num_inference_steps", "be at least 1")
         check(self, 1 <= self.guidance_scale < math.inf, "guidance_scale", "be a number from 1 (no guidance)")
@@ -131,7 +132,7 @@ def main(args: EvaluateArguments) -> None:
         pipe.check_guidance(args.guidance_scale)
         channels, side, _ = image_shape(pipe)
         extractor = open_extractor(args, accelerator, channels)
-        count_evaluations(pipe.scheduler, args.num_inference_steps)  # raises on steps that it cannot take
+        count_evaluations(pipe.scheduler, args.num_inference_steps, args.timesteps)  # raises on what it cannot take
     else:
         extractor = open_extractor(args, accelerator)
         images = given_images(args, extractor.num_channels)  # (N, C, H, W)
@@ -153,6 +154,7 @@ def main(args: EvaluateArguments) -> None:
             seeds=args.seeds,
             batch_size=args.batch_size,
             guidance_scale=args.guidance_scale,
+            timesteps=args.timesteps,
             progress=True,
         )
     else:
@@ -245,6 +247,7 @@ def card_figures(record: dict) -> list[dict]:
         "scheduler": record["scheduler"],
         **record["scheduler_options"],
         "evaluations": record["evaluations"],
+        **({"timesteps": " ".join(map(str, record["timesteps"]))} if "timesteps" in record else {}),
         **({"guidance_scale": record["guidance_scale"]} if record["guidance_scale"] > 1 else {}),
         "mixed_precision": record["mixed_precision"],
         "features": f"{extractor['name']} {extractor['digest']}",

@@ -16,11 +16,12 @@ import torch
 from command_line import arg, check, run_script
 from files import check_empty, lock, write_file
 from launch import make_accelerator
-from samplers import FORM, swap_scheduler
+from samplers import FORM, settle_steps, swap_scheduler
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline
 from ddpm_diffusers.grid import image_grid
 from ddpm_diffusers.sampling import sample_images, to_pil
+from ddpm_diffusers.schedulers import count_evaluations
 
 GRID_IMAGES = 64
 
@@ -32,7 +33,8 @@ class GenerateArguments:
     num_images: int = arg(16, "number of images to sample")
     batch_size: int = arg(64, "images sampled at a time")
     scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}, {FORM}; the pipeline's own by default")
-    num_inference_steps: int = arg(100, "steps of the scheduler")
+    num_inference_steps: int | None = arg(None, "steps of the scheduler; 100 by default")
+    timesteps: list[int] | None = arg(None, "timesteps to step through, descending, in place of --num_inference_steps")
     guidance_scale: float = arg(1.0, "above 1: guidance by the pipeline's weaker network, `guiding_unet`")
     seed: int = arg(0, "seed of the first image; image i gets seed + i")
     dtype: str = arg("float32", "dtype of the weights: float32, float16 or bfloat16")
@@ -41,6 +43,7 @@ class GenerateArguments:
     overwrite: bool = arg(False, "write into a folder that is not empty, replacing the samples there")
 
     def __post_init__(self):
+        settle_steps(self)
         for name in ("num_images", "batch_size", "num_inference_steps"):
             check(self, getattr(self, name) >= 1, name, "be at least 1")
         check(self, 1 <= self.guidance_scale < math.inf, "guidance_scale", "be a number from 1 (no guidance)")
@@ -55,6 +58,7 @@ def main(args: GenerateArguments) -> None:
     pipe.to(args.device or accelerator.device)
     swap_scheduler(pipe, args.scheduler)
     pipe.check_guidance(args.guidance_scale)
+    count_evaluations(pipe.scheduler, args.num_inference_steps, args.timesteps)  # raises on what it cannot take
     if accelerator.is_main_process:  # before the sampling, so that it fails early
         folder_lock = lock(output_dir)
         if not args.overwrite:  # another process may have filled it since
@@ -68,6 +72,7 @@ def main(args: GenerateArguments) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         guidance_scale=args.guidance_scale,
+        timesteps=args.timesteps,
         progress=True,
     )
     if not accelerator.is_main_process:

@@ -20,6 +20,16 @@ def parse_scheduler(text: str) -> tuple[str, dict]:
     return name, options
 
 
+def settle_steps(args) -> None:
+    """Set `args.num_inference_steps`, 100 by default, to the number of `args.timesteps` if they are given."""
+    if args.num_inference_steps is not None and args.timesteps is not None:
+        raise ValueError("Give either `--num_inference_steps` or `--timesteps`, not both.")
+    if args.timesteps is not None:
+        args.num_inference_steps = len(args.timesteps)
+    elif args.num_inference_steps is None:
+        args.num_inference_steps = 100
+
+
 def swap_scheduler(pipe: PixelDiffusionPipeline, text: str | None) -> dict:
     """Give `pipe` the scheduler of the text, if any; returns the options of the one that it has then.
 

@@ -46,9 +46,10 @@ def caption(record: dict, with_sampler: bool = True) -> str:
         options = options and f" ({options})"
         scale = record.get("guidance_scale", 1)  # in newer records
         guided = f" and of the weaker one, guidance scale {scale:g}" if scale > 1 else ""
+        at = f" at timesteps {', '.join(map(str, record['timesteps']))}" if "timesteps" in record else ""
         precision = f", mixed precision {record['mixed_precision']}" if "mixed_precision" in record else ""
         lines.append(
-            f"Sampled by {record['scheduler']}{options} in {record['num_inference_steps']} steps,"
+            f"Sampled by {record['scheduler']}{options} in {record['num_inference_steps']} steps{at},"
             f" {record['evaluations']} evaluations of the network{guided}{precision}."
         )
     return " ".join(lines)

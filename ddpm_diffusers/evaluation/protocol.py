@@ -212,11 +212,12 @@ def evaluate_pipeline(
     pipe,
     reference: Reference | None,
     num_images: int,
-    num_inference_steps: int,
+    num_inference_steps: int = 50,
     *,
     seeds: Sequence[int] = (0,),
     batch_size: int = 100,
     guidance_scale: float = 1.0,
+    timesteps: Sequence[int] | None = None,
     progress: bool = False,
 ) -> dict | None:
     """Sample `pipe` and evaluate the images, once per seed; every process must call it.
@@ -228,23 +229,24 @@ def evaluate_pipeline(
         num_inference_steps: Number of scheduler steps.
         seeds: Distinct seeds; image i of seed s starts from `torch.Generator().manual_seed(s * num_images + i)`.
         batch_size: Images sampled at a time.
-        guidance_scale: That of the pipeline's call.
+        guidance_scale, timesteps: Those of the pipeline's call.
         progress: Show a progress bar of the batches.
 
     Returns:
         A record in the main process, None in the others: "figures" as in `evaluate_images`, each
         `{"mean": ..., "sd": ...}` over the seeds (without "sd" for a single one), "per_seed", the same for each seed,
-        what was measured ("scheduler", "scheduler_config", "num_inference_steps", "evaluations" of the `unet`,
-        "guidance_scale", "num_images", "seeds", "batch_size", "feature_extractor"), "seconds_per_image" of sampling,
-        "spectrum" (radial and by rings, of samples and real images), and "images", up to 64, uint8 (B, C, H, W), for
-        a grid. Without a reference, there are no "figures", "per_seed", "feature_extractor" and "spectrum".
+        what was measured ("scheduler", "scheduler_config", "num_inference_steps", "timesteps" if given, "evaluations"
+        of the `unet`, "guidance_scale", "num_images", "seeds", "batch_size", "feature_extractor"),
+        "seconds_per_image" of sampling, "spectrum" (radial and by rings, of samples and real images), and "images",
+        up to 64, uint8 (B, C, H, W), for a grid. Without a reference, there are no "figures", "per_seed",
+        "feature_extractor" and "spectrum".
 
     Raises:
         ValueError: If an argument cannot be used, before any sampling, or if the samples are not finite.
     """
     check_run(pipe, reference, num_images, seeds, batch_size)
     seeds = [int(seed) for seed in seeds]
-    evaluations = count_evaluations(pipe.scheduler, num_inference_steps)
+    evaluations = count_evaluations(pipe.scheduler, num_inference_steps, timesteps)
     collected, seconds, kept = [], 0.0, None
     for seed in seeds:
         start = time.perf_counter()
@@ -255,6 +257,7 @@ def evaluate_pipeline(
             batch_size=batch_size,
             seed=seed * num_images,
             guidance_scale=guidance_scale,
+            timesteps=timesteps,
             progress=progress,
         )
         seconds += time.perf_counter() - start
@@ -267,7 +270,8 @@ def evaluate_pipeline(
         **(record_of(collected, reference) if reference is not None else {}),
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": as_json(pipe.scheduler.config),
-        "num_inference_steps": num_inference_steps,
+        "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),
+        **({} if timesteps is None else {"timesteps": list(timesteps)}),
         "evaluations": evaluations,
         "guidance_scale": guidance_scale,
         "num_images": num_images,
