@@ -87,6 +87,19 @@ def test_the_script_judges_each_sampler(run, capsys):
     assert "train split of images," in table and str(output_dir.parent) not in table + json.dumps(result)
 
 
+def test_timesteps_are_judged_beside_numbers_of_steps(run):
+    karras = "dpmsolver++:use_karras_sigmas=true"
+    few = ("--num_train_images", "50", "--timesteps", "999", "600", "90")
+    output_dir = run("--schedulers", karras, "dpmsolver++", *few)
+    result = json.loads((output_dir / "exact.json").read_text())
+    assert [(r["evaluations"], r.get("timesteps")) for r in result["records"]] == [
+        (4, None), (4, None), (3, [999, 600, 90])
+    ]  # fmt: skip
+    [reason] = result["left_out"]
+    assert reason["options"] == {"use_karras_sigmas": True} and "cannot take these `timesteps`" in reason["left_out"]
+    assert "dpmsolver++ at 999, 600, 90 | 3 |" in (output_dir / "exact.md").read_text()
+
+
 def test_of_one_image_all_samples_are_that_image(run, tmp_path):
     result = json.loads((run("--num_train_images", "1") / "exact.json").read_text())
     extractor = load_feature_extractor()
@@ -102,6 +115,7 @@ def test_what_it_refuses(run, tmp_path):
     for rule, *flags in (
         ("`--num_train_images` is 0; it must be at least 1", "--num_train_images", "0"),
         ("`--resolution` is 7; it must be even", "--resolution", "7"),
+        ("`timesteps` is .9, 20.; it must hold whole numbers", "--timesteps", "9", "20"),
         ("'none' is unknown", "--schedulers", "none", "--dataset_name", "nowhere"),  # before the data is read
         ("more than the 96 features", "--num_images", "50"),
         ("`--num_train_images` is 200; it must be at most 120", "--num_train_images", "200"),

@@ -26,11 +26,12 @@ from launch import make_accelerator
 from samplers import FORM, parse_scheduler
 from tables import caption, figures_table
 
-from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline
+from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.evaluation import comparison
-from ddpm_diffusers.evaluation.comparison import label_of, title_of
+from ddpm_diffusers.evaluation.comparison import Setting, label_of, title_of
 from ddpm_diffusers.evaluation.protocol import Statistics, evenly_spaced, record_of
+from ddpm_diffusers.schedulers import count_evaluations
 
 # the training script's default; squaredcos_cap_v2 needs a network that predicts velocity
 NOISE = DDPMScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing")
@@ -48,6 +49,7 @@ class ExactScoreArguments(MeasuringArguments):
     evaluations: list[int] = field(
         default_factory=lambda: [10, 15, 20, 30, 50], metadata={"help": "budgets of evaluations of the score"}
     )
+    timesteps: list[int] | None = arg(None, "also at these timesteps, descending, by each scheduler that takes any")
     # other defaults
     output_dir: str = arg("exact", "folder for exact.json and exact.md")
 
@@ -102,6 +104,9 @@ def main(args: ExactScoreArguments) -> None:
     diffusers.logging.set_verbosity_error()  # schedulers comment on their defaults each time they are made
     warnings.filterwarnings("ignore", module="torchsde")  # about rounding in its time interval
     settings, left_out = comparison.plan(NOISE, entries, args.evaluations)
+    if args.timesteps is not None:
+        chosen, refused = at_timesteps(entries, args.timesteps)
+        settings, left_out = settings + chosen, left_out + refused
     extractor = open_extractor(args, accelerator)
     folder_lock = lock(output_dir) if accelerator.is_main_process else None
     reference = open_reference(args, accelerator, extractor, args.resolution, 1)
@@ -134,9 +139,26 @@ def main(args: ExactScoreArguments) -> None:
     folder_lock.release()
 
 
+def at_timesteps(entries: list[tuple[str, dict]], timesteps: list[int]) -> tuple[list[Setting], list[dict]]:
+    """As `comparison.plan`, at these timesteps; ValueError if no scheduler can take them."""
+    settings, left_out, steps = [], [], len(timesteps)
+    for name, options in entries:
+        try:
+            evaluations = count_evaluations(make_scheduler(name, NOISE, **options), steps, timesteps)
+        except ValueError as error:
+            left_out.append({"name": name, "options": options, "evaluations": steps, "left_out": str(error)})
+        else:
+            settings.append(Setting(name, options, steps, evaluations, timesteps))
+    if not settings:
+        raise ValueError(f"No scheduler can take `--timesteps`: {left_out[0]['left_out']}")
+    return settings, left_out
+
+
 def report(drawn: dict, records: list[dict], left_out: list[dict]) -> str:
     rows = [({"sampler": "training images, drawn at random", "evaluations": 0}, drawn["figures"])]
-    rows += [({"sampler": label_of(r), "evaluations": r["evaluations"]}, r["figures"]) for r in records]
+    for record in records:
+        at = f" at {', '.join(map(str, record['timesteps']))}" if "timesteps" in record else ""
+        rows.append(({"sampler": label_of(record) + at, "evaluations": record["evaluations"]}, record["figures"]))
     how = (
         f"{caption(drawn)} Sampled by the exact score of {drawn['num_train_images']:,} training images, of which the"
         " samples are copies: precision and recall mean little."

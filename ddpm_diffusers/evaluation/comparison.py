@@ -31,12 +31,13 @@ AT_MOST = 15  # evaluations, for "best"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured at a time: a scheduler, its options and its steps."""
+    """What is measured at a time: a scheduler, its options and its steps, or its timesteps if they are given."""
 
     name: str
     options: dict
     num_inference_steps: int
     evaluations: int
+    timesteps: list[int] | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -178,9 +179,8 @@ def measure(
     record = {"name": setting.name, "options": setting.options}
     try:
         pipe.scheduler = make_scheduler(setting.name, own, **setting.options)
-        measured = evaluate_pipeline(
-            pipe, reference, num_images, setting.num_inference_steps, seeds=seeds, batch_size=batch_size
-        )
+        how = {"seeds": seeds, "batch_size": batch_size, "timesteps": setting.timesteps}
+        measured = evaluate_pipeline(pipe, reference, num_images, setting.num_inference_steps, **how)
     except NotFiniteError as error:
         measured = {"num_inference_steps": setting.num_inference_steps, "evaluations": setting.evaluations,
                     "left_out": str(error)}  # fmt: skip

@@ -19,7 +19,7 @@ import numbers
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -172,6 +172,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["PixelDiffusionPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature; never changed)
+        timesteps: Sequence[int] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""Generate images.
 
@@ -198,6 +199,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
                 replace the current ones, and setting `pipe._interrupt = True` in it stops the sampling. May be a
                 `PipelineCallback`, whose `tensor_inputs` then hold.
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets: `["latents"]` or `[]`.
+            timesteps: List of timesteps to step through, descending, in place of `num_inference_steps`, which is not
+                used then. For schedulers whose `set_timesteps` takes them (`DPMSolverMultistepScheduler`,
+                `DDPMScheduler`, `EulerDiscreteScheduler`, ...), without Karras' or other sigmas of their own.
 
         Returns:
             `ImagePipelineOutput` with `.images`, or the tuple `(images,)`.
@@ -208,13 +212,14 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         shape = self.check_inputs(
-            batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
-        )
+            batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs,
+            timesteps,
+        )  # fmt: skip
         self.check_guidance(guidance_scale)
         device = self._execution_device
         self._interrupt = False
 
-        timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, device, timesteps)
         self._num_timesteps = len(timesteps)
         dtype = self.unet.dtype  # which looks through all of the network's modules
         guiding_dtype = self.guiding_unet.dtype if guidance_scale > 1 else None
@@ -257,11 +262,12 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def check_inputs(
-        self, batch_size, num_inference_steps, generator, latents, eta, output_type, callback_on_step_end_tensor_inputs
-    ) -> tuple[int, int, int, int]:
+        self, batch_size, num_inference_steps, generator, latents, eta, output_type,
+        callback_on_step_end_tensor_inputs, timesteps=None,
+    ) -> tuple[int, int, int, int]:  # fmt: skip
         """Check the arguments and return the shape to sample, (batch_size, in_channels, height, width)."""
         check_positive(batch_size=batch_size)
-        check_steps(self.scheduler, num_inference_steps)
+        check_steps(self.scheduler, num_inference_steps, timesteps)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"`output_type` is {output_type!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}."
@@ -459,13 +465,30 @@ def check_positive(**values) -> None:
             raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
 
 
-def check_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Raise a ValueError if no scheduler of this noise schedule can take that number of steps."""
+def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, timesteps: Sequence[int] | None = None) -> None:
+    """Raise a ValueError if no scheduler of this noise schedule can take that number of steps, or it these timesteps.
+
+    TypeError if the timesteps are no list.
+    """
+    trained = scheduler.config.num_train_timesteps
+    if timesteps is not None:
+        if not isinstance(timesteps, (list, tuple)):
+            raise TypeError(f"`timesteps` is of type {type(timesteps).__name__}; it must be a list of whole numbers.")
+        whole = all(isinstance(t, numbers.Integral) and 0 <= t < trained for t in timesteps)
+        if not (whole and len(timesteps) and all(a > b for a, b in itertools.pairwise(timesteps))):
+            raise ValueError(
+                f"`timesteps` is {list(timesteps)}; it must hold whole numbers from {trained - 1} to 0, descending."
+            )
+        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"`timesteps` is given, but {type(scheduler).__name__} takes none: use"
+                " `DPMSolverMultistepScheduler`, or give `num_inference_steps` alone."
+            )
+        return
     check_positive(num_inference_steps=num_inference_steps)
-    timesteps = scheduler.config.num_train_timesteps
-    if num_inference_steps > timesteps:
+    if num_inference_steps > trained:
         raise ValueError(
-            f"`num_inference_steps` is {num_inference_steps}; it must not exceed the {timesteps} timesteps of the"
+            f"`num_inference_steps` is {num_inference_steps}; it must not exceed the {trained} timesteps of the"
             " scheduler's noise schedule (`num_train_timesteps`)."
         )
 
@@ -551,11 +574,17 @@ def splits_off_a_variance(scheduler: SchedulerMixin, channels: int) -> bool:
     return channels == 3 and scheduler.config.get("prediction_type") == "epsilon"
 
 
-def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device=None) -> torch.Tensor:
-    """Set the scheduler's timesteps for that many steps and return them; ValueError if it cannot take that number."""
+def set_timesteps(
+    scheduler: SchedulerMixin, num_inference_steps: int, device=None, timesteps: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Set the scheduler's timesteps, these or for that many steps, and return them; ValueError if it cannot."""
     refused = f"{type(scheduler).__name__} cannot take {num_inference_steps} `num_inference_steps`"
     try:
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        if timesteps is None:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        else:
+            refused = f"{type(scheduler).__name__} cannot take these `timesteps`"
+            scheduler.set_timesteps(timesteps=[int(t) for t in timesteps], device=device)
     except Exception as error:  # some have a minimum or maximum number of steps, and raise various errors
         raise ValueError(f"{refused}: {error}.") from error
     discrete, by_sigmas = "beta_schedule" in scheduler.config, hasattr(scheduler, "sigmas")
