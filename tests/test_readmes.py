@@ -64,10 +64,10 @@ def test_rows_are_of_the_records_beside_them(folder):
     assert len([line for line in rows - heads if line.startswith("|")]) == len(records) > 0
 
 
-@pytest.mark.parametrize("size", [16, 28])
-def test_the_tables_of_the_exact_score_are_of_their_records(size):
-    result = json.loads((RESULTS / f"exact_{size}" / "exact.json").read_text())
-    assert exact_score.report(**result) + "\n" == (RESULTS / f"exact_{size}" / "exact.md").read_text()
+@pytest.mark.parametrize("name", ["exact_16", "exact_28", "exact_samplers_28", "exact_timesteps_16", "exact_timesteps_28"])  # fmt: skip
+def test_the_tables_of_the_exact_score_are_of_their_records(name):
+    result = json.loads((RESULTS / name / "exact.json").read_text())
+    assert exact_score.report(**result) + "\n" == (RESULTS / name / "exact.md").read_text()
 
 
 def distances(row: str, *folders: str) -> dict[str, list[float]]:
@@ -118,6 +118,7 @@ def test_the_figures_of_the_front_page_are_of_the_records():
         "16x16": "released_16",
         "28x28": "released_28",
         "16x16, with guidance": "guidance/scale-1.15-16",
+        "16x16, with guidance, at 15 other timesteps": "guidance/own-timesteps-16",
         "28x28, with guidance": "guidance/scale-1.4-28",
         "28x28, with guidance, in 30 steps": "guidance/30-steps-28",
     }
