@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from accelerate import PartialState
@@ -26,7 +26,7 @@ def sample_images(
     batch_size: int = 16,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    timesteps: Sequence[int] | None = None,
+    timesteps: list[int] | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
     """Sample images 0 to num_images - 1 of `pipe`, uint8 (num_images, C, H, W) on the CPU.
@@ -45,8 +45,8 @@ def sample_images(
         progress: Show a progress bar of the main process's batches.
 
     Raises:
-        TypeError: If the pipeline is of another class.
-        ValueError: If a number is no positive integer.
+        TypeError: If the pipeline is of another class, or `timesteps` no list.
+        ValueError: If a number is no positive integer, or the scheduler cannot take the steps or timesteps.
         NotFiniteError: In every process, if an image holds NaN or infinity.
     """
     if PixelDiffusionPipeline.__name__ not in [base.__name__ for base in type(pipe).__mro__]:  # or a repository's own
@@ -57,7 +57,6 @@ def sample_images(
     check_positive(num_images=num_images, batch_size=batch_size)
     own = {} if guidance_scale == 1 else {"guidance_scale": guidance_scale}  # a subclass's call may take none
     own |= {} if timesteps is None else {"timesteps": timesteps}
-    steps = num_inference_steps if timesteps is None else len(timesteps)
     state = PartialState()
     batch_size = min(batch_size, num_images)
     rounds = math.ceil(num_images / (batch_size * state.num_processes))
@@ -68,6 +67,7 @@ def sample_images(
         with without_progress_bar(pipe):
             latents = pipe(batch_size, num_inference_steps, generators, output_type="latent", **own).images
         if not gather(latents.isfinite().all()[None]).all():  # clamping would hide infinity
+            steps = num_inference_steps if timesteps is None else len(timesteps)
             raise NotFiniteError(
                 f"{type(pipe.scheduler).__name__} made images with NaN or infinity in {steps} steps. Try"
                 " other steps, DDPM and float32; if they do, too, the training has diverged: lower its learning rate."

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
 
 import diffusers
 import numpy as np
@@ -122,7 +121,7 @@ def name_and_options(scheduler: SchedulerMixin, followed: SchedulerMixin) -> tup
 
 
 def count_evaluations(
-    scheduler: SchedulerMixin, num_inference_steps: int, timesteps: Sequence[int] | None = None
+    scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None = None
 ) -> int:
     """Number of network evaluations that the pipeline makes: up to two per step, and more for a warm-up.
 

@@ -195,7 +195,7 @@ def test_a_folder_is_read_as_the_training_reads_it(evaluate, tmp_path):
     (["--model", "MODEL", "--seeds", "1", "1"], r"`--seeds` is \[1, 1\]; it must hold different"),
     (["--model", "MODEL", "--scheduler", "ddpm:speed=1"], "`speed` is no argument of DDPMScheduler"),
     (["--images", "test", "--timesteps", "9", "2"], "`--timesteps` is for a `--model`"),
-    (["--model", "MODEL", "--timesteps", "2", "9"], "`timesteps` is .2, 9.; it must hold whole numbers"),
+    (["--model", "MODEL", "--timesteps", "2", "9"], "`timesteps` is .2, 9.; it must hold integers"),
     (["--model", "MODEL", "--num_inference_steps", "5000"], "is 5000; it must not exceed the 1000 timesteps"),
     (["--model", "MODEL", "--test_split", "validation"], "no split 'validation'"),
     (["--model", "MODEL", "--feature_extractor", "resnet"], "There is no feature extractor 'resnet'"),

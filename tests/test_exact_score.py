@@ -115,7 +115,7 @@ def test_what_it_refuses(run, tmp_path):
     for rule, *flags in (
         ("`--num_train_images` is 0; it must be at least 1", "--num_train_images", "0"),
         ("`--resolution` is 7; it must be even", "--resolution", "7"),
-        ("`timesteps` is .9, 20.; it must hold whole numbers", "--timesteps", "9", "20"),
+        ("`timesteps` is .9, 20.; it must hold integers", "--timesteps", "9", "20"),
         ("'none' is unknown", "--schedulers", "none", "--dataset_name", "nowhere"),  # before the data is read
         ("more than the 96 features", "--num_images", "50"),
         ("`--num_train_images` is 200; it must be at most 120", "--num_train_images", "200"),

@@ -11,7 +11,8 @@ from conftest import reset_accelerate
 from PIL import Image
 from samplers import parse_scheduler, swap_scheduler
 
-from ddpm_diffusers import make_scheduler
+from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
+from ddpm_diffusers.sampling import sample_images
 
 
 @pytest.fixture
@@ -49,9 +50,12 @@ def test_image_i_is_of_seed_and_scheduler_whatever_the_batch(generate, capsys):
 def test_timesteps_take_the_place_of_steps(generate, tmp_path, capsys):
     flags = tmp_path / "flags.yaml"
     flags.write_text(flags.read_text().replace("scheduler: ddim\nnum_inference_steps: 4", "scheduler: dpmsolver++"))
-    steps = pixels(generate("steps", "--num_inference_steps", "4"))
-    assert len(pixels(generate("chosen", "--timesteps", "999", "749", "499", "249"))) == len(steps)
-    assert "16 images by DPMSolverMultistepScheduler, 4 steps" in capsys.readouterr().out
+    chosen = pixels(generate("chosen", "--timesteps", "600", "30", "--num_images", "3"))
+    assert "3 images by DPMSolverMultistepScheduler, 2 steps" in capsys.readouterr().out
+    pipe = PixelDiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
+    expected, other = (sample_images(pipe, 3, timesteps=timesteps) for timesteps in ([600, 30], [900, 500, 30]))
+    assert np.array_equal(np.stack([*chosen.values()]), expected.squeeze(1)) and not torch.equal(expected, other)
     with pytest.raises(ValueError, match=r"`timesteps` is \[2, 9\]; it must hold"):
         generate("wrong", "--timesteps", "2", "9")
     with pytest.raises(ValueError, match="DDIMScheduler takes none"):

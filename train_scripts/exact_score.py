@@ -29,7 +29,7 @@ from tables import caption, figures_table
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.evaluation import comparison
-from ddpm_diffusers.evaluation.comparison import Setting, label_of, title_of
+from ddpm_diffusers.evaluation.comparison import Setting, label_of
 from ddpm_diffusers.evaluation.protocol import Statistics, evenly_spaced, record_of
 from ddpm_diffusers.schedulers import count_evaluations
 
@@ -49,7 +49,9 @@ class ExactScoreArguments(MeasuringArguments):
     evaluations: list[int] = field(
         default_factory=lambda: [10, 15, 20, 30, 50], metadata={"help": "budgets of evaluations of the score"}
     )
-    timesteps: list[int] | None = arg(None, "also at these timesteps, descending, by each scheduler that takes any")
+    timesteps: list[int] | None = arg(
+        None, "also at these timesteps, descending, by each scheduler that takes any (with Karras' noise none does)"
+    )
     # other defaults
     output_dir: str = arg("exact", "folder for exact.json and exact.md")
 
@@ -146,7 +148,8 @@ def at_timesteps(entries: list[tuple[str, dict]], timesteps: list[int]) -> tuple
         try:
             evaluations = count_evaluations(make_scheduler(name, NOISE, **options), steps, timesteps)
         except ValueError as error:
-            left_out.append({"name": name, "options": options, "evaluations": steps, "left_out": str(error)})
+            where = {"name": name, "options": options, "evaluations": steps, "timesteps": timesteps}
+            left_out.append({**where, "left_out": str(error)})
         else:
             settings.append(Setting(name, options, steps, evaluations, timesteps))
     if not settings:
@@ -156,15 +159,18 @@ def at_timesteps(entries: list[tuple[str, dict]], timesteps: list[int]) -> tuple
 
 def report(drawn: dict, records: list[dict], left_out: list[dict]) -> str:
     rows = [({"sampler": "training images, drawn at random", "evaluations": 0}, drawn["figures"])]
-    for record in records:
-        at = f" at {', '.join(map(str, record['timesteps']))}" if "timesteps" in record else ""
-        rows.append(({"sampler": label_of(record) + at, "evaluations": record["evaluations"]}, record["figures"]))
+    rows += [({"sampler": sampler_of(r), "evaluations": r["evaluations"]}, r["figures"]) for r in records]
     how = (
         f"{caption(drawn)} Sampled by the exact score of {drawn['num_train_images']:,} training images, of which the"
         " samples are copies: precision and recall mean little."
     )
-    reasons = [f"Left out: {title_of(record)}: {record['left_out']}" for record in left_out]
+    reasons = [f"Left out: {sampler_of(r)}, {r['evaluations']} evaluations: {r['left_out']}" for r in left_out]
     return "\n\n".join([figures_table(rows), how, *reasons])
+
+
+def sampler_of(record: dict) -> str:
+    timesteps = record.get("timesteps")
+    return label_of(record) + (f" at {', '.join(map(str, timesteps))}" if timesteps else "")
 
 
 if __name__ == "__main__":

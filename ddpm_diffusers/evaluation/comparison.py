@@ -183,7 +183,7 @@ def measure(
         measured = evaluate_pipeline(pipe, reference, num_images, setting.num_inference_steps, **how)
     except NotFiniteError as error:
         measured = {"num_inference_steps": setting.num_inference_steps, "evaluations": setting.evaluations,
-                    "left_out": str(error)}  # fmt: skip
+                    "timesteps": setting.timesteps, "left_out": str(error)}  # fmt: skip
     finally:
         pipe.scheduler = own
     return {**record, **measured} if PartialState().is_main_process else None

@@ -217,7 +217,7 @@ def evaluate_pipeline(
     seeds: Sequence[int] = (0,),
     batch_size: int = 100,
     guidance_scale: float = 1.0,
-    timesteps: Sequence[int] | None = None,
+    timesteps: list[int] | None = None,
     progress: bool = False,
 ) -> dict | None:
     """Sample `pipe` and evaluate the images, once per seed; every process must call it.
@@ -242,7 +242,7 @@ def evaluate_pipeline(
         "feature_extractor" and "spectrum".
 
     Raises:
-        ValueError: If an argument cannot be used, before any sampling, or if the samples are not finite.
+        ValueError, TypeError: If an argument cannot be used, before any sampling, or the samples are not finite.
     """
     check_run(pipe, reference, num_images, seeds, batch_size)
     seeds = [int(seed) for seed in seeds]
@@ -271,7 +271,7 @@ def evaluate_pipeline(
         "scheduler": type(pipe.scheduler).__name__,
         "scheduler_config": as_json(pipe.scheduler.config),
         "num_inference_steps": num_inference_steps if timesteps is None else len(timesteps),
-        **({} if timesteps is None else {"timesteps": list(timesteps)}),
+        **({} if timesteps is None else {"timesteps": [int(t) for t in timesteps]}),
         "evaluations": evaluations,
         "guidance_scale": guidance_scale,
         "num_images": num_images,
