@@ -120,9 +120,7 @@ def name_and_options(scheduler: SchedulerMixin, followed: SchedulerMixin) -> tup
     return names[0], {key: config[key] for key in sorted(given) if not np.array_equal(config[key], made[key])}
 
 
-def count_evaluations(
-    scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None = None
-) -> int:
+def count_evaluations(scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None = None) -> int:
     """Number of network evaluations that the pipeline makes: up to two per step, and more for a warm-up.
 
     Raises:

@@ -73,7 +73,7 @@ def test_bad_timesteps_are_refused(tiny_pipe, timesteps, error, message):
 
 def test_a_scheduler_with_noise_levels_of_its_own_takes_no_timesteps(tiny_pipe):
     tiny_pipe.scheduler = make_scheduler("dpmsolver++", tiny_pipe.scheduler, use_karras_sigmas=True)
-    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler cannot take these `timesteps`: .*karras.*[^.].$"):
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler cannot take these `timesteps`: .*karras"):
         tiny_pipe(timesteps=[900, 100])
 
 

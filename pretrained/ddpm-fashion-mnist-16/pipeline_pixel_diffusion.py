@@ -19,7 +19,7 @@ import numbers
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import huggingface_hub
@@ -172,7 +172,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["PixelDiffusionPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' signature; never changed)
-        timesteps: Sequence[int] | None = None,
+        timesteps: list[int] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""Generate images.
 
@@ -465,19 +465,20 @@ def check_positive(**values) -> None:
             raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
 
 
-def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, timesteps: Sequence[int] | None = None) -> None:
-    """Raise a ValueError if no scheduler of this noise schedule can take that number of steps, or it these timesteps.
+def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, timesteps: list[int] | None = None) -> None:
+    """Raise a ValueError if no scheduler of this noise schedule can take that number of steps.
 
-    TypeError if the timesteps are no list.
+    With `timesteps`, the number is not looked at: a ValueError if this scheduler cannot take them, a TypeError if they
+    are no list.
     """
     trained = scheduler.config.num_train_timesteps
     if timesteps is not None:
         if not isinstance(timesteps, (list, tuple)):
-            raise TypeError(f"`timesteps` is of type {type(timesteps).__name__}; it must be a list of whole numbers.")
-        whole = all(isinstance(t, numbers.Integral) and 0 <= t < trained for t in timesteps)
-        if not (whole and len(timesteps) and all(a > b for a, b in itertools.pairwise(timesteps))):
+            raise TypeError(f"`timesteps` is of type {type(timesteps).__name__}; it must be a list of integers.")
+        known = all(isinstance(t, numbers.Integral) and 0 <= t < trained for t in timesteps)
+        if not (known and len(timesteps) and all(a > b for a, b in itertools.pairwise(timesteps))):
             raise ValueError(
-                f"`timesteps` is {list(timesteps)}; it must hold whole numbers from {trained - 1} to 0, descending."
+                f"`timesteps` is {list(timesteps)}; it must hold integers from {trained - 1} to 0, descending."
             )
         if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(
@@ -575,7 +576,7 @@ def splits_off_a_variance(scheduler: SchedulerMixin, channels: int) -> bool:
 
 
 def set_timesteps(
-    scheduler: SchedulerMixin, num_inference_steps: int, device=None, timesteps: Sequence[int] | None = None
+    scheduler: SchedulerMixin, num_inference_steps: int, device=None, timesteps: list[int] | None = None
 ) -> torch.Tensor:
     """Set the scheduler's timesteps, these or for that many steps, and return them; ValueError if it cannot."""
     refused = f"{type(scheduler).__name__} cannot take {num_inference_steps} `num_inference_steps`"
@@ -586,7 +587,9 @@ def set_timesteps(
             refused = f"{type(scheduler).__name__} cannot take these `timesteps`"
             scheduler.set_timesteps(timesteps=[int(t) for t in timesteps], device=device)
     except Exception as error:  # some have a minimum or maximum number of steps, and raise various errors
-        raise ValueError(f"{refused}: {error}.") from error
+        raise ValueError(f"{refused}: {str(error).rstrip('.')}.") from error
+    if timesteps is not None and set(scheduler.timesteps.tolist()) != set(timesteps):
+        raise ValueError(f"{refused}: with its options it steps through others, {scheduler.timesteps.tolist()}.")
     discrete, by_sigmas = "beta_schedule" in scheduler.config, hasattr(scheduler, "sigmas")
     last = scheduler.config.num_train_timesteps - 1
     ends = scheduler.timesteps[[0, -1]]  # both, since those of an inverse scheduler ascend
