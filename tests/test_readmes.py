@@ -118,7 +118,6 @@ def test_the_figures_of_the_front_page_are_of_the_records():
         "16x16": "released_16",
         "28x28": "released_28",
         "16x16, with guidance": "guidance/scale-1.15-16",
-        "16x16, with guidance, at 15 other timesteps": "guidance/own-timesteps-16",
         "28x28, with guidance": "guidance/scale-1.4-28",
         "28x28, with guidance, in 30 steps": "guidance/30-steps-28",
     }
