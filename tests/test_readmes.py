@@ -120,6 +120,7 @@ def test_the_figures_of_the_front_page_are_of_the_records():
         "16x16, with guidance": "guidance/scale-1.15-16",
         "28x28, with guidance": "guidance/scale-1.4-28",
         "28x28, with guidance, in 30 steps": "guidance/30-steps-28",
+        "28x28, with guidance, in 50 steps (in bf16)": "guidance/50-steps-28",
     }
     for label, folder in released.items():
         record = json.loads((RESULTS / folder / "evaluation.json").read_text())["figures"]
