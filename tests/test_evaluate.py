@@ -94,7 +94,7 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     kernel = of_train["kernel_distance"]
     assert shown["KID x 1000"] == f"{1000 * kernel['mean']:.2f} ± {1000 * kernel['sd']:.2f}"
     assert row in capsys.readouterr().out
-    assert "Sampled by DPMSolverMultistepScheduler (solver_order 1) in 3 steps at timesteps 999, 400, 20, 3 evaluations" in row
+    assert "DPMSolverMultistepScheduler (solver_order 1) in 3 steps at timesteps 999, 400, 20, 3 evaluations" in row
     with Image.open(tmp_path / "evaluation" / "grid.png") as grid:
         assert grid.size == (8 * 64, 8 * 64)
     spectrum = record["spectrum"]
