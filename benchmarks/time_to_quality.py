@@ -6,8 +6,10 @@ It takes hours on a CPU, so it runs only if `--sections` names it. What `--work_
 
 import hashlib
 import json
+import statistics
 import time
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
@@ -16,13 +18,14 @@ from machine import describe
 from networks import CONFIGS, PEER, ROOT, make_network
 from processes import flags, run
 from report import table
+from windows import paired
 
 from ddpm_diffusers.checkpointing import config_of
 from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.evaluation import load_feature_extractor
 
 NETWORKS = ("default", "stock")
-RESOLUTION, SEED = 16, 0
+RESOLUTION = 16
 STOCK_EPOCHS, STOCK_BATCH_SIZE, STOCK_LEARNING_RATE = 5.0, 64, 2e-3
 SCHEDULER, NUM_INFERENCE_STEPS = "ddim", 50
 
@@ -33,15 +36,15 @@ def measure(args, device: torch.device) -> dict:
     images = ImageArrays(load_images(args.dataset_name, resolution=RESOLUTION), (1, RESOLUTION, RESOLUTION))
     of_default = args.quality_batch_size, args.quality_learning_rate, args.quality_optimizer
     data, runs = images.fingerprint(), []
-    for name, epochs, batch_size, rate, optimizer in (
+    trainings = (
         ("stock", STOCK_EPOCHS, STOCK_BATCH_SIZE, STOCK_LEARNING_RATE, "adamw"),
         *(("default", epochs, *of_default) for epochs in args.epochs),
-    ):
+    )
+    for seed, (name, epochs, batch_size, rate, optimizer) in product(args.quality_seeds, trainings):
         steps = max(1, round(epochs * len(images) / batch_size))
         budget = {"max_train_steps": steps, "train_batch_size": batch_size, "learning_rate": rate}
-        folder = f"{name}-{steps}x{batch_size}-{rate:g}"
-        if optimizer != "adamw":  # older records have none
-            budget, folder = budget | {"optimizer": optimizer}, f"{folder}-{optimizer}"
+        budget |= {"optimizer": optimizer, "seed": seed}
+        folder = f"{name}-{steps}x{batch_size}-{rate:g}-{optimizer}-seed-{seed}"
         settings = settings_of(name, budget, data, args, device)
         runs.append((name, epochs, budget, Path(args.work_dir, folder), settings))
     for *_, folder, settings in runs:  # all of them before the first training
@@ -50,7 +53,10 @@ def measure(args, device: torch.device) -> dict:
     for name, epochs, budget, folder, settings in runs:
         row = train_and_judge(name, budget, folder, settings, args, device)
         rows.append(row | {"epochs": epochs, "images_seen": budget["max_train_steps"] * budget["train_batch_size"]})
-        print(f"{name}, {epochs:g} epochs: {row['seconds']:,.0f} s, distance {row['distance']:.3f}", flush=True)
+        print(
+            f"{name}, {epochs:g} epochs, seed {row['seed']}: {row['seconds']:,.0f} s, distance {row['distance']:.3f}",
+            flush=True,
+        )
     extractor = load_feature_extractor()
     return {
         "dataset": args.dataset_id or Path(args.dataset_name).name,
@@ -109,7 +115,6 @@ def train_and_judge(name: str, budget: dict, folder: Path, settings: dict, args,
         "resolution": RESOLUTION,
         **budget,
         "mixed_precision": args.precisions[-1],
-        "seed": SEED,
         "logger": "none",
         "output_dir": folder,
         **({"unet_config": CONFIGS / "stock.json"} if name == "stock" else {}),
@@ -124,6 +129,7 @@ def train_and_judge(name: str, budget: dict, folder: Path, settings: dict, args,
         **data,
         "model": folder,
         "num_images": args.num_images,
+        "seeds": budget["seed"],
         "scheduler": SCHEDULER,
         "num_inference_steps": NUM_INFERENCE_STEPS,
         "mixed_precision": args.precisions[-1],
@@ -146,27 +152,57 @@ def seconds_of_steps(folder: Path, budget: dict) -> float:
     return budget["train_batch_size"] * sum(seconds)
 
 
+def by_budget(rows: Sequence[dict]) -> list[list[dict]]:
+    """The trainings of each network and budget, which differ in their seed alone; stock's come first."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        of_training = (row["epochs"], row["train_batch_size"], row["learning_rate"], row.get("optimizer"))
+        groups.setdefault((row["network"], *of_training), []).append(row)
+    return list(groups.values())
+
+
+def reached(rows: Sequence[dict], stock: Sequence[dict]) -> int:
+    """Number of seeds with which the samples are as close as those of stock's network with the same seed."""
+    return sum(row["distance"] <= of_stock["distance"] for row, of_stock in zip(rows, stock, strict=True))
+
+
+def times_stock(rows: Sequence[dict], stock: Sequence[dict]) -> list[float]:
+    """Seconds in terms of stock's, by seed."""
+    return paired([row["seconds"] for row in rows], [row["seconds"] for row in stock])
+
+
 def report(result: dict) -> str:
-    stock = result["rows"][0]
-    digits = 0 if stock["seconds"] > 100 else 1
+    stock, *_ = groups = by_budget(result["rows"])
+    digits = 0 if stock[0]["seconds"] > 100 else 1
     lines = [
         (
-            row["network"],
-            f"{row['epochs']:g}",
-            row.get("optimizer", "adamw"),  # older records have none
-            row["train_batch_size"],
-            f"{row['learning_rate']:g}",
-            f"{row['seconds']:,.{digits}f}",
-            f"{row['seconds_of_steps']:,.{digits}f}",
-            f"{row['seconds'] / stock['seconds']:.2f}",
-            f"{row['distance']:.3f}",
-            "yes" if row["distance"] <= stock["distance"] else "no",
+            rows[0]["network"],
+            f"{rows[0]['epochs']:g}",
+            rows[0].get("optimizer", "adamw"),  # older records have none
+            rows[0]["train_batch_size"],
+            f"{rows[0]['learning_rate']:g}",
+            f"{statistics.mean(row['seconds'] for row in rows):,.{digits}f}",
+            f"{statistics.mean(row['seconds_of_steps'] for row in rows):,.{digits}f}",
+            with_deviation(times_stock(rows, stock), ".2f"),
+            with_deviation([row["distance"] for row in rows], ".3f"),
+            f"{reached(rows, stock)} of {len(rows)}" if len(rows) > 1 else "yes" if reached(rows, stock) else "no",
         )
-        for row in result["rows"]
+        for rows in groups
     ]
     head = ("network", "epochs", "optimizer", "batch size", "learning rate", "seconds of the script",
             "of them in its loop", "x stock's", "distance", "reached")  # fmt: skip
-    caption = f"{result['num_images']:,} samples by DDIM in 50 steps, one training each (seed {SEED})."
+    seeds = [str(row.get("seed", 0)) for row in stock]  # older records have none
+    trainings = (
+        f"one training each (seed {seeds[0]})"
+        if len(seeds) == 1
+        else f"{len(seeds)} trainings each (seeds {', '.join(seeds)}; mean ± standard deviation, reached by seed)"
+    )
+    caption = f"{result['num_images']:,} samples by DDIM in 50 steps, {trainings}."
     if extractor := result.get("feature_extractor"):  # older records have none
         caption += f" Features of {extractor['name']} {extractor['digest']}."
     return f"{caption}\n\n{table(head, lines)}"
+
+
+def with_deviation(values: Sequence[float], form: str) -> str:
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean

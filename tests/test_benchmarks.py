@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import memory
 import pytest
 import summary
+import time_to_quality
 import torch
 import windows
 from conftest import ROOT
@@ -95,6 +96,7 @@ def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
     ({"window_seconds": float("nan")}, "`--window_seconds` is nan"),
     ({"quality_batch_size": 0}, "`--quality_batch_size` is 0; it must be a positive number"),
     ({"quality_learning_rate": float("nan")}, "`--quality_learning_rate` is nan"),
+    ({"quality_seeds": [1, 1]}, "`--quality_seeds` is .* different whole numbers"),
     ({"num_images": 10}, "`--num_images` is 10; it must be at least 97"),
     ({"device": "tpu"}, "`--device` is 'tpu'; it must be cpu, or cuda"),
 ])  # fmt: skip
@@ -122,18 +124,30 @@ def test_the_summary_is_of_the_records_that_are_kept():
 
 
 @pytest.mark.parametrize("distances, line", [
-    ([0.9, 1.1, 0.8], ("30", "0.30", "better")),  # 10 seconds an epoch; 1 was luck
-    ([0.9, 0.8, 0.7], ("10", "0.10", "better")),
-    ([1.3, 1.2, 1.1], ("not reached", "", "**worse**")),
+    (([0.9], [1.1], [0.8]), ("30", "0.30", "better")),  # 10 seconds an epoch; 1 was luck
+    (([0.9], [0.8], [0.7]), ("10", "0.10", "better")),
+    (([1.3], [1.2], [1.1]), ("not reached", "", "**worse**")),
+    # the second seed's samples: stock's have 2
+    (([0.9, 1.9], [0.9, 2.1], [0.8, 1.8]), ("30", "0.30 (0.30 to 0.30)", "better")),
+    (([0.9, 1.9], [0.8, 1.8], [0.7, 2.1]), ("not reached", "", "**worse**")),
 ])  # fmt: skip
-def test_quality_is_reached_where_more_training_reaches_it_too(distances, line):
-    budget = {"train_batch_size": 64, "learning_rate": 2e-3}
-    stock = {"network": "stock", "epochs": 5, "seconds": 100, "distance": 1.0, **budget}
+def test_quality_is_reached_where_more_training_and_each_seed_reach_it_too(distances, line):
+    budget = {"train_batch_size": 64, "learning_rate": 2e-3, "seconds_of_steps": 1}
     rows = [
-        {**budget, "epochs": n, "seconds": 10 * n, "distance": d} for n, d in zip((1, 2, 3), distances, strict=True)
+        {"network": "stock", "epochs": 5, "seconds": 100, "distance": 1.0 + seed, "seed": seed, **budget}
+        for seed in range(len(distances[0]))
     ]
-    [(_, ours, _, _, ratio, outcome)] = summary.times_to_quality({"rows": [stock, *rows]})
+    for n, of_seeds in zip((1, 2, 3), distances, strict=True):
+        for seed, distance in enumerate(of_seeds):
+            rows.append({"network": "default", "epochs": n, "seconds": 10 * n, "distance": distance, **budget})
+            rows[-1]["seed"] = seed
+    rows.sort(key=lambda row: row["seed"])  # as they are measured
+    [(_, ours, _, _, ratio, outcome)] = summary.times_to_quality({"rows": rows})
     assert (ours, ratio, outcome) == line
+    closer = [sum(d <= 1 + seed for seed, d in enumerate(of_seeds)) for of_seeds in distances]
+    reported = time_to_quality.report({"rows": rows, "num_images": 100}).splitlines()[-3:]
+    words = ["no", "yes"] if len(distances[0]) == 1 else ["0 of 2", "1 of 2", "2 of 2"]
+    assert [text.split(" | ")[-1] for text in reported] == [f"{words[n]} |" for n in closer]
 
 
 @pytest.mark.parametrize("times, more_is_better, outcome", [
@@ -150,8 +164,8 @@ def test_time_to_quality_trains_each_once_and_takes_none_of_other_settings(garme
     def measure(*flags: str) -> subprocess.CompletedProcess:
         command = [sys.executable, ROOT / "benchmarks" / "run.py", "--sections", "time_to_quality", "--overwrite",
                    "--dataset_name", garments, "--dataset_id", "user/garments", "--precisions", "no", "--epochs", "1",
-                   "--num_images", "100", "--work_dir", tmp_path / "work", "--output_dir", tmp_path / "out",
-                   "--device", "cpu", *flags]  # fmt: skip
+                   "--num_images", "100", "--quality_seeds", "0", "1", "--work_dir", tmp_path / "work",
+                   "--output_dir", tmp_path / "out", "--device", "cpu", *flags]  # fmt: skip
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
     def weights() -> dict[Path, int]:
@@ -160,10 +174,13 @@ def test_time_to_quality_trains_each_once_and_takes_none_of_other_settings(garme
     first = measure()
     assert first.returncode == 0, first.stderr
     rows = json.loads((tmp_path / "out" / "time_to_quality.json").read_text())["rows"]
-    assert [(row["network"], row["max_train_steps"]) for row in rows] == [("stock", 23), ("default", 5)]
+    assert [(row["network"], row["max_train_steps"]) for row in rows] == [("stock", 23), ("default", 5)] * 2
+    assert [row["seed"] for row in rows] == [0, 0, 1, 1] and len({row["distance"] for row in rows}) == 4
     assert all(row["seconds"] > row["seconds_of_steps"] > 0 and row["distance"] > 0 for row in rows)
     trained = weights()
-    (tmp_path / "work" / "default-5x64-0.002" / "time_to_quality.json").unlink()  # as if cut off: judged again
+    (
+        tmp_path / "work" / "default-5x64-0.002-adamw-seed-1" / "time_to_quality.json"
+    ).unlink()  # as if cut off: judged again
     again = measure()
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "out" / "time_to_quality.json").read_text())["rows"] == rows
@@ -171,4 +188,4 @@ def test_time_to_quality_trains_each_once_and_takes_none_of_other_settings(garme
     DatasetDict(train=sets["train"].select(range(299, -1, -1)), test=sets["test"]).save_to_disk(tmp_path / "others")
     other = measure("--dataset_name", tmp_path / "others")
     assert other.returncode != 0 and "give another `--work_dir`" in other.stderr
-    assert weights() == trained and len(trained) == 2
+    assert weights() == trained and len(trained) == 4
