@@ -70,7 +70,7 @@ class BenchmarkArguments:
     quality_batch_size: int = arg(64, "time_to_quality: batch size of the default network's trainings; stock's is 64")
     quality_learning_rate: float = arg(2e-3, "time_to_quality: their peak learning rate; stock's is 2e-3")
     quality_optimizer: str = arg("adamw", "time_to_quality: their optimizer, adamw or muon; stock's is adamw")
-    quality_seeds: list[int] = listed([0], "time_to_quality: seeds; each gives trainings of all, and samples of each")
+    quality_seeds: list[int] = listed([0], "time_to_quality: seeds of trainings and of their samples")
     dataset_name: str = arg("zalando-datasets/fashion_mnist", "time_to_quality: Hub id or local folder")
     dataset_id: str | None = arg(None, "time_to_quality: Hub id of a local data set")
     num_images: int = arg(5000, "time_to_quality: number of samples to evaluate")
@@ -109,6 +109,8 @@ class BenchmarkArguments:
                 raise ValueError(f"`--{name}` is {getattr(self, name)}; it must be a positive number.")
         if self.quality_optimizer not in ("adamw", "muon"):
             raise ValueError(f"`--quality_optimizer` is {self.quality_optimizer!r}; it must be adamw or muon.")
+        if len(set(self.epochs)) < len(self.epochs):
+            raise ValueError(f"`--epochs` is {self.epochs}; it must hold different numbers.")
         seeds = self.quality_seeds
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise ValueError(f"`--quality_seeds` is {seeds}; it must hold different whole numbers from 0.")

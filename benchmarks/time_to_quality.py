@@ -156,7 +156,7 @@ def by_budget(rows: Sequence[dict]) -> list[list[dict]]:
     """The trainings of each network and budget, which differ in their seed alone; stock's come first."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        of_training = (row["epochs"], row["train_batch_size"], row["learning_rate"], row.get("optimizer"))
+        of_training = (row["epochs"], row["train_batch_size"], row["learning_rate"], row.get("optimizer", "adamw"))
         groups.setdefault((row["network"], *of_training), []).append(row)
     return list(groups.values())
 

@@ -97,6 +97,8 @@ def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
     ({"quality_batch_size": 0}, "`--quality_batch_size` is 0; it must be a positive number"),
     ({"quality_learning_rate": float("nan")}, "`--quality_learning_rate` is nan"),
     ({"quality_seeds": [1, 1]}, "`--quality_seeds` is .* different whole numbers"),
+    ({"quality_seeds": [-1]}, "`--quality_seeds` is .* different whole numbers from 0"),
+    ({"epochs": [3.0, 3.0]}, "`--epochs` is .* different numbers"),
     ({"num_images": 10}, "`--num_images` is 10; it must be at least 97"),
     ({"device": "tpu"}, "`--device` is 'tpu'; it must be cpu, or cuda"),
 ])  # fmt: skip
