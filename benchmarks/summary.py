@@ -6,10 +6,10 @@ rewrites the summary.md in that folder, as `run.py` does at its end.
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean
 
 from networks import PEER
 from report import precision_name, table, thousands, with_quartiles
@@ -35,8 +35,8 @@ def summary(folder: Path) -> str:
         if path.is_file():
             record = json.loads(path.read_text())
             lines += compare(record)
-            if name != "time_to_quality":  # trained once
-                rounds[name] = record["arguments"]["windows"]
+            once_a_seed = name == "time_to_quality"
+            rounds[name] = len(by_budget(record["rows"])[0]) if once_a_seed else record["arguments"]["windows"]
             machine = record["machine"]
             text = f"{machine['device']}, threads: {machine['threads']}, torch {machine['versions']['torch']}"
             machines.setdefault(text, []).append(name)
@@ -44,7 +44,7 @@ def summary(folder: Path) -> str:
     return (
         f"{table(('the default', '', 'beside', '', 'ratio', ''), lines)}\n\nMedians, and the quartiles of the ratio of"
         f" windows of one round. Alike: within 0.02 in the median. Unclear: not the same in every round. Rounds:"
-        f" {', '.join(f'{name} {number}' for name, number in rounds.items()) or 'one'}. {where}."
+        f" {', '.join(f'{name} {number}' for name, number in rounds.items())}. {where}."
     )
 
 
@@ -99,11 +99,11 @@ def times_to_quality(record: dict) -> Iterator[tuple]:
     )
     how += f"; stock: {stocks}" if how != stocks else ""
     what = f"training at 16x16 ({how}) until stock's distance after {stock[0]['epochs']:g} epochs, seconds"
-    of_stock = mean(row["seconds"] for row in stock)
+    of_stock = statistics.median(row["seconds"] for row in stock)
     if smallest is None:
         yield what, "not reached", STOCK, thousands(of_stock), "", "**worse**"
     else:
-        seconds = mean(row["seconds"] for row in smallest)
+        seconds = statistics.median(row["seconds"] for row in smallest)
         yield compared(what, seconds, STOCK, of_stock, times_stock(smallest, stock), more_is_better=False)
 
 

@@ -6,11 +6,11 @@ It takes hours on a CPU, so it runs only if `--sections` names it. What `--work_
 
 import hashlib
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from itertools import pairwise, product
 from pathlib import Path
+from statistics import mean
 
 import torch
 from files import write_text
@@ -23,6 +23,9 @@ from windows import paired
 from ddpm_diffusers.checkpointing import config_of
 from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.evaluation import load_feature_extractor
+from ddpm_diffusers.evaluation.protocol import mean_and_sd
+
+from tables import show  # isort: skip
 
 NETWORKS = ("default", "stock")
 RESOLUTION = 16
@@ -174,21 +177,21 @@ def times_stock(rows: Sequence[dict], stock: Sequence[dict]) -> list[float]:
 def report(result: dict) -> str:
     stock, *_ = groups = by_budget(result["rows"])
     digits = 0 if stock[0]["seconds"] > 100 else 1
-    lines = [
-        (
-            rows[0]["network"],
-            f"{rows[0]['epochs']:g}",
-            rows[0].get("optimizer", "adamw"),  # older records have none
-            rows[0]["train_batch_size"],
-            f"{rows[0]['learning_rate']:g}",
-            f"{statistics.mean(row['seconds'] for row in rows):,.{digits}f}",
-            f"{statistics.mean(row['seconds_of_steps'] for row in rows):,.{digits}f}",
-            with_deviation(times_stock(rows, stock), ".2f"),
-            with_deviation([row["distance"] for row in rows], ".3f"),
-            f"{reached(rows, stock)} of {len(rows)}" if len(rows) > 1 else "yes" if reached(rows, stock) else "no",
-        )
-        for rows in groups
-    ]
+    lines = []
+    for rows in groups:
+        first, distances = rows[0], [row["distance"] for row in rows]
+        of_seeds = f"{reached(rows, stock)} of {len(rows)}" if len(rows) > 1 else ("no", "yes")[reached(rows, stock)]
+        lines.append((
+            first["network"],
+            f"{first['epochs']:g}",
+            first.get("optimizer", "adamw"),  # older records have none
+            first["train_batch_size"],
+            f"{first['learning_rate']:g}",
+            *(f"{mean(row[name] for row in rows):,.{digits}f}" for name in ("seconds", "seconds_of_steps")),
+            show(mean_and_sd(times_stock(rows, stock)), ".2f"),
+            show(mean_and_sd(distances), ".3f"),
+            of_seeds,
+        ))  # fmt: skip
     head = ("network", "epochs", "optimizer", "batch size", "learning rate", "seconds of the script",
             "of them in its loop", "x stock's", "distance", "reached")  # fmt: skip
     seeds = [str(row.get("seed", 0)) for row in stock]  # older records have none
@@ -201,8 +204,3 @@ def report(result: dict) -> str:
     if extractor := result.get("feature_extractor"):  # older records have none
         caption += f" Features of {extractor['name']} {extractor['digest']}."
     return f"{caption}\n\n{table(head, lines)}"
-
-
-def with_deviation(values: Sequence[float], form: str) -> str:
-    mean = format(statistics.mean(values), form)
-    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean

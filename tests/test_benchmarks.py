@@ -129,27 +129,28 @@ def test_the_summary_is_of_the_records_that_are_kept():
     (([0.9], [1.1], [0.8]), ("30", "0.30", "better")),  # 10 seconds an epoch; 1 was luck
     (([0.9], [0.8], [0.7]), ("10", "0.10", "better")),
     (([1.3], [1.2], [1.1]), ("not reached", "", "**worse**")),
-    # the second seed's samples: stock's have 2
-    (([0.9, 1.9], [0.9, 2.1], [0.8, 1.8]), ("30", "0.30 (0.30 to 0.30)", "better")),
+    # with the second seed stock's distance is 2, and all trainings take twice as long
+    (([0.9, 1.9], [0.9, 2.1], [0.8, 1.8]), ("45", "0.30 (0.30 to 0.30)", "better")),
     (([0.9, 1.9], [0.8, 1.8], [0.7, 2.1]), ("not reached", "", "**worse**")),
 ])  # fmt: skip
 def test_quality_is_reached_where_more_training_and_each_seed_reach_it_too(distances, line):
-    budget = {"train_batch_size": 64, "learning_rate": 2e-3, "seconds_of_steps": 1}
-    rows = [
-        {"network": "stock", "epochs": 5, "seconds": 100, "distance": 1.0 + seed, "seed": seed, **budget}
-        for seed in range(len(distances[0]))
-    ]
-    for n, of_seeds in zip((1, 2, 3), distances, strict=True):
-        for seed, distance in enumerate(of_seeds):
-            rows.append({"network": "default", "epochs": n, "seconds": 10 * n, "distance": distance, **budget})
-            rows[-1]["seed"] = seed
-    rows.sort(key=lambda row: row["seed"])  # as they are measured
+    def row(network, epochs, seconds, seed, distance):
+        times = {"seconds": seconds * (1 + seed), "seconds_of_steps": 1}
+        budget = {"network": network, "epochs": epochs, "train_batch_size": 64, "learning_rate": 2e-3}
+        return budget | times | {"seed": seed, "distance": distance}
+
+    rows = []
+    for seed, of_budgets in enumerate(zip(*distances, strict=True)):
+        rows.append(row("stock", 5, 100, seed, 1.0 + seed))
+        rows += [row("default", n, 10 * n, seed, distance) for n, distance in enumerate(of_budgets, 1)]
     [(_, ours, _, _, ratio, outcome)] = summary.times_to_quality({"rows": rows})
     assert (ours, ratio, outcome) == line
     closer = [sum(d <= 1 + seed for seed, d in enumerate(of_seeds)) for of_seeds in distances]
     reported = time_to_quality.report({"rows": rows, "num_images": 100}).splitlines()[-3:]
     words = ["no", "yes"] if len(distances[0]) == 1 else ["0 of 2", "1 of 2", "2 of 2"]
     assert [text.split(" | ")[-1] for text in reported] == [f"{words[n]} |" for n in closer]
+    spread = "" if len(distances[0]) == 1 else " ± 0.00"
+    assert [text.split(" | ")[-3] for text in reported] == [f"0.{n}0{spread}" for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("times, more_is_better, outcome", [
@@ -180,9 +181,8 @@ def test_time_to_quality_trains_each_once_and_takes_none_of_other_settings(garme
     assert [row["seed"] for row in rows] == [0, 0, 1, 1] and len({row["distance"] for row in rows}) == 4
     assert all(row["seconds"] > row["seconds_of_steps"] > 0 and row["distance"] > 0 for row in rows)
     trained = weights()
-    (
-        tmp_path / "work" / "default-5x64-0.002-adamw-seed-1" / "time_to_quality.json"
-    ).unlink()  # as if cut off: judged again
+    of_last = tmp_path / "work" / "default-5x64-0.002-adamw-seed-1"
+    (of_last / "time_to_quality.json").unlink()  # as if cut off: judged again
     again = measure()
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "out" / "time_to_quality.json").read_text())["rows"] == rows
