@@ -155,3 +155,30 @@ def test_processes_that_would_start_from_different_checkpoints_or_data_end_with_
     command = [*torchrun(2), str(script), str(SCRIPTS)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode and "ValueError: The processes would start from checkpoint-7 and the" in result.stderr
+
+
+@pytest.mark.slow
+def test_processes_end_together_and_their_connection_before_python_does(tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text(
+        "import atexit, sys, time\n"
+        "import torch\n"
+        "from dataclasses import dataclass\n"
+        "sys.path.insert(0, sys.argv.pop())\n"
+        "from command_line import run_script\n"
+        "from launch import make_accelerator\n"
+        "from accelerate.utils import gather_object\n"
+        "@dataclass\n"
+        "class NoArguments: pass\n"
+        "def main(args):\n"
+        "    accelerator = make_accelerator(cpu=True)\n"
+        "    assert len(gather_object([b'0' * 200_000])) == 2 and torch.distributed.is_initialized()\n"
+        "    if accelerator.is_main_process:\n"
+        "        time.sleep(2)\n"
+        "        print('written')\n"
+        "atexit.register(lambda: print('connected' if torch.distributed.is_initialized() else 'ended'))\n"
+        "run_script(main, NoArguments, 'Exchange, then write.')\n"
+    )
+    result = subprocess.run([*torchrun(2), script, SCRIPTS], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["written", "ended", "ended"]

@@ -84,6 +84,8 @@ NAN_IN_ONE = """
 import sys
 import torch
 from accelerate import PartialState
+sys.path.insert(0, sys.argv.pop())
+from launch import disconnect
 from ddpm_diffusers import PixelDiffusionPipeline
 from ddpm_diffusers.sampling import NotFiniteError, sample_images
 
@@ -97,6 +99,7 @@ try:
     sample_images(pipe, 4, 1, batch_size=2)
 except NotFiniteError:
     open(f"{sys.argv[1]}/told-{state.process_index}", "w").close()
+disconnect()
 """
 
 
@@ -104,7 +107,7 @@ except NotFiniteError:
 def test_what_is_not_finite_in_one_process_is_an_error_in_all(tiny_pipe, tmp_path):
     tiny_pipe.save_pretrained(tmp_path / "pipe")
     (tmp_path / "script.py").write_text(NAN_IN_ONE)
-    command = [*torchrun(2), str(tmp_path / "script.py"), str(tmp_path / "pipe")]
+    command = [*torchrun(2), str(tmp_path / "script.py"), str(tmp_path / "pipe"), str(ROOT / "train_scripts")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "pipe").glob("told-*")) == ["told-0", "told-1"]

@@ -10,6 +10,7 @@ from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
 import yaml
+from launch import disconnect
 from transformers import HfArgumentParser
 
 
@@ -24,12 +25,16 @@ def check(args, condition: bool, name: str, rule: str) -> None:
 
 
 def run_script(main: Callable, arguments_class: type, doc: str) -> None:
-    """Run `main` with the command line's flags; those that break a rule end the script with one line, no traceback."""
+    """Run `main` with the command line's flags; those that break a rule end the script with one line, no traceback.
+
+    Launched several times, the processes end together.
+    """
     try:
         args = parse_arguments(arguments_class, sys.argv[1:], doc)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}") from None  # YAML's has several
     main(args)
+    disconnect()
 
 
 def parse_arguments(arguments_class: type, argv: list[str], doc: str):

@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, parse_flag_from_env
 
 PRECISIONS = (None, "auto", "no", "fp16", "bf16")
@@ -130,7 +130,17 @@ def let_go(accelerator: Accelerator) -> None:
     may be waiting for to drop its last tensors: a deadlock.
     """
     accelerator.free_memory()
-    accelerator.wait_for_everyone()
-    if torch.distributed.is_initialized():
-        time.sleep(0.2)  # that thread drops them a moment after the barrier
+    disconnect()
     accelerator.end_training()
+
+
+def disconnect() -> None:
+    """Wait for the other processes, and end the connection to them, if there is one. Call it before Python exits.
+
+    gloo's thread drops its last tensors a moment after an exchange. If it asked for the GIL once Python is shutting
+    down, it would be ended, and abort the process ("terminate called without an active exception").
+    """
+    if torch.distributed.is_initialized():
+        PartialState().wait_for_everyone()
+        time.sleep(0.2)  # for that moment
+        torch.distributed.destroy_process_group()
