@@ -7,6 +7,7 @@ average, the optimizer state, the metrics, the samples or the saved pipeline, or
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -67,7 +68,8 @@ def kill_at_random(output_dir: Path, processes: int, in_a_checkpoint: bool, rng:
         return None
     everyone = [training, *psutil.Process(training.pid).children(recursive=True)]  # a launcher's are in other groups
     for process in everyone:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     for process in everyone:
         process.wait()
     return [path.name for path in output_dir.glob(".checkpoint-*")]

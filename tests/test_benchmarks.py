@@ -46,7 +46,9 @@ def test_the_peak_of_memory_is_seen():
         ctypes.CDLL(None).malloc_trim(0)
     with memory.Peak(torch.device("cpu")) as peak:
         block = torch.ones(2**26)  # 256 MiB
-        time.sleep(0.1)
+        deadline = time.monotonic() + 10
+        while peak.bytes < 2**27 and time.monotonic() < deadline:
+            time.sleep(0.01)
         del block
     assert 2**27 < peak.bytes < 2**29
 

@@ -236,7 +236,7 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
         "dataset_name": str(dataset_folder),
         "feature_extractor": str(extractor_folder),
         "schedulers": ["ddim", "heun", "unipc:timestep_spacing=leading"],
-        "evaluations": [3, 6],
+        "evaluations": [3, 30],  # so that the kill comes in time
         "ddpm_steps": 200,
         "grid_evaluations": 5,
         "num_images": 30,
@@ -263,7 +263,7 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
     results = json.loads((out / "comparison.json").read_text())
     assert results["records"][: len(partial)] == partial
     expected = compare_schedulers(tiny_pipe, ["ddpm"], reference, evaluations=(200,), num_images=30, batch_size=10)
-    expected += compare_schedulers(tiny_pipe, entries, reference, evaluations=(3, 6), num_images=30, batch_size=10)
+    expected += compare_schedulers(tiny_pipe, entries, reference, evaluations=(3, 30), num_images=30, batch_size=10)
     assert len(results["records"]) == len(expected) == 7
     for found, record in zip(results["records"], expected, strict=True):
         strip = np.concatenate(list(record.pop("images")[:8, 0].numpy()), axis=1)
@@ -277,7 +277,7 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
     text = (out / "comparison.md").read_text()
     assert "Fewest evaluations within 10 % of ddpm, 200 evaluations" in text
     assert "Best at 15" in capsys.readouterr().out
-    assert text.count("\n| ") == 9 and "| unipc | timestep_spacing=leading | 6 | 6 | no |" in text
+    assert text.count("\n| ") == 9 and "| unipc | timestep_spacing=leading | 30 | 30 | no |" in text
     assert str(tmp_path) not in text + (out / "comparison.json").read_text()
     assert Image.open(out / "grid.png").height == 60 * 4  # the yardstick and three schedulers
     assert min(Image.open(out / "distances.png").size) > 500

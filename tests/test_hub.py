@@ -152,14 +152,18 @@ def test_a_card_of_the_repository_is_kept_and_a_push_without_change_makes_no_com
     assert "result" in client("push_folder", folder=saved, repo_id="user/kept")
     own = b"---\nlicense: mit\n---\nMy own words.\n"
     hub.repos["user/kept"].commit("edit", {"README.md": own})
+    warning = "user/kept keeps its model card, which is not that of this pipeline"
     for _ in range(2):
         assert "result" in client("push_to_hub", saved, repo_id="user/kept")
-        assert "keeps its model card" not in python.stderr  # the figures in it are of these weights
+        assert warning in python.stderr
         assert hub.repos["user/kept"].files["README.md"] == own and len(hub.repos["user/kept"].commits) == 3
     make_pipe().save_pretrained(tmp_path)
     assert "result" in client("push_to_hub", tmp_path, repo_id="user/kept")
-    assert "user/kept keeps its model card: see that the figures in it are of these weights" in python.stderr
+    assert warning in python.stderr
     assert hub.repos["user/kept"].files["README.md"] == own and len(hub.repos["user/kept"].commits) == 4
+    for _ in range(2):
+        assert "result" in client("push_to_hub", saved, repo_id="user/own")
+        assert "keeps its model card" not in python.stderr and len(hub.repos["user/own"].commits) == 2
 
 
 def test_saving_with_a_push_uploads_nothing_beside_the_pipeline(hub, client, saved, tmp_path):

@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
+import interruption
 import kill_and_resume
 import psutil
 import pytest
@@ -90,15 +92,16 @@ def test_all_processes_stop_together_when_one_is_told(start, tmp_path):
     assert f"Resumed from {last}" in log and (folder / "model_index.json").exists()
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step():
+def test_a_second_ctrl_c_does_not_wait_for_the_step(monkeypatch):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     request = StopRequest(num_processes=1)
     try:
         assert request.agreed() is None
         signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: request.since + 0.99))
         signal.raise_signal(signal.SIGINT)  # as launchers do
         assert request.agreed() == signal.SIGINT
-        time.sleep(1.01)
+        monkeypatch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: request.since + 1.01))
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,7 @@ def test_freed_memory_is_kept():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch compiles for a CPU with g++")
 def test_a_compiled_run_is_the_plain_one_and_goes_on(tmp_path):
     flags = ["--max_train_steps", "4", "--lr_scheduler", "constant", "--lr_warmup_steps", "0"]
     train_here(*SMALL_RUN, "--output_dir", tmp_path / "plain", *flags)
@@ -176,9 +178,9 @@ def test_processes_end_together_and_their_connection_before_python_does(tmp_path
         "    if accelerator.is_main_process:\n"
         "        time.sleep(2)\n"
         "        print('written')\n"
-        "atexit.register(lambda: print('connected' if torch.distributed.is_initialized() else 'ended'))\n"
+        "atexit.register(lambda: sys.stdout.write(f'connected: {torch.distributed.is_initialized()}\\n'))\n"
         "run_script(main, NoArguments, 'Exchange, then write.')\n"
     )
     result = subprocess.run([*torchrun(2), script, SCRIPTS], capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["written", "ended", "ended"]
+    assert result.stdout == "written\n" + 2 * "connected: False\n"

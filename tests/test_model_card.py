@@ -194,7 +194,7 @@ def test_the_card_of_a_training_says_what_is_known_and_names_no_path(tiny_pipe, 
     (tmp_path / "garments").mkdir()
     settings = {
         "learning_rate": 2e-3, "use_ema": True, "lr_scheduler": "cosine", "betas": [0.9, 0.999], "snr_gamma": None,
-        "output_dir": "somewhere", "data": "garments", "cache": str(tmp_path), "hub_token": "secret", "x": "hf_secret",
+        "output_dir": "somewhere", "cache": str(tmp_path), "hub_token": "secret", "x": "hf_secret",
     }  # fmt: skip
     for name, published in (
         ("zalando-datasets/fashion_mnist", ["zalando-datasets/fashion_mnist"]), ("mnist", ["mnist"]),

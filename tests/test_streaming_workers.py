@@ -28,7 +28,10 @@ def run_of(folder, **arguments):
 
 
 def is_running(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_interrupts_do_not_stop_a_worker_and_closing_does(folder, monkeypatch):

@@ -69,7 +69,7 @@ def test_arguments_come_from_a_file_and_flags_win(tmp_path):
     (tmp_path / "run.json").write_text('{"unet_config": {"norm_eps": 1e-05}}')
     assert parse(str(tmp_path / "run.json")).unet_config == {"norm_eps": 1e-05}  # for YAML, a string
     saved = str(Path(__file__).parent / "checkpoint_v0.1" / "unet" / "config.json")
-    assert make_unet(saved, 8, 1000).config.mid_block_layers == 2  # as when it is loaded
+    assert make_unet(saved, 8, 1000).config.mid_block_layers == 2
     results = tmp_path / "results"
     (tmp_path / "list.yaml").write_text(f"epochs: [2, 0.5]\nsections: [operators]\noutput_dir: {results}")
     assert parse_arguments(run.BenchmarkArguments, [str(tmp_path / "list.yaml")], "?").epochs == [2, 0.5]

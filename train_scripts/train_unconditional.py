@@ -142,6 +142,8 @@ def main(args: TrainingArguments) -> None:
     repo_id = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:  # only now, when most wrong arguments would have raised
         repo_id = prepare_repo(repo_id, args.hub_token, args.hub_private_repo or None, args.hub_license)
+    elif args.hub_model_id is None and not output_dir.is_absolute():
+        repo_id = output_dir.as_posix()  # which the card's snippets load until it is pushed
 
     accelerator.wait_for_everyone()  # no process writes before all have checked the folder
     if accelerator.is_main_process:
@@ -316,9 +318,10 @@ def main(args: TrainingArguments) -> None:
         release()
         raise SystemExit(failed)
     if stopped and step < max_train_steps:
-        release()
+        # before `release`: a launcher ends this process once another has ended with an error
         logger.info(f"{stopped.name}: stopped after step {step} of {max_train_steps}, and wrote {checkpoint}.")
         logger.info("To go on from there, run the same command with `--resume_from_checkpoint latest`.")
+        release()
         raise SystemExit(128 + stopped)
 
     # save, and only then sample and push

@@ -874,15 +874,18 @@ def upload(
     for name, component in pipe.components.items():
         if component is not None:
             files += [f"{name}/{file}" for file in component_files(folder / name, safe_serialization)]
-    card = folder / README
-    if not subfolder and huggingface_hub.file_exists(repo_id, README, token=token):
-        if not card.exists():  # else it is of these weights
-            logger.warning(f"{repo_id} keeps its model card: see that the figures in it are of these weights.")
-    elif not subfolder:
-        has_samples = (folder / SAMPLES).exists()
+    if not subfolder:
+        card, has_samples = folder / README, (folder / SAMPLES).exists()
         text = card.read_text("utf-8") if card.exists() else str(pipeline_card(pipe, repo_id, has_samples))
-        card.write_text(with_repo_id(text, repo_id, only_variant(files)), "utf-8")
-        files += [README, SAMPLES]
+        text = with_repo_id(text, repo_id, only_variant(files))
+        if not huggingface_hub.file_exists(repo_id, README, token=token):
+            card.write_text(text, "utf-8")
+            files += [README, SAMPLES]
+        elif Path(huggingface_hub.hf_hub_download(repo_id, README, token=token)).read_text("utf-8") != text:
+            logger.warning(
+                f"{repo_id} keeps its model card, which is not that of this pipeline: see that the figures in it are"
+                " of these weights."
+            )
     return huggingface_hub.upload_folder(
         repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, create_pr=create_pr, token=token,
         allow_patterns=[glob.escape(file) for file in files],

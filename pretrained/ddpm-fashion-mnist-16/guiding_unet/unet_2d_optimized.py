@@ -248,7 +248,7 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
             or, as in the guide, pooled and concatenated before the upsampling.
         upsample_type (`"rearrange"` | `"conv_transpose"`): 1x1 convolution and depth to space, or a transposed 2x2
             convolution of stride 2.
-        norm_num_groups (`int`): Groups of the norms before the output and in the guide's stem.
+        norm_num_groups (`int`): Groups of the norms before the output and in the guide's stem, not of the blocks.
         block_norm_num_groups (`int`): Groups of the norms in the blocks; 32 in the guide.
         down_layers_per_block, up_layers_per_block (`int` or `tuple[int, ...]`): Blocks of `block_type` on the way
             down and up: one number for all levels, or one per level, highest resolution first. The last number also
@@ -414,13 +414,6 @@ class OptimizedUNet2DModel(ModelMixin, ConfigMixin):
         sample = self.out_block(hidden, stem)  # (B, out_channels, H, W)
 
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
-
-    @classmethod
-    def from_config(cls, config: dict | None = None, return_unused_kwargs: bool = False, **kwargs):
-        """diffusers' method; a config that was saved before `mid_block_layers` existed gets the 2 of that time."""
-        if isinstance(config, dict) and "_diffusers_version" in config:
-            config = {"mid_block_layers": 2, **config}
-        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """Write `config.json`, and this file: then a `PixelDiffusionPipeline` with it loads without the package."""
