@@ -32,7 +32,12 @@ def check_image_column(features: Features, image_column: str) -> None:
 
 
 def open_dataset(
-    dataset_name, dataset_config_name, train_data_dir, split, cache_dir, streaming=False
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    train_data_dir: str | None,
+    split: str,
+    cache_dir: str | None,
+    streaming: bool = False,
 ) -> Dataset | IterableDataset:
     """`load_dataset` with errors that say what to do; `train_data_dir` and saved data sets are never streamed."""
     advice = "pass a data set of the Hub or a local folder as `dataset_name`, or a folder of images as"

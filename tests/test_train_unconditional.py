@@ -241,7 +241,7 @@ def test_a_run_from_a_saved_pipeline_resumes_without_it_and_publishes_no_path(
         blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
         unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 8), norm_num_groups=4, add_attention=False, **blocks)
         DDPMPipeline(unet, DDPMScheduler(beta_schedule="scaled_linear")).save_pretrained(source)
-    begin = ["--pretrained_model_name_or_path", str(source), "--checkpointing_steps", "2"]
+    begin = ["--pretrained_model_name_or_path", str(source), "--checkpointing_steps", "2", "--output_dir", "runs/own"]
     output_dir = train(*begin)
     whole = load_file(output_dir / WEIGHTS)
     for path in (output_dir / "checkpoint-3", output_dir / "unet", source):  # as if killed after step 2
@@ -251,4 +251,5 @@ def test_a_run_from_a_saved_pipeline_resumes_without_it_and_publishes_no_path(
     assert all(torch.equal(weight, whole[name]) for name, weight in load_file(output_dir / WEIGHTS).items())
     assert str(source) not in (output_dir / "unet" / "config.json").read_text()
     card = (output_dir / "README.md").read_text()
+    assert 'from_pretrained("runs/own")' in card  # from here
     assert str(source) not in card and "from the weights of a model that is not on the Hub" in card

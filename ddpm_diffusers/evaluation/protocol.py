@@ -94,7 +94,8 @@ class Reference:
     """A data set to compare with: the statistics of its two splits, whose images are of one shape.
 
     Args:
-        train, test: uint8 images (N, C, H, H), with H even and at least 6, and more images in each than features.
+        train, test (`torch.Tensor` or `ImageArrays`): uint8 images (N, C, H, H), with H even and at least 6, and more
+            images in each than features.
         extractor: Extractor of the features.
         cache_dir: Where the statistics of an `ImageArrays` are cached; by default, in the cache of `datasets`.
 
@@ -131,7 +132,21 @@ class Reference:
         cache_dir: str | None = None,
         **load_images_kwargs,
     ) -> "Reference":
-        """Reference from a data set on the Hub or in a local folder; other arguments are passed to `load_images`."""
+        """Reference from a data set on the Hub or in a local folder.
+
+        Args:
+            dataset_name: Hub id or local folder.
+            extractor: Extractor of the features.
+            resolution: Height and width that the images are resized to, in pixels; even, and at least 6.
+            channels: 1 (grey) or 3 (RGB).
+            train_split, test_split: Names of its splits.
+            cache_dir: Where decoded images and statistics are cached; by default, in the cache of `datasets`.
+            load_images_kwargs: Further arguments of `load_images`, such as `image_column`.
+
+        Raises:
+            ValueError: If the resolution is not such a number, or the data set cannot be read or used.
+            ConnectionError: If the Hub cannot be reached.
+        """
         if resolution < 6 or resolution % 2:  # before anything is decoded
             raise ValueError(f"`resolution`, the size of the images, is {resolution}; for the spectra it must be"
                              " even, and at least 6.")  # fmt: skip

@@ -693,7 +693,7 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
 images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
 {few_steps}```
 
-Without it, `trust_remote_code` runs the code in this repository (it needs `pip install "diffusers[torch]" einops`):
+Without it, `trust_remote_code` runs code of this repository (`pip install "diffusers[torch]>=0.41" "einops>=0.8"`):
 
 ```python
 from diffusers import DiffusionPipeline
