@@ -382,8 +382,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
 
         With `push_to_hub`, the index, the code, the components' files and a card (see `push_to_hub`) are then uploaded
         to `repo_id`, by default the folder's name; other files in the folder are not. A card that the repository
-        already has is kept. If it has none, the snippets of the folder's card are changed to load `repo_id`. No card
-        is uploaded into a `subfolder`.
+        already has is kept, with a warning if it is another. If it has none, the snippets of the folder's card are
+        changed to load `repo_id`. No card is uploaded into a `subfolder`.
         """
         networks = self.networks()
         set_card_aside(networks, Path(save_directory), variant, safe_serialization)
@@ -412,9 +412,9 @@ class PixelDiffusionPipeline(DiffusionPipeline):
     ) -> huggingface_hub.CommitInfo:  # fmt: skip
         """diffusers' method, with a model card that describes the model instead of an empty one.
 
-        A card already in the repository is kept, with the figures in it. Otherwise, it is that of the source that the
-        network was loaded from, if the weights are still the same, with its snippets naming the new repository, or
-        else a new one.
+        A card already in the repository is kept, with a warning if it is another. Otherwise, it is that of the source
+        that the network was loaded from, if the weights are still the same, with its snippets naming the new
+        repository, or else a new one.
 
         Raises:
             ValueError: If the token is malformed, or `private` is True and the repository is public.
