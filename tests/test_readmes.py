@@ -106,7 +106,7 @@ def test_the_figures_of_the_front_page_are_of_the_records():
     longer = "the same, trained for as long as `UNet2DModel` (on one core with AMX, in bf16)"
     assert line(longer)[:2] == [cell("default", "equal_time_16"), cell("default", "equal_time_28")]
     muon = "`UNet2DModel` with the optimizer Muon in place of AdamW (three trainings at 16x16, one at 28x28)"
-    for label, row in ((muon, "stock"), ("our default network with Muon (as many)", "default")):
+    for label, row in ((muon, "stock"), ("our default network with Muon (as many trainings)", "default")):
         assert line(label)[:2] == [cell(row, "muon_16"), cell(row, "muon_28")]
     released = {
         "16x16": "released_16",
