@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 
 from .optimizer_state import gather_optimizer_state, restore_optimizer_state, sharded_like, whole
+from .pipeline_pixel_diffusion import check_positive
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.json"
@@ -138,12 +139,15 @@ def save_checkpoint(
         ema: diffusers' `EMAModel` of its parameters, or None.
         optimizer: Optimizer of `unet.parameters()`; its state is saved as safetensors, its settings as JSON.
         state: The rest, JSON-serializable: "arguments" (see `load_checkpoint`), schedule, scaler.
-        total_limit: How many checkpoints to keep, or None for all.
+        total_limit: How many checkpoints to keep, at least 1, or None for all.
         is_main_process: Whether this process writes.
 
     Raises:
         OSError: If the folder cannot be written to; earlier checkpoints stay intact.
+        ValueError: If `total_limit` is below 1.
     """
+    if total_limit is not None:
+        check_positive(total_limit=total_limit)
     copies = {"unet": plain_copy(unet)}
     if ema is not None:
         copies["unet_ema"] = plain_copy(unet, ema.shadow_params)

@@ -123,7 +123,7 @@ class PixelDiffusionPipeline(DiffusionPipeline):
             ValueError: If a `scheduler` among the arguments cannot take the place of the pipeline's.
         """
         taken = NETWORKS if takes_guiding_unet(cls) else ("unet",)
-        networks = {name: getattr(pipeline, name) for name in taken if hasattr(pipeline, name)}
+        networks = {name: getattr(pipeline, name) for name in taken if getattr(pipeline, name, None) is not None}
         if "scheduler" in kwargs and "scheduler" in pipeline.components:
             check_scheduler(kwargs["scheduler"], getattr(pipeline.scheduler, "config", {}))
         return super().from_pipe(pipeline, **{**networks, **kwargs})
@@ -703,7 +703,7 @@ images = pipe(batch_size=16, num_inference_steps={steps}{more}).images
 ```
 """
 FEW_STEPS = """
-# fewer steps, and as a rule better images: DPM-Solver++'s SDE variant with Karras' noise levels
+# fewer steps, and sharper images: DPM-Solver++'s SDE variant with Karras' noise levels
 from diffusers import DPMSolverMultistepScheduler
 
 options = {{"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}}

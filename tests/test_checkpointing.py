@@ -83,6 +83,9 @@ def test_total_limit_keeps_the_newest(total_limit, kept, tmp_path):
     for run.step in (8, 9, 10, 11):  # 9 before 10: by number
         run.save(tmp_path, total_limit)
     assert steps(tmp_path) == kept
+    with pytest.raises(ValueError, match="`total_limit` is 0; it must be a positive integer"):
+        run.save(tmp_path / "none", 0)
+    assert not (tmp_path / "none").exists()
 
 
 def test_latest_and_paths(tmp_path, caplog):

@@ -16,6 +16,7 @@ import train_feature_extractor
 from command_line import parse_arguments
 from conftest import ROOT, reset_accelerate
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from files import lock
 from hub_server import HubServer, Repo
 from huggingface_hub import constants
 from PIL import Image as PILImage
@@ -258,6 +259,17 @@ def test_the_script_trains_one_that_loads_and_classifies_and_again_to_the_bit(dr
         )
         script.main(parsed)
         assert (load_feature_extractor(str(tmp_path / seed)).digest == extractor.digest) is same
+
+
+def test_two_trainings_cannot_write_into_one_folder(drawn_data, tmp_path, script):
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial" / "model.safetensors").write_bytes(b"of the first")
+    first = lock(tmp_path / ".new.partial")
+    arguments = script.FeatureExtractorArguments(dataset_name=str(drawn_data), output_dir=str(tmp_path / "new"))
+    with pytest.raises(ValueError, match="Another process writes into"):
+        script.main(arguments)
+    first.release()
+    assert (tmp_path / ".new.partial" / "model.safetensors").exists() and not (tmp_path / "new").exists()
 
 
 def test_the_script_refuses_what_it_cannot_use_before_it_writes(drawn_data, tmp_path, script):

@@ -11,7 +11,7 @@ from conftest import reset_accelerate
 from PIL import Image
 from samplers import parse_scheduler, swap_scheduler
 
-from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
+from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.sampling import sample_images
 
 
@@ -115,6 +115,7 @@ def test_samples_that_came_while_it_loaded_are_kept(tiny_pipe, tmp_path):
     (["--scheduler", "ddim:eta"], "The scheduler is 'ddim:eta'; it must be NAME or NAME:OPTION=VALUE"),
     (["--num_images", "0"], "`--num_images` is 0; it must be at least 1"),
     (["--timesteps", "9", "2"], "Give either `--num_inference_steps` or `--timesteps`"),  # the file has the former
+    (["--seed", "-2"], "`--seed` is -2; it must be in [0, 2^32)"),
     (["--guidance_scale", "0.5"], "`--guidance_scale` is 0.5; it must be a number from 1"),
     (["--guidance_scale", "2"], "`guidance_scale` is 2.0, but the pipeline has no `guiding_unet`"),
     (["--dtype", "half"], "`--dtype` is 'half'; it must be float32, float16 or bfloat16"),
@@ -123,6 +124,14 @@ def test_wrong_arguments_are_refused_before_anything_is_written(generate, tmp_pa
     with pytest.raises(ValueError) as error:
         generate("none", *flags)
     assert message in str(error.value) and not (tmp_path / "none").exists()
+
+
+def test_more_channels_than_png_holds_are_refused_before_sampling(generate, tiny_pipe, tmp_path):
+    tiny_pipe.unet = OptimizedUNet2DModel(**{**tiny_pipe.unet.config, "in_channels": 6, "out_channels": 6})
+    tiny_pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="makes images of 6 channels; a PNG file holds at most 4"):
+        generate("none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_options_of_the_own_scheduler_are_kept_and_told(tiny_pipe):
@@ -139,6 +148,6 @@ def test_schedulers_are_given_with_options_of_any_type():
     parsed = parse_scheduler("ddim:clip_sample=False,clip_sample_range=0.5,timestep_spacing=leading")
     assert parsed == ("ddim", {"clip_sample": False, "clip_sample_range": 0.5, "timestep_spacing": "leading"})
     assert parse_scheduler("dpmsolver++") == ("dpmsolver++", {})
-    for text in ("ddim:clip_sample", "ddim:=1", "ddim:clip_sample=true,"):
+    for text in ("ddim:clip_sample", "ddim:=1", "ddim:clip_sample=true,", "ddim:trained_betas=[0.1,0.2]"):
         with pytest.raises(ValueError, match="must be NAME or NAME:OPTION=VALUE,OPTION=VALUE"):
             parse_scheduler(text)

@@ -127,6 +127,25 @@ def test_from_pipe_takes_a_network_of_any_class(tiny_pipe, network):
     assert PixelDiffusionPipeline.from_pipe(other, unet=tiny_pipe.unet).unet is tiny_pipe.unet
 
 
+CUSTOM = """
+from diffusers import DiffusionPipeline
+
+
+class Custom(DiffusionPipeline):
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+"""
+
+
+def test_from_pipe_takes_a_custom_pipeline_that_knows_no_guidance(tiny_pipe, tmp_path):
+    (tmp_path / "custom.py").write_text(CUSTOM)
+    custom = PixelDiffusionPipeline.from_pipe(
+        tiny_pipe, custom_pipeline=str(tmp_path / "custom.py"), trust_remote_code=True
+    )
+    assert type(custom).__name__ == "Custom" and custom.unet is tiny_pipe.unet
+
+
 @pytest.mark.parametrize("name, class_name", [
     ("pipeline_pixel_diffusion", "PixelDiffusionPipeline"), ("unet_2d_optimized", "OptimizedUNet2DModel"),
 ])  # fmt: skip

@@ -62,7 +62,7 @@ class ComparisonArguments(EvaluationArguments):
         default_factory=lambda: list(comparison.EVALUATIONS),
         metadata={"help": "budgets of network evaluations; each scheduler takes as many steps as fit"},
     )
-    ddpm_steps: int = arg(1000, "steps of DDPM, the yardstick; 0 leaves it out, also of the report")
+    ddpm_steps: int = arg(1000, "steps of DDPM, the yardstick; 0 for none")
     grid_evaluations: int = arg(10, "evaluations of the samples shown in grid.png, or the next fewer")
     # other defaults
     num_images: int = arg(2_000, "samples per seed")

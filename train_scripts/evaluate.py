@@ -142,7 +142,7 @@ def main(args: EvaluateArguments) -> None:
             images = DAMAGE[args.damage](images, args.damage_amount)
         side, channels = images.shape[-1], images.shape[1]
     if accelerator.is_main_process:
-        folder_lock = lock(output_dir)
+        folder_lock = lock(output_dir, must_be_empty=not args.overwrite)
     reference = open_reference(args, accelerator, extractor, side, channels)
 
     if pipe is not None:

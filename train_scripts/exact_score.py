@@ -110,11 +110,12 @@ def main(args: ExactScoreArguments) -> None:
         chosen, refused = at_timesteps(entries, args.timesteps)
         settings, left_out = settings + chosen, left_out + refused
     extractor = open_extractor(args, accelerator)
-    folder_lock = lock(output_dir) if accelerator.is_main_process else None
-    reference = open_reference(args, accelerator, extractor, args.resolution, 1)
-    dataset = load_images(resolution=args.resolution, split=args.train_split, **source_of(args))
-    real = ImageArrays(dataset, reference.image_shape)
+    folder_lock = lock(output_dir, must_be_empty=not args.overwrite) if accelerator.is_main_process else None
+    with accelerator.main_process_first():  # it fills the cache for the others
+        dataset = load_images(resolution=args.resolution, split=args.train_split, **source_of(args))
+    real = ImageArrays(dataset, (1, args.resolution, args.resolution))
     check(args, args.num_train_images <= len(real), "num_train_images", f"be at most {len(real)}, all of the split")
+    reference = open_reference(args, accelerator, extractor, args.resolution, 1)
     images = real.__getitems__(evenly_spaced(len(real), args.num_train_images))  # uint8 (N, 1, H, W)
 
     exact = ExactScore.of_images(images.float() / 127.5 - 1, NOISE.alphas_cumprod)

@@ -20,11 +20,11 @@ def holds_files(folder: Path) -> bool:
     return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
-def lock(output_dir: Path) -> FileLock:
+def lock(output_dir: Path, must_be_empty: bool = False) -> FileLock:
     """Make the folder, and keep other processes from writing into it for as long as the returned lock lives.
 
     Raises:
-        ValueError: If another process holds the lock.
+        ValueError: If another process holds the lock, or has left files since the folder was found empty.
         OSError: If the folder cannot be written to.
     """
     with explain_write_errors(f"{output_dir} cannot be written to"):
@@ -37,6 +37,8 @@ def lock(output_dir: Path) -> FileLock:
                 f"Another process writes into {output_dir}: wait for it to end, or stop it. (If none does, remove"
                 f" {output_dir / '.lock'}: some network drives keep the lock of a process that was killed.)"
             ) from error
+    if must_be_empty:
+        check_empty(output_dir)
     return folder_lock
 
 

@@ -46,6 +46,7 @@ class GenerateArguments:
         settle_steps(self)
         for name in ("num_images", "batch_size", "num_inference_steps"):
             check(self, getattr(self, name) >= 1, name, "be at least 1")
+        check(self, 0 <= self.seed < 2**32, "seed", "be in [0, 2^32)")
         check(self, 1 <= self.guidance_scale < math.inf, "guidance_scale", "be a number from 1 (no guidance)")
         check(self, self.dtype in ("float32", "float16", "bfloat16"), "dtype", "be float32, float16 or bfloat16")
         if not self.overwrite:
@@ -58,11 +59,11 @@ def main(args: GenerateArguments) -> None:
     pipe.to(args.device or accelerator.device)
     swap_scheduler(pipe, args.scheduler)
     pipe.check_guidance(args.guidance_scale)
+    if (channels := pipe.unet.config.in_channels) > 4:
+        raise ValueError(f"{args.model} makes images of {channels} channels; a PNG file holds at most 4.")
     count_evaluations(pipe.scheduler, args.num_inference_steps, args.timesteps)  # raises on what it cannot take
     if accelerator.is_main_process:  # before the sampling, so that it fails early
-        folder_lock = lock(output_dir)
-        if not args.overwrite:  # another process may have filled it since
-            check_empty(output_dir)
+        folder_lock = lock(output_dir, must_be_empty=not args.overwrite)
 
     start = time.perf_counter()
     images = sample_images(

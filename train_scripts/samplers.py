@@ -12,11 +12,15 @@ def parse_scheduler(text: str) -> tuple[str, dict]:
     """The name and the options, whose values are YAML; ValueError if the text is of another form."""
     name, _, listed = text.partition(":")
     options = {}
+    form = f"The scheduler is {text!r}; it must be NAME or NAME:OPTION=VALUE,OPTION=VALUE"
     for option in listed.split(",") if listed else []:
         key, equals, value = option.partition("=")
         if not (key and equals and value):
-            raise ValueError(f"The scheduler is {text!r}; it must be NAME or NAME:OPTION=VALUE,OPTION=VALUE.")
-        options[key] = yaml.safe_load(value)
+            raise ValueError(f"{form}.")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{form}, with values in YAML that hold no comma.") from error
     return name, options
 
 

@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from command_line import arg, check, run_script
 from datasets import ClassLabel
 from diffusers.optimization import get_scheduler
+from files import lock
 from huggingface_hub import ModelCard, ModelCardData
 from launch import PRECISIONS, make_accelerator
 from tqdm.auto import tqdm
@@ -131,8 +132,10 @@ def main(args: FeatureExtractorArguments) -> None:
             " them out of both. (A slice of data that is sorted by class lacks some: shuffle such data first.)"
         )
     partial = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)  # now, so that an unwritable folder fails before the training
+    folder_lock = lock(partial)  # now, so that an unwritable folder, or another run in it, fails before the training
+    for leftover in partial.iterdir():  # of a run that was killed while it saved
+        if leftover.name != Path(folder_lock.lock_file).name:
+            leftover.unlink()
 
     set_seed(args.seed)
     config = ResNetConfig(
@@ -178,6 +181,8 @@ def main(args: FeatureExtractorArguments) -> None:
     digest = checksum(partial / "model.safetensors")
     card = model_card(args, accelerator, model.config, digest, accuracies)
     card.save(partial / "README.md")
+    folder_lock.release()
+    Path(folder_lock.lock_file).unlink(missing_ok=True)
     for path in partial.iterdir():
         flush(path)
     os.replace(partial, output_dir)  # completely or not at all
