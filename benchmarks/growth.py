@@ -15,13 +15,15 @@ import psutil
 import torch
 from counts import count
 from networks import training_step
-from processes import run, speed_of_training
+from processes import LOGGING_STEPS, run, speed_of_training
 from report import precision_name, table, thousands, with_quartiles
 from windows import quartiles, time_arms, turns
 
 from ddpm_diffusers import OptimizedUNet2DModel
 from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.shuffling import ShuffledBatches
+
+from cuda_graph import GraphedStep  # isort: skip
 
 NETWORKS = ("default",)
 START = {"resolution": 16, "batch_size": 16, "widths": (64, 64, 128)}
@@ -45,7 +47,7 @@ def measure(args, device: torch.device) -> dict:
 
 
 def grow_step(args, device: torch.device) -> list[dict]:
-    precision, rows = args.precisions[-1], []
+    precision, rows, on_gpu = args.precisions[-1], [], device.type == "cuda"
     for size, values in SIZES.items():
         settings = {str(value): START | {size: value} for value in values}
         networks = {
@@ -53,10 +55,11 @@ def grow_step(args, device: torch.device) -> list[dict]:
             for name, s in settings.items()
         }
         arms = {
-            name: training_step(networks[name], s["batch_size"], s["resolution"], precision, device)
+            name: training_step(networks[name], s["batch_size"], s["resolution"], precision, device, cuda_graph=on_gpu)
             for name, s in settings.items()
         }
-        for name, time_of_step in time_arms(arms, args.windows, args.window_seconds).items():
+        captured_after = GraphedStep.CALLS_BEFORE_CAPTURE if on_gpu else 0
+        for name, time_of_step in time_arms(arms, args.windows, args.window_seconds, captured_after).items():
             s = settings[name]
             one = count(training_step(networks[name], 1, s["resolution"], precision, device))
             rows.append({
@@ -106,10 +109,11 @@ def grow_processes(args, folder: Path, device: torch.device) -> list[dict]:
     speeds = {name: [] for name in numbers}
     for turn, name in enumerate(turns(list(numbers), args.windows)):
         speeds[name].append(train_with(numbers[name], args, folder / f"run-{turn}", folder / "cache", device))
+    timed_steps = (args.script_steps - LOGGING_STEPS[device.type]) * args.windows
     return [
         {
             "processes": numbers[name],
-            "images_seen": numbers[name] * BATCH_SIZE * args.script_steps * args.windows,
+            "images_seen": numbers[name] * BATCH_SIZE * timed_steps,
             "images_per_second": quartiles(values) | {"windows": values},
         }
         for name, values in speeds.items()

@@ -51,6 +51,9 @@ def matrix_peak(device: torch.device, precisions: list[str], windows: int, windo
     size = 8192 if device.type == "cuda" else 2048
     factors = {name: torch.randn(2, size, size, device=device, dtype=DTYPES[name]) for name in precisions}
     arms = {name: lambda pair=pair: torch.mm(pair[0], pair[1]) for name, pair in factors.items()}
+    as_before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do unless told otherwise
     times = time_arms(arms, windows, window_seconds)
+    torch.backends.cuda.matmul.allow_tf32 = as_before
     return {name: {**result, "size": size, "per_second": 2 * size**3 / min(result["windows"])}
             for name, result in times.items()}  # fmt: skip

@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class BenchmarkArguments:
     compile: bool = arg(False, "training_step, training_script: also measure with torch.compile")
     windows: int = arg(5, "timed windows per arm (what is compared)")
     window_seconds: float = arg(2.0, "approximate length of a window")
-    script_steps: int | None = arg(None, "steps of the training script; 60 by default, 2,000 on a GPU")
+    script_steps: int | None = arg(None, "steps of the training script; 60 by default, 300 on a GPU")
     data_sizes: list[int] = listed([10_000, 100_000, 1_000_000], "growth: numbers of images in the data set")
     processes: list[int] | None = listed(None, "growth: numbers of training processes; by default 1, and 2 if there"
                                          " are 2 GPUs or threads")  # fmt: skip
@@ -87,7 +88,7 @@ class BenchmarkArguments:
         self.batch_sizes = self.batch_sizes or ([128, 1024, 4096] if on_gpu else [128])
         has_bf16 = choose_precision("auto", use_cpu=not on_gpu) == "bf16"
         self.precisions = self.precisions or (["no", "bf16"] if has_bf16 else ["no"])
-        self.script_steps = self.script_steps or (2000 if on_gpu else 60)
+        self.script_steps = self.script_steps or (300 if on_gpu else 60)
         self.processes = self.processes or [1, 2][: torch.cuda.device_count() if on_gpu else torch.get_num_threads()]
         for name, choices in {"sections": SECTIONS, "networks": ALL_NETWORKS, "precisions": ("no", "bf16")}.items():
             values = getattr(self, name)
@@ -99,6 +100,8 @@ class BenchmarkArguments:
             values = getattr(self, name)
             if not values or not all(math.isfinite(value) and value > 0 for value in values):
                 raise ValueError(f"`--{name}` is {values}; it must hold positive numbers.")
+        if on_gpu and max(self.processes) > (gpus := torch.cuda.device_count()):
+            raise ValueError(f"`--processes` is {self.processes}; it must not exceed the number of GPUs, {gpus}.")
         if not self.resolutions or not all(value >= 8 and value % 4 == 0 for value in self.resolutions):
             raise ValueError(f"`--resolutions` is {self.resolutions}; it must hold multiples of 4, from 8.")
         for name, least in (("windows", 2), ("script_steps", 30), ("num_images", 97)):
@@ -140,6 +143,7 @@ def main(args: BenchmarkArguments) -> None:
             networks = sizes(measured, args.resolutions)
             result = section.measure(args, device)
         except (RuntimeError, ValueError, OSError, ImportError) as error:  # the other sections go on
+            traceback.print_exc()
             failures.append(f"{name}: {error}")
             continue
         record = {
@@ -149,8 +153,8 @@ def main(args: BenchmarkArguments) -> None:
             "seconds": time.perf_counter() - start,
             **result,
         }
-        text = section.report(result)
         write_text(output_dir / f"{name}.json", json.dumps(record, indent=2) + "\n")
+        text = section.report(result)
         write_text(output_dir / f"{name}.md", text + "\n")
         print(f"\n{section.__doc__.splitlines()[0]}\n\n{text}", flush=True)
     if set(args.sections) & set(COMPARED):

@@ -65,12 +65,13 @@ def compared(
 
 def training_steps(record: dict) -> Iterator[tuple]:
     rows = {(row["network"], row["resolution"], row["batch_size"]): row for row in of_last_precision(record)}
-    for (network, *settings), ours in rows.items():
+    for (arm, *settings), ours in rows.items():
+        network, comma, mode = arm.partition(", ")  # kernel by kernel, as a CUDA graph, compiled: each beside its like
         for peer, label in (("stock", STOCK), (PEER, PEER)):
-            theirs = rows.get((peer, *settings))
+            theirs = rows.get((peer + comma + mode, *settings))
             if network == "default" and theirs is not None:
                 times = paired(theirs["seconds_per_step"]["windows"], ours["seconds_per_step"]["windows"])
-                what = f"training step, {described(ours)}, images/s"
+                what = f"training step{comma}{mode}, {described(ours)}, images/s"
                 yield compared(what, ours["images_per_second"], label, theirs["images_per_second"], times)
 
 

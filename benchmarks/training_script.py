@@ -21,7 +21,6 @@ NETWORKS = ("default", "stock")
 NUM_IMAGES = 10_000  # or one batch, as the recipe leaves an incomplete one out
 RECIPE = "diffusers' recipe, stock"
 AS_IT_COMES = f"{RECIPE}, float32 as by default"
-COMPILED = "script, default, compiled"
 BARE = {"script, default": "bare step, default", "script, stock": "bare step, stock"}
 
 
@@ -31,7 +30,7 @@ def measure(args, device: torch.device) -> dict:
         "batch_size": args.batch_sizes[0],
         "precision": args.precisions[-1],
     }
-    cuda_graph = device.type == "cuda"  # as in the script
+    cuda_graph, warm_up = device.type == "cuda", LOGGING_STEPS[device.type]  # as in the script
     steps = {
         name: training_step(
             make_network(name, settings["resolution"]), device=device, cuda_graph=cuda_graph, **settings
@@ -41,7 +40,7 @@ def measure(args, device: torch.device) -> dict:
 
     def bare_step(name: str) -> float:
         seconds_of(steps[name], 5)  # warm-up: another process had the caches; and on a GPU the graph is captured
-        return settings["batch_size"] / seconds_of(steps[name], args.script_steps - LOGGING_STEPS)
+        return settings["batch_size"] / seconds_of(steps[name], args.script_steps - warm_up)
 
     with tempfile.TemporaryDirectory() as folder:
         cache, data = Path(folder, "cache"), Path(folder, "images")
@@ -66,7 +65,7 @@ def measure(args, device: torch.device) -> dict:
             RECIPE: lambda: run_recipe(data, asked, args.script_steps, device),
         }
         if args.compile:
-            arms[COMPILED] = lambda: script("default", compile=True)
+            arms |= {f"script, {name}, compiled": lambda name=name: script(name, compile=True) for name in NETWORKS}
         if settings["precision"] != "no":
             in_float32 = asked | {"mixed_precision": "no"}
             arms[AS_IT_COMES] = lambda: run_recipe(data, in_float32, args.script_steps, device)
@@ -76,7 +75,7 @@ def measure(args, device: torch.device) -> dict:
     rows = [
         {
             "arm": name,
-            "images_seen": settings["batch_size"] * (args.script_steps - LOGGING_STEPS) * args.windows,
+            "images_seen": settings["batch_size"] * (args.script_steps - warm_up) * args.windows,
             "images_per_second": quartiles(values) | {"windows": values},
             "of_bare_step": ratio(values, speeds[BARE[name]]) if name in BARE else None,
             "times_recipe": ratio(values, speeds[RECIPE]),
@@ -84,7 +83,7 @@ def measure(args, device: torch.device) -> dict:
         }
         for name, values in speeds.items()
     ]
-    return {**settings, "steps": args.script_steps, "rows": rows}
+    return {**settings, "steps": args.script_steps, "warm_up": warm_up, "rows": rows}
 
 
 def save_images(folder: Path, cache: Path, count: int) -> None:
@@ -95,7 +94,7 @@ def save_images(folder: Path, cache: Path, count: int) -> None:
 
 
 def run_recipe(data: Path, asked: dict, steps: int, device: torch.device) -> float:
-    values = {"data": data, **asked, "steps": steps, "warm_up": LOGGING_STEPS}
+    values = {"data": data, **asked, "steps": steps, "warm_up": LOGGING_STEPS[device.type]}
     output = run([Path(__file__).with_name("diffusers_recipe.py"), *flags(values)], device)
     return json.loads(output.splitlines()[-1])["images_per_second"]
 
@@ -114,7 +113,7 @@ def report(result: dict) -> str:
     head = ("", "images/s", "of the bare step", "x the recipe", "x the recipe in float32")
     caption = (
         f"{result['steps']} steps of {result['batch_size']} images at {result['resolution']}x{result['resolution']},"
-        f" the first {LOGGING_STEPS} not timed, precision {precision_name(result['precision'])} but for what says"
+        f" the first {result['warm_up']} not timed, precision {precision_name(result['precision'])} but for what says"
         " otherwise. Bare step and script keep freed memory; the recipe leaves the allocator alone, as diffusers'"
         " script does."
     )

@@ -1,6 +1,7 @@
 """1. The training step: images per second of each network, and its share of the machine's matrix-product peak."""
 
 import gc
+import traceback
 from itertools import product
 
 import torch
@@ -21,12 +22,18 @@ def measure(args, device: torch.device) -> dict:
     for resolution, batch_size, precision in product(args.resolutions, args.batch_sizes, args.precisions):
         settings = {"resolution": resolution, "batch_size": batch_size, "precision": precision}
         try:
-            rows += measure_setting(args, device, settings, peaks[precision]["per_second"])
+            measured = measure_setting(args, device, settings, peaks[precision]["per_second"])
         except torch.OutOfMemoryError:  # the arms take turns, so all are in memory at once
-            left_out.append(settings)
+            left_out.append(settings | {"reason": "all networks at once need more than the GPU's memory"})
+        except RuntimeError as error:  # one that a kernel or its compilation raises
+            traceback.print_exc()
+            left_out.append(settings | {"reason": str(error).partition("\n")[0]})
+        else:
+            rows += measured
+            print(report({"peaks": peaks, "rows": measured}), flush=True)  # the rest may be killed
         gc.collect()  # graphs and their memory are in cycles
     if not rows:
-        raise RuntimeError("The GPU's memory is too small for each setting: measure fewer `--networks` at once.")
+        raise RuntimeError(f"No setting could be measured: {left_out[-1]['reason']}. Try fewer `--networks` at once.")
     return {"peaks": peaks, "rows": rows, "left_out": left_out}
 
 
@@ -95,6 +102,6 @@ def report(result: dict) -> str:
         head = ("network", "parameters", "GFLOP an image", "aten calls", "images/s")
         parts += [f"**{title}**", table((*head, f"x {REFERENCE}", "of peak", "first call, s"), lines)]
     for settings in result.get("left_out", ()):
-        named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
-        parts.append(f"Left out, since all networks at once need more than the GPU's memory: {named}.")
+        named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if name != "reason")
+        parts.append(f"Left out: {named}, since {settings['reason']}.")
     return "\n\n".join(parts)

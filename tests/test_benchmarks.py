@@ -15,6 +15,7 @@ import pytest
 import summary
 import time_to_quality
 import torch
+import training_step
 import windows
 from conftest import ROOT
 from datasets import DatasetDict, load_from_disk
@@ -39,6 +40,37 @@ def test_arms_are_timed_in_turn(monkeypatch):
     assert called == [*"abab", *"aaaab", *"baaaa", *"aaaab"]
     assert results["a"] == {"first_call": 2, "calls": 4, "windows": [2, 2, 2], "median": 2, "quartiles": [2, 2]}
     assert results["b"] == {"first_call": 8, "calls": 1, "windows": [8, 8, 8], "median": 8, "quartiles": [8, 8]}
+
+
+def test_a_graph_is_captured_before_its_windows(monkeypatch):
+    called = []
+    monkeypatch.setattr(windows, "time", SimpleNamespace(perf_counter=lambda: len(called)))
+    result = windows.time_arms({"a": lambda: called.append("a")}, windows=2, window_seconds=1, calls_before=3)["a"]
+    assert len(called) == 1 + 3 + 1 + 2 and (result["calls"], result["windows"]) == (1, [1, 1])
+
+
+@pytest.mark.parametrize("error, reason", [
+    (torch.OutOfMemoryError("CUDA out of memory"), "all networks at once need more than the GPU's memory"),
+    (RuntimeError("no such kernel\nat line 1"), "no such kernel"),
+])  # fmt: skip
+def test_a_setting_that_fails_is_left_out_with_the_reason(monkeypatch, capsys, error, reason):
+    def fail_at_16(args, device, settings, peak):
+        if settings["resolution"] == 16:
+            raise error
+        return measure_setting(args, device, settings, peak)
+
+    measure_setting = training_step.measure_setting
+    monkeypatch.setattr(training_step, "measure_setting", fail_at_16)
+    args = SimpleNamespace(
+        networks=["default"], resolutions=[8, 16], batch_sizes=[2], precisions=["no"], windows=2, window_seconds=0,
+        compile=False,
+    )  # fmt: skip
+    result = training_step.measure(args, torch.device("cpu"))
+    assert f"Left out: resolution 16, batch size 2, precision no, since {reason}." in training_step.report(result)
+    assert "**resolution 8, batch size 2, precision float32**" in capsys.readouterr().out  # at once
+    args.resolutions = [16]
+    with pytest.raises(RuntimeError, match=f"No setting could be measured: {reason}"):
+        training_step.measure(args, torch.device("cpu"))
 
 
 def test_the_peak_of_memory_is_seen():
@@ -84,6 +116,24 @@ def test_a_section_writes_its_table_and_what_it_is_made_of(tmp_path):
     convolutions = [row["calls"] for row in rows if row["operator"] == "aten::convolution"]
     networks = [make_network(name, 8) for name in ("default", "stock")]
     assert convolutions == [sum(isinstance(layer, torch.nn.Conv2d) for layer in net.modules()) for net in networks]
+
+
+@pytest.mark.slow
+def test_the_script_is_measured_beside_its_step_and_the_recipe(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--sections", "training_script", "--resolutions", "8",
+               "--batch_sizes", "2", "--precisions", "no", "--windows", "2", "--script_steps", "30", "--device", "cpu",
+               "--output_dir", tmp_path]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "training_script.json").read_text())
+    speeds = {row["arm"]: row["images_per_second"]["windows"] for row in record["rows"]}
+    recipe = "diffusers' recipe, stock"
+    scripts = ["bare step, default", "script, default", "bare step, stock", "script, stock"]
+    assert list(speeds) == [*scripts, recipe] and all(min(of_arm) > 0 for of_arm in speeds.values())
+    ours = record["rows"][1]
+    assert ours["of_bare_step"] == windows.ratio(speeds["script, default"], speeds["bare step, default"])
+    assert ours["times_recipe"] == windows.ratio(speeds["script, default"], speeds[recipe])
+    assert "the first 10 not timed, precision float32" in (tmp_path / "training_script.md").read_text()
 
 
 @pytest.mark.parametrize("arguments, message", [
