@@ -133,9 +133,8 @@ def main(args: FeatureExtractorArguments) -> None:
         )
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     folder_lock = lock(partial)  # now, so that an unwritable folder, or another run in it, fails before the training
-    for leftover in partial.iterdir():  # of a run that was killed while it saved
-        if leftover.name != Path(folder_lock.lock_file).name:
-            leftover.unlink()
+    for leftover in partial.glob("[!.]*"):  # of a run that was killed while it saved
+        leftover.unlink()
 
     set_seed(args.seed)
     config = ResNetConfig(
