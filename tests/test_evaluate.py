@@ -1,6 +1,7 @@
 """The evaluating script: a pipeline's samples, a folder of images, the data set's own images, damaged or not."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -118,6 +119,19 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     assert {result.dataset_type for result in results} == {"user/garments"}
     assert all(result.metric_args["solver_order"] == 1 for result in results)
     assert all(result.metric_args["mixed_precision"] == "no" for result in results)
+
+
+def test_a_run_is_judged_by_other_images_than_its_own_with_a_warning_alone(evaluate, model, tmp_path, caplog):
+    run, few = shutil.copytree(model, tmp_path / "run"), ("--num_inference_steps", "2")
+    trained_on = {"dataset_name": "synthetic-fashion", "dataset_id": None, "train_data_dir": None}
+    (run / "run.json").write_text(json.dumps({"arguments": trained_on}))
+    evaluate("--model", str(run), *few)
+    assert f"{run} was trained on synthetic-fashion and is judged by" in caplog.text
+
+    caplog.clear()
+    (run / "run.json").write_text(json.dumps({"arguments": trained_on | {"dataset_id": "user/garments"}}))
+    evaluate("--model", str(run), *few, "--dataset_id", "user/garments", "--overwrite")
+    assert "was trained on" not in caplog.text
 
 
 def test_test_images_give_the_floor_and_damage_moves_the_right_figure(evaluate):

@@ -83,7 +83,7 @@ def main(args: ComparisonArguments) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING if accelerator.is_main_process else logging.ERROR)
     diffusers.logging.set_verbosity_error()  # schedulers comment on their defaults each time they are made
     warnings.filterwarnings("ignore", module="torchsde")  # about rounding in its time interval
-    pipe = load_pipeline(args.model, args.variant, accelerator)
+    pipe = load_pipeline(args, accelerator)
     left_out = []
     # the default list: a scheduler that cannot be used here is left out; one asked for by name is an error
     if args.schedulers == list(SCHEDULERS):

@@ -127,7 +127,7 @@ class EvaluateArguments(EvaluationArguments):
 def main(args: EvaluateArguments) -> None:
     accelerator, output_dir, pipe = make_accelerator(args.mixed_precision), Path(args.output_dir), None
     if args.model is not None:
-        pipe = load_pipeline(args.model, args.variant, accelerator)
+        pipe = load_pipeline(args, accelerator)
         options = swap_scheduler(pipe, args.scheduler)
         pipe.check_guidance(args.guidance_scale)
         channels, side, _ = image_shape(pipe)

@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib.metadata
+import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +14,13 @@ from accelerate import Accelerator
 from command_line import arg, check
 from files import check_empty
 from launch import PRECISIONS
+from run_folder import RUN_FILE
 
 from ddpm_diffusers import PixelDiffusionPipeline
 from ddpm_diffusers.evaluation import FASHION_MNIST, FeatureExtractor, Reference, load_feature_extractor
 from ddpm_diffusers.evaluation.protocol import check_count, image_shape
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -94,15 +99,30 @@ def source_of(args: MeasuringArguments) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def load_pipeline(model: str, variant: str | None, accelerator: Accelerator) -> PixelDiffusionPipeline:
-    pipe = PixelDiffusionPipeline.from_pretrained(model, variant=variant, dtype=torch.float32).to(accelerator.device)
+def load_pipeline(args: EvaluationArguments, accelerator: Accelerator) -> PixelDiffusionPipeline:
+    """The pipeline of `--model`, on the device; warns if it is a run's folder and the run had other images."""
+    options = {"variant": args.variant, "dtype": torch.float32}
+    pipe = PixelDiffusionPipeline.from_pretrained(args.model, **options).to(accelerator.device)
     # lower precision for the networks alone: autocast around all would reach the scheduler's arithmetic, too
     for name, network in pipe.networks().items():
         setattr(pipe, name, accelerator.prepare_model(network, evaluation_mode=True))
     _, height, width = image_shape(pipe)
     if height != width:
-        raise ValueError(f"{model} makes images of {height}x{width}; only square images can be evaluated.")
+        raise ValueError(f"{args.model} makes images of {height}x{width}; only square images can be evaluated.")
+    run = Path(args.model, RUN_FILE)
+    if accelerator.is_main_process and run.is_file():
+        trained_on = name_of_data(json.loads(run.read_text("utf-8"))["arguments"])
+        judged_by = name_of_data(vars(args))
+        if trained_on != judged_by:
+            logger.warning(
+                f"{args.model} was trained on {trained_on} and is judged by {judged_by}: give `--dataset_name` or"
+                " `--train_data_dir` of the images that it was to learn, unless these are the same."
+            )
     return pipe
+
+
+def name_of_data(flags: dict) -> str:
+    return flags["train_data_dir"] or flags["dataset_id"] or flags["dataset_name"]
 
 
 def provenance(args: MeasuringArguments, accelerator: Accelerator, pipe: PixelDiffusionPipeline | None) -> dict:
