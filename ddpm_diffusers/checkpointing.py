@@ -283,7 +283,7 @@ def load_checkpoint(path: str | Path, unet, ema, optimizer, arguments: dict) -> 
 
 def fill(tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
-        tensor.detach().copy_(sharded_like(values[name].to(tensor.device), tensor))
+        tensor.detach().copy_(sharded_like(values[name], tensor))
 
 
 def config_of(unet) -> dict:

@@ -42,6 +42,8 @@ def open_dataset(
     """`load_dataset` with errors that say what to do; `train_data_dir` and saved data sets are never streamed."""
     advice = "pass a data set of the Hub or a local folder as `dataset_name`, or a folder of images as"
     advice += f" `train_data_dir`, and one of its splits as `split`; or use `dataset_name` {SYNTHETIC}, built in"
+    if train_data_dir == "":  # which would be the current directory
+        raise ValueError("`train_data_dir` is empty (by an unset variable?): give a folder, or leave it out.")
     if train_data_dir is not None and dataset_config_name is not None:
         raise ValueError(
             f"`dataset_config_name` is {dataset_config_name!r}, but the folder of images {train_data_dir} has no"

@@ -7,7 +7,7 @@ fails with one sentence.
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from diffusers.utils import logging
@@ -30,7 +30,7 @@ from .synthetic_fashion import SYNTHETIC
 
 logger = logging.get_logger(__name__)
 
-WAITS = (1, 4, 16)  # seconds before the second, third and fourth try of a push
+WAITS = (1, 4, 16)  # seconds before each new try, after a broken connection, a timeout or a temporary error
 UNET_MODULE = "unet_2d_optimized"  # whose code a repository carries
 TASK = {"task_type": "unconditional-image-generation", "task_name": "unconditional image generation"}
 
@@ -174,13 +174,7 @@ def prepare_repo(
     return repo_id
 
 
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    token: str | None = None,
-    private: bool | None = None,
-    waits: Sequence[float] = WAITS,
-) -> str:
+def push_folder(folder: str | Path, repo_id: str, token: str | None = None, private: bool | None = None) -> str:
     """Upload a saved pipeline, and no other files of its folder, in one commit (none if nothing has changed).
 
     Its files are the card, the grid of samples, `model_index.json`, the pipeline's code, networks and scheduler
@@ -192,7 +186,6 @@ def push_folder(
         repo_id: "owner/name", or a name in the token's own namespace; created if it does not exist.
         token: Hub token; by default, that of `HF_TOKEN` or `hf auth login`.
         private: Whether a new repository is private; if True, an existing one must be, too.
-        waits: Seconds before each retry after a broken connection, a timeout or a temporary error of the Hub.
 
     Returns:
         The repository's URL.
@@ -216,7 +209,7 @@ def push_folder(
         api.create_commit(repo.repo_id, operations, commit_message="Upload pipeline")
         return str(repo)
 
-    for wait in (*waits, None):
+    for wait in (*WAITS, None):
         try:
             return push()
         except CLIENT_ERRORS as error:

@@ -55,17 +55,17 @@ def sample_images(
             " `PixelDiffusionPipeline(pipe.unet, pipe.scheduler)`."
         )
     check_positive(num_images=num_images, batch_size=batch_size)
-    own = {} if guidance_scale == 1 else {"guidance_scale": guidance_scale}  # a subclass's call may take none
-    own |= {} if timesteps is None else {"timesteps": timesteps}
+    options = {} if guidance_scale == 1 else {"guidance_scale": guidance_scale}  # a subclass's call may take none
+    options |= {} if timesteps is None else {"timesteps": timesteps}
     state = PartialState()
     batch_size = min(batch_size, num_images)
-    rounds = math.ceil(num_images / (batch_size * state.num_processes))
+    rounds = count_sampled(num_images, batch_size) // (batch_size * state.num_processes)
     batches = []  # equally many in each process; the last may exceed `num_images`
     for turn in tqdm(range(rounds), desc="Batches", disable=not (progress and state.is_main_process)):
         first = (turn * state.num_processes + state.process_index) * batch_size
         generators = [torch.Generator().manual_seed(seed + i) for i in range(first, first + batch_size)]
         with without_progress_bar(pipe):
-            latents = pipe(batch_size, num_inference_steps, generators, output_type="latent", **own).images
+            latents = pipe(batch_size, num_inference_steps, generators, output_type="latent", **options).images
         if not gather(latents.isfinite().all()[None]).all():  # clamping would hide infinity
             steps = num_inference_steps if timesteps is None else len(timesteps)
             raise NotFiniteError(

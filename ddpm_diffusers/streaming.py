@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from .data import as_batch
 from .data_sources import check_image_column, open_dataset
 from .image_decoding import ROWS, DamagedImage, decode_images, size_of_all, with_content
+from .pipeline_pixel_diffusion import check_positive
 from .worker_signals import LeaveSignalsToMain
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class StreamedBatches:
         center_crop: bool = False,
         state: dict | None = None,
     ):
+        check_positive(batch_size=batch_size, buffer_size=buffer_size)
         self.stream, self.shape, self.batch_size, self.seed = stream.with_format("arrow"), shape, batch_size, seed
         self.buffer_size, self.rank, self.world_size, self.num_workers = buffer_size, rank, world_size, num_workers
         self.num_parts = max(num_workers, 1)  # of this process

@@ -218,6 +218,8 @@ def test_a_folder_that_is_not_there_or_empty(name, tmp_path, monkeypatch):
     for argument in ("dataset_name", "train_data_dir"):
         if name or argument == "dataset_name":
             refused([repr(name), f"`{argument}`", "synthetic-fashion"], **{argument: name})
+        else:
+            refused(["`train_data_dir` is empty", "leave it out"], train_data_dir="")  # not the current directory
 
 
 def test_a_split_that_a_saved_data_set_lacks(tmp_path):

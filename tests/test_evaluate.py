@@ -152,14 +152,14 @@ def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, garments, tmp_
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i, image in enumerate(to_pil(images)):
-        image.save(folder / f"{i:06d}.png")
+        image.save(folder / f"{i:06d}.{'png' if i % 2 else 'tif'}")  # as the training takes them
     Image.new("L", (99, 99)).save(folder / "grid.png")  # as generate.py leaves one
     reference = Reference.of_dataset(garments, load_feature_extractor(), resolution=16)
     record = evaluate("--images", str(folder), "--num_images", "1000")
     assert record["num_images"] == 160
     assert record["per_seed"] == [evaluate_images(images, reference)]
     (tmp_path / "wide").mkdir()
-    for path in folder.glob("0*.png"):
+    for path in folder.glob("0*"):
         ImageOps.expand(Image.open(path), (2, 0)).save(tmp_path / "wide" / path.name)
     fewer = evaluate("--images", str(tmp_path / "wide"), "--num_images", "120", "--center_crop", "--overwrite")
     spread = images[np.linspace(0, 159, 120).round().astype(int)]  # over all, as if sorted
@@ -173,7 +173,7 @@ def test_a_folder_of_images_is_judged_as_the_images_are(evaluate, garments, tmp_
         evaluate("--images", str(folder), "--num_images", "1000", "--overwrite")
     (folder / "000401.png").unlink()
     Image.new("L", (20, 16)).save(folder / "000500.png")
-    with pytest.raises(ValueError, match=r"000500.png is 20x16 and .*000000.png 16x16; all images must be square"):
+    with pytest.raises(ValueError, match=r"000500.png is 20x16 and .*000000.tif 16x16; all images must be square"):
         evaluate("--images", str(folder), "--num_images", "1000", "--overwrite")
 
 
@@ -204,7 +204,8 @@ def test_a_folder_is_read_as_the_training_reads_it(evaluate, tmp_path):
     (["--model", "MODEL", "--guidance_scale", "nan"], "`--guidance_scale` is nan; it must be a number from 1"),
     (["--images", "folder", "--resolution", "16"], "`--resolution` is for `--images` that are a split"),
     (["--model", "folder", "--resolution", "16"], "`--resolution` is for `--images` that are a split"),
-    (["--images", "nowhere"], "nowhere is no folder with images .*nor one of the splits train and test"),
+    (["--images", "test", "--dataset_name", ".", "--output_dir", "./here"], "here lies in ., where the images are"),
+    (["--images", "nowhere"], "nowhere is no folder with images, nor one of the splits train and test"),
     (["--model", "MODEL", "--num_images", "20"], "20 images to evaluate; there must be more than the"),
     (["--model", "MODEL", "--seeds", "1", "1"], r"`--seeds` is \[1, 1\]; it must hold different"),
     (["--model", "MODEL", "--scheduler", "ddpm:speed=1"], "`speed` is no argument of DDPMScheduler"),

@@ -226,6 +226,12 @@ def test_sources_that_cannot_serve(arguments, words, tmp_path):
     assert_says(error, words)
 
 
+@pytest.mark.parametrize("name", ["batch_size", "buffer_size"])
+def test_numbers_that_would_hand_out_nothing(name, stored):
+    with pytest.raises(ValueError, match=f"`{name}` is 0; it must be a positive integer"):
+        run_of(stored([4]), **{"batch_size": 2, name: 0})
+
+
 @pytest.mark.parametrize("kind", ["row groups", "disk"])
 def test_a_data_set_without_images(kind, stored):
     with pytest.raises(ValueError, match="is empty: pass "):

@@ -3,10 +3,10 @@
 import importlib.util
 import math
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 from command_line import arg, check
-from launch import PRECISIONS
+from files import check_apart
+from launch import PRECISION_HELP, PRECISIONS
 from trackers import TRACKERS
 
 from ddpm_diffusers.hub import has_form_of_hub_id
@@ -73,11 +73,7 @@ class TrainingArguments:
     max_grad_norm: float = arg(1.0, "clip gradients to this norm")
     use_ema: bool = arg(True, "keep an exponential moving average (EMA) of the weights, and save it in the pipeline")
     ema_max_decay: float = arg(0.999, "maximum decay of the EMA; 0.9999 for runs of over 50,000 steps")
-    mixed_precision: str | None = arg(
-        None,
-        "auto (bf16 where the hardware computes in it, else fp16 on a GPU and no on a CPU), no, fp16 or bf16;"
-        " accelerate's setting by default",
-    )
+    mixed_precision: str | None = arg(None, PRECISION_HELP)
     compile: bool = arg(False, "torch.compile the network: for GPUs, and CPUs with AMX in bf16")
     cuda_graph: bool = arg(
         True, "on one GPU, launch each step as a whole; not with fp16, gradient accumulation or gradient checkpointing"
@@ -142,13 +138,9 @@ class TrainingArguments:
             )
         if self.num_epochs is None and self.max_train_steps is None:
             self.num_epochs = 5
-        source = Path(self.train_data_dir or self.dataset_name)
         drawn = self.train_data_dir is None and self.dataset_name == SYNTHETIC
-        if not drawn and source.is_dir() and Path(self.output_dir).resolve().is_relative_to(source.resolve()):
-            raise ValueError(
-                f"`--output_dir` {self.output_dir} lies in {source}, where the images are, and its samples would join"
-                " them: choose another."
-            )
+        if not drawn:
+            check_apart(self.output_dir, self.train_data_dir or self.dataset_name)
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`--streaming` needs `--max_train_steps`: how long an epoch is cannot be known.")
         if self.streaming and self.max_train_samples is not None:

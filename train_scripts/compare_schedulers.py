@@ -34,14 +34,13 @@ from PIL import Image
 from samplers import parse_scheduler
 from tables import caption, figures_table, show
 
-from ddpm_diffusers import SCHEDULERS, make_scheduler
+from ddpm_diffusers import SCHEDULERS
 from ddpm_diffusers.checkpointing import list_differences
 from ddpm_diffusers.evaluation import comparison
 from ddpm_diffusers.evaluation.comparison import AT_MOST, WITHIN, best_settings, distance, label_of, title_of
 from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows
 from ddpm_diffusers.evaluation.protocol import as_json, image_shape
 from ddpm_diffusers.sampling import to_pil
-from ddpm_diffusers.schedulers import rehearse
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +83,12 @@ def main(args: ComparisonArguments) -> None:
     diffusers.logging.set_verbosity_error()  # schedulers comment on their defaults each time they are made
     warnings.filterwarnings("ignore", module="torchsde")  # about rounding in its time interval
     pipe = load_pipeline(args, accelerator)
-    left_out = []
-    # the default list: a scheduler that cannot be used here is left out; one asked for by name is an error
-    if args.schedulers == list(SCHEDULERS):
-        entries, left_out = usable(pipe.scheduler)
     yardstick = comparison.plan(pipe.scheduler, ["ddpm"], [args.ddpm_steps])[0] if args.ddpm_steps else []
-    settings, too_few = comparison.plan(pipe.scheduler, entries, args.evaluations)
+    # of the default list, what cannot be used here is left out; a scheduler asked for by name is an error
+    are_all = args.schedulers == list(SCHEDULERS)
+    settings, left_out = comparison.plan(pipe.scheduler, entries, args.evaluations, leave_out_unusable=are_all)
     # each once: the yardstick may be among those compared, too
     settings = list({setting.key: setting for setting in (*yardstick, *settings)}.values())
-    left_out += too_few
     for record in left_out:
         logger.warning("Left out: %s: %s", title_of(record), record["left_out"])
     how = {"num_images": args.num_images, "seeds": args.seeds, "batch_size": args.batch_size}
@@ -120,19 +116,6 @@ def main(args: ComparisonArguments) -> None:
     if accelerator.is_main_process:
         write_report(results, output_dir, args, [setting.key for setting in yardstick])
         folder_lock.release()
-
-
-def usable(scheduler) -> tuple[list[tuple[str, dict]], list[dict]]:
-    """The schedulers that can follow the network's noise schedule here, and the others with the reason."""
-    kept, left_out = [], []
-    for name in SCHEDULERS:
-        try:
-            rehearse(make_scheduler(name, scheduler), name)
-            kept.append((name, {}))
-        except (ImportError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            left_out.append({"name": name, "options": {}, "evaluations": "any", "left_out": reason})
-    return kept, left_out
 
 
 def defining_settings(args: ComparisonArguments, accelerator: Accelerator, pipe, reference) -> dict:

@@ -8,7 +8,6 @@ share the sampling.
 """
 
 import json
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from tables import caption, figures_table
 
 from ddpm_diffusers import SCHEDULERS
 from ddpm_diffusers.data import ImageArrays, load_images
+from ddpm_diffusers.data_sources import is_image
 from ddpm_diffusers.evaluation import evaluate_pipeline
 from ddpm_diffusers.evaluation.damage import DAMAGE
 from ddpm_diffusers.evaluation.plots import plot_spectra
@@ -50,7 +50,6 @@ from ddpm_diffusers.pipeline_pixel_diffusion import README
 from ddpm_diffusers.sampling import to_pil
 from ddpm_diffusers.schedulers import count_evaluations
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # metric_type on the card: its name there, and where the figure stands in a record's "figures", by group and name
 CARD_FIGURES = {
     "frechet_distance": ("Frechet distance of classifier features (0 is best)", "train", "frechet_distance"),
@@ -104,8 +103,6 @@ class EvaluateArguments(EvaluationArguments):
             )
         settle_steps(self)
         self.resolution = 28 if self.resolution is None else self.resolution
-        check(self, self.num_inference_steps >= 1, "num_inference_steps", "be at least 1")
-        check(self, 1 <= self.guidance_scale < math.inf, "guidance_scale", "be a number from 1 (no guidance)")
         even = self.resolution >= 6 and self.resolution % 2 == 0
         check(self, even, "resolution", "be even, and at least 6")
         if self.damage is not None and (self.images is None or self.damage not in DAMAGE):
@@ -198,14 +195,13 @@ def given_images(args: EvaluateArguments, channels: int) -> torch.Tensor:
 
 def images_of_folder(args: EvaluateArguments, channels: int) -> torch.Tensor:
     """Evenly spaced images of the folder, grey if all are, or if `channels` is 1 and none has colour."""
-    folder = Path(args.images)
-    files = sorted(path for path in folder.glob("*.*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    files = [path for path in files if path.name != "grid.png" and not path.name.startswith(".")]  # of generate.py
+    files = sorted(path for path in Path(args.images).glob("*") if is_image(path))
+    files = [path for path in files if path.name != "grid.png"]  # of generate.py
     files = [files[i] for i in evenly_spaced(len(files), min(args.num_images, len(files)))]
     if not files:
         raise ValueError(
-            f"`--images` {args.images} is no folder with images ({', '.join(IMAGE_SUFFIXES)}), nor one of the splits"
-            f" {args.train_split} and {args.test_split}."
+            f"`--images` {args.images} is no folder with images, nor one of the splits {args.train_split} and"
+            f" {args.test_split}."
         )
     images = []
     for i, path in enumerate(files):

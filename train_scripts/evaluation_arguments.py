@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from command_line import arg, check
-from files import check_empty
-from launch import PRECISIONS
+from files import check_apart, check_empty
+from launch import PRECISION_HELP, PRECISIONS
 from run_folder import RUN_FILE
 
 from ddpm_diffusers import PixelDiffusionPipeline
@@ -47,6 +47,7 @@ class MeasuringArguments:
     def __post_init__(self):
         for name in ("num_images", "batch_size"):
             check(self, getattr(self, name) >= 1, name, "be at least 1")
+        check_apart(self.output_dir, self.train_data_dir or self.dataset_name)
         different = len(set(self.seeds)) == len(self.seeds)
         check(self, different and min(self.seeds) >= 0, "seeds", "hold different whole numbers from 0")
         if not (self.overwrite or self.continues()):
@@ -60,11 +61,7 @@ class MeasuringArguments:
 @dataclass
 class EvaluationArguments(MeasuringArguments):
     # the network
-    mixed_precision: str | None = arg(
-        None,
-        "of the network: auto (bf16 where the hardware computes in it, else fp16 on a GPU and no on a CPU), no, fp16"
-        " or bf16; accelerate's setting by default",
-    )
+    mixed_precision: str | None = arg(None, f"of the network: {PRECISION_HELP}")
     variant: str | None = arg(None, "variant of the weights, such as fp16")
 
     def __post_init__(self):
@@ -111,9 +108,9 @@ def load_pipeline(args: EvaluationArguments, accelerator: Accelerator) -> PixelD
         raise ValueError(f"{args.model} makes images of {height}x{width}; only square images can be evaluated.")
     run = Path(args.model, RUN_FILE)
     if accelerator.is_main_process and run.is_file():
-        trained_on = name_of_data(json.loads(run.read_text("utf-8"))["arguments"])
+        trained_on = name_of_data(json.loads(run.read_text("utf-8")).get("arguments", {}))
         judged_by = name_of_data(vars(args))
-        if trained_on != judged_by:
+        if trained_on not in (None, judged_by):
             logger.warning(
                 f"{args.model} was trained on {trained_on} and is judged by {judged_by}: give `--dataset_name` or"
                 " `--train_data_dir` of the images that it was to learn, unless these are the same."
@@ -121,8 +118,9 @@ def load_pipeline(args: EvaluationArguments, accelerator: Accelerator) -> PixelD
     return pipe
 
 
-def name_of_data(flags: dict) -> str:
-    return flags["train_data_dir"] or flags["dataset_id"] or flags["dataset_name"]
+def name_of_data(flags: dict) -> str | None:
+    folder = flags.get("train_data_dir")
+    return os.path.abspath(folder) if folder else flags.get("dataset_id") or flags.get("dataset_name")
 
 
 def provenance(args: MeasuringArguments, accelerator: Accelerator, pipe: PixelDiffusionPipeline | None) -> dict:

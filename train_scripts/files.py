@@ -15,6 +15,15 @@ def check_empty(folder: Path) -> None:
         raise ValueError(f"`--output_dir` {folder} is not empty: choose another, or pass `--overwrite`.")
 
 
+def check_apart(output_dir: str, images: str) -> None:
+    """Raise a ValueError if the output folder lies in the folder `images`, if that is one."""
+    if Path(images).is_dir() and Path(output_dir).resolve().is_relative_to(Path(images).resolve()):
+        raise ValueError(
+            f"`--output_dir` {output_dir} lies in {images}, where the images are, and its pictures would join them:"
+            " choose another."
+        )
+
+
 def holds_files(folder: Path) -> bool:
     """Whether it is a folder that holds anything but hidden files."""
     return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())

@@ -12,6 +12,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, parse_flag_from_env
 
 PRECISIONS = (None, "auto", "no", "fp16", "bf16")
+PRECISION_HELP = (
+    "auto (bf16 where the hardware computes in it, else fp16 on a GPU and no on a CPU), no, fp16 or bf16; accelerate's"
+    " setting by default"
+)
 PATIENCE = timedelta(hours=6)  # of a process for the others, while one decodes or writes
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 

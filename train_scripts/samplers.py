@@ -1,6 +1,9 @@
 """Schedulers as the scripts' flags describe them: `NAME`, or `NAME:OPTION=VALUE,OPTION=VALUE`."""
 
+import math
+
 import yaml
+from command_line import check
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.schedulers import name_and_options, rehearse
@@ -25,13 +28,19 @@ def parse_scheduler(text: str) -> tuple[str, dict]:
 
 
 def settle_steps(args) -> None:
-    """Set `args.num_inference_steps`, 100 by default, to the number of `args.timesteps` if they are given."""
+    """Set `args.num_inference_steps`, 100 by default, to the number of `args.timesteps` if they are given.
+
+    Raises:
+        ValueError: If both are given, or there are no steps, or the `guidance_scale` is none.
+    """
     if args.num_inference_steps is not None and args.timesteps is not None:
         raise ValueError("Give either `--num_inference_steps` or `--timesteps`, not both.")
     if args.timesteps is not None:
         args.num_inference_steps = len(args.timesteps)
     elif args.num_inference_steps is None:
         args.num_inference_steps = 100
+    check(args, args.num_inference_steps >= 1, "num_inference_steps", "be at least 1")
+    check(args, 1 <= args.guidance_scale < math.inf, "guidance_scale", "be a number from 1 (no guidance)")
 
 
 def swap_scheduler(pipe: PixelDiffusionPipeline, text: str | None) -> dict:

@@ -32,8 +32,10 @@ def caption(record: dict, with_sampler: bool = True) -> str:
     a_seed = " a seed" if len(record.get("seeds", [])) > 1 else ""
     split = record.get("train_split", "train")
     there = record.get("num_real_images", {}).get("test")  # in newer records
-    compared, of_floor = "As many test images" if there else "As many test images, or all there are,", "the floor"
-    if there and there < record["num_images"]:
+    compared, of_floor = "As many test images", "the floor"
+    if there is None:
+        compared = "As many test images, or all there are,"
+    elif there < record["num_images"]:
         compared, of_floor = f"All {there:,} test images", "the floor, by which that of as many samples is divided"
     lines = [
         f"{record['num_images']:,} images{a_seed} against the {split} split of {record['dataset']}, by the features of"

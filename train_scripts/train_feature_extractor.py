@@ -24,7 +24,7 @@ from datasets import ClassLabel
 from diffusers.optimization import get_scheduler
 from files import lock
 from huggingface_hub import ModelCard, ModelCardData
-from launch import PRECISIONS, make_accelerator
+from launch import PRECISION_HELP, PRECISIONS, make_accelerator
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -88,11 +88,7 @@ class FeatureExtractorArguments:
     num_epochs: int = arg(12, "passes over the data")
     learning_rate: float = arg(2e-3, "peak learning rate of AdamW; cosine schedule, a tenth of the steps as warm-up")
     adam_weight_decay: float = arg(0.5, "weight decay of AdamW")
-    mixed_precision: str | None = arg(
-        None,
-        "auto (bf16 where the hardware computes in it, else fp16 on a GPU and no on a CPU), no, fp16 or bf16;"
-        " accelerate's setting by default",
-    )
+    mixed_precision: str | None = arg(None, PRECISION_HELP)
 
     def __post_init__(self):
         for name in ("resolution", "lowest_resolution", "train_batch_size", "num_epochs"):

@@ -101,7 +101,7 @@ def make_unet(
     return ready(unet, "unet_config", resolution, gradient_checkpointing)
 
 
-def unet_of_checkpoint(checkpoint: Path, resolution: int, gradient_checkpointing: bool = False) -> ModelMixin:
+def unet_of_checkpoint(checkpoint: Path, resolution: int, gradient_checkpointing: bool) -> ModelMixin:
     """A new network by a checkpoint's own config: `--unet_config` does not describe one that was fine-tuned."""
     config = json.loads((checkpoint / "unet" / "config.json").read_text())
     unet = getattr(diffusers, config["_class_name"]).from_config(config)

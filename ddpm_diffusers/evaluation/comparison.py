@@ -81,7 +81,8 @@ def compare_schedulers(
     for setting in with_progress(settings, progress):
         record = measure(pipe, setting, reference, num_images=num_images, seeds=seeds, batch_size=batch_size)
         if record is not None:
-            (left_out if "left_out" in record else records).append(record)
+            kept = left_out if "left_out" in record else records
+            kept.append(record)
     if PartialState().is_main_process:
         for record in left_out:
             logger.warning("Left out: %s: %s", title_of(record), record["left_out"])
@@ -92,12 +93,14 @@ def plan(
     scheduler: SchedulerMixin,
     schedulers: Iterable[str | tuple[str, dict] | SchedulerMixin],
     evaluations: Sequence[int],
+    leave_out_unusable: bool = False,
 ) -> tuple[list[Setting], list[dict]]:
     """The settings to measure, and records of what a scheduler cannot do, with the reason as "left_out".
 
     Args:
         scheduler: The scheduler to follow, that of the pipeline.
         schedulers, evaluations: As in `compare_schedulers`.
+        leave_out_unusable: Leave out a scheduler that cannot be used at all, too, instead of raising its error.
 
     Raises:
         ValueError, ImportError: As in `compare_schedulers`.
@@ -110,13 +113,20 @@ def plan(
             name, options = name_and_options(entry, scheduler)
         else:
             name, options = (entry, {}) if isinstance(entry, str) else entry
-        made = make_scheduler(name, scheduler, **options)
-        rehearse(made, label(name, options))
+        left = {"name": name, "options": options}
+        try:
+            made = make_scheduler(name, scheduler, **options)
+            rehearse(made, label(name, options))
+        except (ImportError, ValueError) as error:
+            if not leave_out_unusable:
+                raise
+            left_out.append({**left, "evaluations": "any", "left_out": " ".join(str(error).split())})
+            continue
         for budget in evaluations:
             try:
                 steps = most_steps(made, budget)
             except ValueError as error:
-                left_out.append({"name": name, "options": options, "evaluations": budget, "left_out": str(error)})
+                left_out.append({**left, "evaluations": budget, "left_out": str(error)})
                 continue
             setting = Setting(name, options, steps, count_evaluations(made, steps))
             settings.setdefault(setting.key, setting)

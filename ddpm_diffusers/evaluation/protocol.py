@@ -325,7 +325,7 @@ def as_json(config: dict) -> dict:
 def record_of(collected: Sequence[Statistics], reference: Reference) -> dict:
     """Figures of several sets of equally many images, and what they were measured with."""
     per_seed = [figures_of(samples, reference) for samples in collected]
-    power = sum(samples.power for samples in collected) / len(collected)
+    sampled = sum(samples.power for samples in collected) / len(collected)
     return {
         "figures": mean_and_sd(per_seed),
         "per_seed": per_seed,
@@ -334,7 +334,7 @@ def record_of(collected: Sequence[Statistics], reference: Reference) -> dict:
         "feature_extractor": {"name": reference.extractor.name, "digest": reference.extractor.digest},
         "spectrum": {
             name: {"radial": radial_spectrum(power).tolist(), "rings": ring_spectrum(power).tolist()}
-            for name, power in (("samples", power), ("real", reference.train.power))
+            for name, power in (("samples", sampled), ("real", reference.train.power))
         },
     }
 
