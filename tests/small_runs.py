@@ -28,9 +28,9 @@ def train_here(*flags) -> script.TrainingArguments:
 
 def train_in(folder: Path, *flags: str) -> Path:
     """Three steps, or as the flags say, into `run` in the folder, or where the flags say; returns that folder."""
-    defaults = [flag for flag in SMALL_RUN if flag not in ("--unet_config", UNET)]
+    defaults = [flag for flag in SMALL_RUN if flag not in ("--unet_config", UNET, "--resolution", "8")]
     if "--pretrained_model_name_or_path" not in flags:
-        defaults += ["--unet_config", UNET]
+        defaults += ["--unet_config", UNET, "--resolution", "8"]
     if "--num_epochs" not in flags:
         defaults += ["--max_train_steps", "3"]
     return Path(train_here(*defaults, "--output_dir", folder / "run", *flags).output_dir)

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_runs import metrics_of, parse, train_in
 
-from ddpm_diffusers import make_scheduler
+from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.checkpointing import list_checkpoints
 from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.grid import image_grid
@@ -216,8 +216,15 @@ def test_training_goes_on_from_the_weights_of_a_saved_pipeline(train, plain, tmp
     published = [path for path in tuned.rglob("*") if path.suffix in (".json", ".md") and path.name != "run.json"]
     assert published and not [path for path in published if str(tmp_path) in path.read_text()]
 
+    own = train(*begin, "--output_dir", str(tmp_path / "own size"))
+    assert json.loads((own / "run.json").read_text())["arguments"]["resolution"] == 8
+
     (tmp_path / "empty").mkdir()
+    wide = PixelDiffusionPipeline.from_pretrained(plain)
+    wide.unet.register_to_config(sample_size=(8, 16))
+    wide.save_pretrained(tmp_path / "wide")
     for flags, message in (
+        ((begin[0], str(tmp_path / "wide")), r"has a `sample_size` of .8, 16.: give `--resolution`"),
         ((*begin, "--prediction_type", "sample"), "`prediction_type` epsilon, .*: pass `--prediction_type epsilon`"),
         ((*begin, "--ddpm_beta_schedule", "linear"), "pass `--ddpm_beta_schedule scaled_linear`"),
         ((*begin, "--unet_config", "{}"), "Give `--unet_config` or `--pretrained_model_name_or_path`"),

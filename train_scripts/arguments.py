@@ -30,7 +30,7 @@ class TrainingArguments:
     split: str = arg("train", "split of the data set")
     image_column: str = arg("image", "column that holds the images")
     max_train_samples: int | None = arg(None, "use only the first N images (of data sorted by class, a few classes)")
-    resolution: int = arg(16, "height and width that images are resized to")
+    resolution: int | None = arg(None, "side to resize images to: that of a pretrained network, or 16, by default")
     center_crop: bool = arg(False, "crop each image to its central square first")
     random_flip: bool = arg(False, "flip images horizontally at random; hurts if objects face one way, as shoes do")
     cache_dir: str | None = arg(None, "cache folder for data sets and decoded images")
@@ -127,6 +127,8 @@ class TrainingArguments:
             raise ValueError(
                 "Give `--unet_config` or `--pretrained_model_name_or_path`, which brings its own, not both."
             )
+        if self.resolution is None and self.pretrained_model_name_or_path is None:
+            self.resolution = 16
         if self.lr_scheduler == "constant":
             check(self, not self.lr_warmup_steps, "lr_warmup_steps",
                   "be 0 with `--lr_scheduler constant`, which does not warm up: use constant_with_warmup")  # fmt: skip

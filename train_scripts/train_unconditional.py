@@ -78,6 +78,7 @@ def main(args: TrainingArguments) -> None:
     set_seed(args.seed)
     scheduler = make_noise_schedule(args)
     model = open_unet(args, scheduler, resume_path)
+    args.resolution = args.resolution or model.config.sample_size
     image_shape = (model.config.in_channels, args.resolution, args.resolution)  # (C, H, W)
     with accelerator.local_main_process_first():
         images, num_images, data_id = open_images(args, image_shape)  # the last is a text that identifies the images

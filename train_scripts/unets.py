@@ -11,7 +11,7 @@ from arguments import TrainingArguments
 from diffusers import DDPMScheduler, ModelMixin, UNet2DModel
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
-from ddpm_diffusers.pipeline_pixel_diffusion import other_noise
+from ddpm_diffusers.pipeline_pixel_diffusion import height_and_width, other_noise
 
 logger = logging.getLogger(__name__)
 
@@ -101,17 +101,21 @@ def make_unet(
     return ready(unet, "unet_config", resolution, gradient_checkpointing)
 
 
-def unet_of_checkpoint(checkpoint: Path, resolution: int, gradient_checkpointing: bool) -> ModelMixin:
+def unet_of_checkpoint(checkpoint: Path, resolution: int | None, gradient_checkpointing: bool) -> ModelMixin:
     """A new network by a checkpoint's own config: `--unet_config` does not describe one that was fine-tuned."""
     config = json.loads((checkpoint / "unet" / "config.json").read_text())
     unet = getattr(diffusers, config["_class_name"]).from_config(config)
-    return ready(unet, "resume_from_checkpoint", resolution, gradient_checkpointing)
+    return ready(unet, "resume_from_checkpoint", resolution or unet.config.sample_size, gradient_checkpointing)
 
 
 def load_unet(
-    name_or_path: str, scheduler: DDPMScheduler, resolution: int, gradient_checkpointing: bool = False
+    name_or_path: str, scheduler: DDPMScheduler, resolution: int | None, gradient_checkpointing: bool = False
 ) -> ModelMixin:
-    """The network of a saved pipeline, with its weights; ValueError if it cannot be trained with `scheduler`."""
+    """The network of a saved pipeline, with its weights, for its own resolution unless another is given.
+
+    Raises:
+        ValueError: If it cannot be loaded, or trained with `scheduler`, or has no resolution of its own.
+    """
     flag = "pretrained_model_name_or_path"
     try:
         pipe = PixelDiffusionPipeline.from_pretrained(
@@ -132,6 +136,13 @@ def load_unet(
             f"The network of `--{flag}` was trained with `{key}` {was.get(key)}, and would go on with {now.get(key)}:"
             f" {advice}."
         )
+    if resolution is None:
+        resolution, width = height_and_width(pipe.unet.config.get("sample_size"))
+        if resolution is None or resolution != width:
+            raise ValueError(
+                f"The network of `--{flag}` has a `sample_size` of {pipe.unet.config.get('sample_size')}: give"
+                " `--resolution`, the side of the square images to train on."
+            )
     warn_of_another_size(pipe.unet.config, flag, resolution)
     # without `_name_or_path`, which would be saved and pushed with the network
     config = {key: value for key, value in pipe.unet.config.items() if key != "_name_or_path"}
