@@ -110,7 +110,12 @@ class StreamedBatches:
         center_crop: bool = False,
         state: dict | None = None,
     ):
-        check_positive(batch_size=batch_size, buffer_size=buffer_size)
+        check_positive(batch_size=batch_size, buffer_size=buffer_size, world_size=world_size)
+        if not 0 <= rank < world_size or num_workers < 0:
+            raise ValueError(
+                f"`rank` is {rank} of a `world_size` of {world_size}, and `num_workers` {num_workers}; the rank must"
+                " be in [0, world_size), and the workers at least 0."
+            )
         self.stream, self.shape, self.batch_size, self.seed = stream.with_format("arrow"), shape, batch_size, seed
         self.buffer_size, self.rank, self.world_size, self.num_workers = buffer_size, rank, world_size, num_workers
         self.num_parts = max(num_workers, 1)  # of this process

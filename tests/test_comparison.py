@@ -339,6 +339,27 @@ def test_of_all_schedulers_those_that_cannot_follow_the_network_are_left_out_wit
     assert "prediction_type given as sample must be one of" in reasons["pndm"]
 
 
+def test_of_the_default_list_what_cannot_be_used_is_left_out_and_what_is_named_is_an_error(
+    tiny_unet, extractor_folder, dataset_folder, tmp_path, script
+):
+    predicts_samples = diffusers.DDPMScheduler(100, prediction_type="sample", timestep_spacing="trailing")
+    PixelDiffusionPipeline(tiny_unet, predicts_samples).save_pretrained(tmp_path / "model")
+
+    def run(*more: str) -> None:
+        flags = ["--model", str(tmp_path / "model"), "--dataset_name", str(dataset_folder), "--num_images", "20",
+                 "--feature_extractor", str(extractor_folder), "--ddpm_steps", "0", "--evaluations", "2",
+                 "--grid_evaluations", "2", "--output_dir", str(tmp_path / "out"), *more]  # fmt: skip
+        reset_accelerate()
+        script.main(parse_arguments(script.ComparisonArguments, flags, script.__doc__))
+
+    with pytest.raises(ValueError, match="'pndm' cannot sample"):
+        run("--schedulers", "pndm")
+    run()
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert "pndm" in [record["name"] for record in result["left_out"]]
+    assert "ddim" in [record["name"] for record in result["records"]]
+
+
 @pytest.mark.slow
 def test_two_processes_compare_as_one_does(tiny_pipe, extractor_folder, dataset_folder, tmp_path, script):
     tiny_pipe.save_pretrained(tmp_path / "model")

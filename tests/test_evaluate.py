@@ -121,17 +121,21 @@ def test_a_pipeline_is_judged_as_in_python_and_its_card_gets_the_figures(evaluat
     assert all(result.metric_args["mixed_precision"] == "no" for result in results)
 
 
-def test_a_run_is_judged_by_other_images_than_its_own_with_a_warning_alone(evaluate, model, tmp_path, caplog):
-    run, few = shutil.copytree(model, tmp_path / "run"), ("--num_inference_steps", "2")
-    trained_on = {"dataset_name": "synthetic-fashion", "dataset_id": None, "train_data_dir": None}
-    (run / "run.json").write_text(json.dumps({"arguments": trained_on}))
-    evaluate("--model", str(run), *few)
-    assert f"{run} was trained on synthetic-fashion and is judged by" in caplog.text
-
-    caplog.clear()
-    (run / "run.json").write_text(json.dumps({"arguments": trained_on | {"dataset_id": "user/garments"}}))
-    evaluate("--model", str(run), *few, "--dataset_id", "user/garments", "--overwrite")
-    assert "was trained on" not in caplog.text
+def test_a_run_is_judged_by_other_images_than_its_own_with_a_warning_alone(
+    evaluate, model, garments, tmp_path, caplog
+):
+    run = shutil.copytree(model, tmp_path / "run")
+    for trained_on, is_other in (
+        ({"dataset_name": "synthetic-fashion"}, True),
+        ({"dataset_name": garments, "train_data_dir": str(tmp_path)}, True),
+        ({"dataset_name": f"{garments}/"}, False),  # without the id, which the evaluation has
+        ({"train_data_dir": "/moved/since", "dataset_id": "user/garments"}, False),
+    ):
+        flags = {"dataset_name": "owner/name", "dataset_id": None, "train_data_dir": None, **trained_on}
+        (run / "run.json").write_text(json.dumps({"arguments": flags}))
+        evaluate("--model", str(run), "--num_inference_steps", "2", "--dataset_id", "user/garments", "--overwrite")
+        assert (f"{run} was trained on " in caplog.text) == is_other
+        caplog.clear()
 
 
 def test_test_images_give_the_floor_and_damage_moves_the_right_figure(evaluate):
@@ -205,6 +209,8 @@ def test_a_folder_is_read_as_the_training_reads_it(evaluate, tmp_path):
     (["--images", "folder", "--resolution", "16"], "`--resolution` is for `--images` that are a split"),
     (["--model", "folder", "--resolution", "16"], "`--resolution` is for `--images` that are a split"),
     (["--images", "test", "--dataset_name", ".", "--output_dir", "./here"], "here lies in ., where the images are"),
+    (["--images", ".", "--output_dir", "./here"], "here lies in ., where the images are"),
+    (["--images", "test", "--train_data_dir", ""], "`--train_data_dir` is empty"),
     (["--images", "nowhere"], "nowhere is no folder with images, nor one of the splits train and test"),
     (["--model", "MODEL", "--num_images", "20"], "20 images to evaluate; there must be more than the"),
     (["--model", "MODEL", "--seeds", "1", "1"], r"`--seeds` is \[1, 1\]; it must hold different"),

@@ -227,9 +227,12 @@ def test_sources_that_cannot_serve(arguments, words, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["batch_size", "buffer_size"])
-def test_numbers_that_would_hand_out_nothing(name, stored):
+def test_numbers_that_cannot_be(name, stored):
+    stream = stored([4])
     with pytest.raises(ValueError, match=f"`{name}` is 0; it must be a positive integer"):
-        run_of(stored([4]), **{"batch_size": 2, name: 0})
+        run_of(stream, **{"batch_size": 2, name: 0})
+    with pytest.raises(ValueError, match="`rank` is 2 of a `world_size` of 2"):
+        run_of(stream, rank=2, world_size=2)
 
 
 @pytest.mark.parametrize("kind", ["row groups", "disk"])

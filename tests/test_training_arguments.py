@@ -40,7 +40,7 @@ def train(tmp_path):
     (["--ddpm_num_inference_steps", "2000"], "`--ddpm_num_inference_steps` is 2000; it must not exceed"),
     (["--seed", "-1"], "`--seed` is -1"),
     (["--num_epochs=5"], "`--num_epochs` is 5 and `--max_train_steps` 3: give one alone"),
-    (["--train_data_dir", ".", "--output_dir", "run"], "`--output_dir` run lies in ., where the images are"),
+    (["--train_data_dir", ".", "--output_dir", "run"], "output folder run lies in ., where the images are"),
     (["--dataloader_num_workers", "-1"], "`--dataloader_num_workers` is -1; it must be a whole number of at least 0"),
     (["--unet_config", str(SCRIPT.parent / "configs" / "stock.json"), "--resolution", "10"],
      "cannot take images of `--resolution` 10"),

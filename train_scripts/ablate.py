@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 from arguments import TrainingArguments
 from command_line import arg, check, run_script
-from files import lock
+from files import check_apart, lock
 from ladder_rows import add_to_row, check_same_images, open_row, other_rows, write_report
 from launch import choose_precision
 from samplers import parse_scheduler
@@ -104,6 +104,7 @@ def main(args: AblateArguments) -> None:
     for name in (*names, *pictured):
         if name not in unet_configs:
             raise ValueError(f"There is no row {name!r}; {args.ladder} has {', '.join(unet_configs)}.")
+    check_apart(args.results_dir or args.output_dir, args.dataset_name)
     training = TrainingArguments(**training_arguments(args, args.train_seeds[0]), logger="none")
     unets = {
         name: make_unet(config, args.resolution, training.ddpm_num_steps) for name, config in unet_configs.items()

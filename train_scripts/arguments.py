@@ -140,14 +140,12 @@ class TrainingArguments:
             )
         if self.num_epochs is None and self.max_train_steps is None:
             self.num_epochs = 5
-        drawn = self.train_data_dir is None and self.dataset_name == SYNTHETIC
-        if not drawn:
-            check_apart(self.output_dir, self.train_data_dir or self.dataset_name)
+        check_apart(self.output_dir, self.dataset_name, self.train_data_dir)
         if self.streaming and self.max_train_steps is None:
             raise ValueError("`--streaming` needs `--max_train_steps`: how long an epoch is cannot be known.")
         if self.streaming and self.max_train_samples is not None:
             raise ValueError("`--streaming` reads the whole data set: leave out `--max_train_samples`.")
-        if self.streaming and drawn:
+        if self.streaming and self.train_data_dir is None and self.dataset_name == SYNTHETIC:
             raise ValueError(f"`--streaming` needs a `--dataset_name` or `--train_data_dir`: {SYNTHETIC} is drawn.")
         if self.logger != "none" and importlib.util.find_spec(self.logger) is None:
             raise ValueError(f"`--logger {self.logger}` needs a package: pip install {self.logger}, or --logger none.")

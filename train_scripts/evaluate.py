@@ -24,7 +24,7 @@ from evaluation_arguments import (
     provenance,
     source_of,
 )
-from files import lock, write_file, write_text
+from files import check_apart, lock, write_file, write_text
 from launch import make_accelerator
 from samplers import FORM, settle_steps, swap_scheduler
 from tables import caption, figures_table
@@ -82,6 +82,8 @@ class EvaluateArguments(EvaluationArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.images not in (None, self.train_split, self.test_split):
+            check_apart(self.output_dir, self.images)
         if (self.model is None) == (self.images is None):
             raise ValueError("Give either `--model`, a pipeline, or `--images`, images in place of its samples.")
         if self.images is not None:

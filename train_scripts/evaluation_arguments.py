@@ -47,7 +47,7 @@ class MeasuringArguments:
     def __post_init__(self):
         for name in ("num_images", "batch_size"):
             check(self, getattr(self, name) >= 1, name, "be at least 1")
-        check_apart(self.output_dir, self.train_data_dir or self.dataset_name)
+        check_apart(self.output_dir, self.dataset_name, self.train_data_dir)
         different = len(set(self.seeds)) == len(self.seeds)
         check(self, different and min(self.seeds) >= 0, "seeds", "hold different whole numbers from 0")
         if not (self.overwrite or self.continues()):
@@ -108,19 +108,23 @@ def load_pipeline(args: EvaluationArguments, accelerator: Accelerator) -> PixelD
         raise ValueError(f"{args.model} makes images of {height}x{width}; only square images can be evaluated.")
     run = Path(args.model, RUN_FILE)
     if accelerator.is_main_process and run.is_file():
-        trained_on = name_of_data(json.loads(run.read_text("utf-8")).get("arguments", {}))
-        judged_by = name_of_data(vars(args))
-        if trained_on not in (None, judged_by):
+        trained_on = names_of_data(json.loads(run.read_text("utf-8")).get("arguments", {}))
+        judged_by = names_of_data(vars(args))
+        if trained_on and trained_on.isdisjoint(judged_by):
             logger.warning(
-                f"{args.model} was trained on {trained_on} and is judged by {judged_by}: give `--dataset_name` or"
-                " `--train_data_dir` of the images that it was to learn, unless these are the same."
+                f"{args.model} was trained on {', '.join(trained_on)} and is judged by {', '.join(judged_by)}: give"
+                " `--dataset_name` or `--train_data_dir` of the images that it was to learn, unless these are the"
+                " same."
             )
     return pipe
 
 
-def name_of_data(flags: dict) -> str | None:
-    folder = flags.get("train_data_dir")
-    return os.path.abspath(folder) if folder else flags.get("dataset_id") or flags.get("dataset_name")
+def names_of_data(flags: dict) -> set[str]:
+    """The folder or name of the images in a script's flags, and the id of what they are a copy of."""
+    source = flags.get("train_data_dir") or flags.get("dataset_name")
+    if source and os.path.exists(source):
+        source = os.path.abspath(source)
+    return {name for name in (source, flags.get("dataset_id")) if name}
 
 
 def provenance(args: MeasuringArguments, accelerator: Accelerator, pipe: PixelDiffusionPipeline | None) -> dict:

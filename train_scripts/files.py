@@ -7,6 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ddpm_diffusers.checkpointing import explain_write_errors, flush
+from ddpm_diffusers.synthetic_fashion import SYNTHETIC
 
 
 def check_empty(folder: Path) -> None:
@@ -15,11 +16,15 @@ def check_empty(folder: Path) -> None:
         raise ValueError(f"`--output_dir` {folder} is not empty: choose another, or pass `--overwrite`.")
 
 
-def check_apart(output_dir: str, images: str) -> None:
-    """Raise a ValueError if the output folder lies in the folder `images`, if that is one."""
-    if Path(images).is_dir() and Path(output_dir).resolve().is_relative_to(Path(images).resolve()):
+def check_apart(output_dir: str, dataset_name: str, train_data_dir: str | None = None) -> None:
+    """Raise a ValueError if the output folder lies in that of the images, or that is an empty name."""
+    if train_data_dir == "":
+        raise ValueError("`--train_data_dir` is empty (by an unset variable?): give a folder, or leave it out.")
+    images = train_data_dir or dataset_name
+    is_drawn = train_data_dir is None and dataset_name == SYNTHETIC
+    if not is_drawn and Path(images).is_dir() and Path(output_dir).resolve().is_relative_to(Path(images).resolve()):
         raise ValueError(
-            f"`--output_dir` {output_dir} lies in {images}, where the images are, and its pictures would join them:"
+            f"The output folder {output_dir} lies in {images}, where the images are, and its pictures would join them:"
             " choose another."
         )
 

@@ -31,7 +31,7 @@ def settle_steps(args) -> None:
     """Set `args.num_inference_steps`, 100 by default, to the number of `args.timesteps` if they are given.
 
     Raises:
-        ValueError: If both are given, or there are no steps, or the `guidance_scale` is none.
+        ValueError: If both are given, there are no steps, or `guidance_scale` is no number from 1.
     """
     if args.num_inference_steps is not None and args.timesteps is not None:
         raise ValueError("Give either `--num_inference_steps` or `--timesteps`, not both.")
