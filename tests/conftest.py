@@ -21,6 +21,7 @@ import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from transformers import ResNetConfig, ResNetModel
 
 from ddpm_diffusers import OptimizedUNet2DModel, PixelDiffusionPipeline
 from ddpm_diffusers.sampling import to_pil
@@ -116,3 +117,13 @@ def tiny_pipe(tiny_unet) -> PixelDiffusionPipeline:
     pipe = PixelDiffusionPipeline(tiny_unet, diffusers.DDPMScheduler(timestep_spacing="trailing"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def extractor_folder(tmp_path_factory) -> Path:
+    """A feature extractor for grey images that knows nothing."""
+    folder = tmp_path_factory.mktemp("extractor")
+    torch.manual_seed(0)
+    config = ResNetConfig(num_channels=1, embedding_size=4, hidden_sizes=[4], depths=[1], image_size=8)
+    ResNetModel(config).save_pretrained(folder)
+    return folder
