@@ -108,6 +108,8 @@ def test_the_figures_of_the_front_page_are_of_the_records():
     muon = "`UNet2DModel` with the optimizer Muon in place of AdamW"
     for label, row in ((muon, "stock"), ("our default network with Muon", "default")):
         assert line(label)[:2] == [cell(row, "muon_16"), cell(row, "muon_28")]
+    longer = "the same, trained for as long as `UNet2DModel` with Muon"
+    assert line(longer)[:2] == [cell("default", "equal_time_muon_16"), cell("default", "equal_time_muon_28")]
     released = {
         "16x16": "released_16",
         "28x28": "released_28",
