@@ -112,9 +112,9 @@ def load_pipeline(args: EvaluationArguments, accelerator: Accelerator) -> PixelD
         judged_by = names_of_data(vars(args))
         if trained_on and trained_on.isdisjoint(judged_by):
             logger.warning(
-                f"{args.model} was trained on {', '.join(trained_on)} and is judged by {', '.join(judged_by)}: give"
-                " `--dataset_name` or `--train_data_dir` of the images that it was to learn, unless these are the"
-                " same."
+                f"{args.model} was trained on {', '.join(sorted(trained_on))} and is judged by"
+                f" {', '.join(sorted(judged_by))}: give `--dataset_name` or `--train_data_dir` of the images that it"
+                " was to learn, unless these are the same."
             )
     return pipe
 
