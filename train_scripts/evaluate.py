@@ -26,7 +26,7 @@ from evaluation_arguments import (
 )
 from files import check_apart, lock, write_file, write_text
 from launch import make_accelerator
-from samplers import FORM, settle_steps, swap_scheduler
+from samplers import FORM, settle_sampling, swap_scheduler
 from tables import caption, figures_table
 
 from ddpm_diffusers import SCHEDULERS
@@ -103,7 +103,7 @@ class EvaluateArguments(EvaluationArguments):
                 "`--resolution` is for `--images` that are a split of the data set; others, and a `--model`'s samples,"
                 " have one: leave it out."
             )
-        settle_steps(self)
+        settle_sampling(self)
         self.resolution = 28 if self.resolution is None else self.resolution
         even = self.resolution >= 6 and self.resolution % 2 == 0
         check(self, even, "resolution", "be even, and at least 6")

@@ -15,7 +15,7 @@ import torch
 from command_line import arg, check, run_script
 from files import check_empty, lock, write_file
 from launch import make_accelerator
-from samplers import FORM, settle_steps, swap_scheduler
+from samplers import FORM, settle_sampling, swap_scheduler
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline
 from ddpm_diffusers.grid import image_grid
@@ -42,7 +42,7 @@ class GenerateArguments:
     overwrite: bool = arg(False, "write into a folder that is not empty, replacing the samples there")
 
     def __post_init__(self):
-        settle_steps(self)
+        settle_sampling(self)
         for name in ("num_images", "batch_size"):
             check(self, getattr(self, name) >= 1, name, "be at least 1")
         check(self, 0 <= self.seed < 2**32, "seed", "be in [0, 2^32)")

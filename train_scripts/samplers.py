@@ -27,8 +27,8 @@ def parse_scheduler(text: str) -> tuple[str, dict]:
     return name, options
 
 
-def settle_steps(args) -> None:
-    """Set `args.num_inference_steps`, 100 by default, to the number of `args.timesteps` if they are given.
+def settle_sampling(args) -> None:
+    """Check the flags of a sampling, and set `args.num_inference_steps`: to the number of `timesteps`, 100 without.
 
     Raises:
         ValueError: If both are given, there are no steps, or `guidance_scale` is no number from 1.
