@@ -96,6 +96,11 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
             values.pop("scheduler_config")
         assert found == json.loads(json.dumps(record))
 
+    head, _, *rows = (out / "distances.md").read_text().splitlines()[:6]
+    assert head == "| distance by evaluations | 3 | 30 | 200 |"  # Heun's 29 stand under 30
+    places = [[bool(cell.strip()) for cell in row.strip("|").split("|")[1:]] for row in rows]
+    assert places == [[False, False, True], *[[True, True, False]] * 3]
+
     text = (out / "comparison.md").read_text()
     assert "Fewest evaluations within 10 % of ddpm, 200 evaluations" in text
     assert "Best at 15" in capsys.readouterr().out
@@ -104,7 +109,7 @@ def test_a_killed_comparison_goes_on_to_the_same_records_and_refuses_other_setti
     assert Image.open(out / "grid.png").height == 60 * 4  # the yardstick and three schedulers
     assert min(Image.open(out / "distances.png").size) > 500
     assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {
-        "comparison.json", "comparison.md", "distances.png", "grid.png", "samples"
+        "comparison.json", "comparison.md", "distances.md", "distances.png", "grid.png", "samples"
     }  # fmt: skip
 
     with torch.no_grad():

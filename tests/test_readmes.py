@@ -25,6 +25,7 @@ from tables import caption
 from transformers import HfArgumentParser
 
 from ddpm_diffusers import SCHEDULERS, OptimizedUNet2DModel, PixelDiffusionPipeline
+from ddpm_diffusers.evaluation.comparison import label_of
 
 ARGUMENTS = {
     "ablate": ablate.AblateArguments,
@@ -68,6 +69,20 @@ def test_rows_are_of_the_records_beside_them(folder):
 def test_the_tables_of_the_exact_score_are_of_their_records(folder):
     result = json.loads((folder / "exact.json").read_text())
     assert exact_score.report(**result) + "\n" == (folder / "exact.md").read_text()
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("schedulers_*")), ids=lambda folder: folder.name)
+def test_the_table_of_distances_is_of_its_records(folder):
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in (folder / "distances.md").read_text("utf-8").splitlines() if line.startswith("|")]  # fmt: skip
+    shown = {(row[0], int(n), cell) for row in rows[2:] for n, cell in zip(rows[0][1:], row[1:], strict=True) if cell}
+    records = json.loads((folder / "comparison.json").read_text())["records"]
+    assert len(shown) == len(records) > 5
+    for record in records:
+        figure = f"{record['figures']['train']['frechet_distance']['mean']:.3f}"
+        taken, steps = record["evaluations"], record["num_inference_steps"]
+        # second-order solvers, and they alone, may stand one further up
+        assert {(label_of(record), n, figure) for n in (taken, taken + (taken > steps))} & shown
 
 
 def distances(row: str, *folders: str) -> dict[str, list[float]]:
@@ -174,7 +189,7 @@ def anchors(path: Path) -> list[str]:
 @pytest.mark.parametrize("file", [*READMES, "Makefile"])
 def test_commands_have_flags_that_their_script_knows(file):
     text = (ROOT / file).read_text("utf-8").replace("\\\n", " ")
-    for name, value in re.findall(r'^(\w+)="([^"]*)"', text, re.M):  # a part that several commands share
+    for name, value in reversed(re.findall(r'^(\w+)="([^"]*)"', text, re.M)):  # a part that several commands share
         text = text.replace(f"${name} ", value.replace("\n", " ") + " ")
     commands = re.findall(r"python (?:\S*/)?(\w+)\.py (.*)|launch .*?train_scripts/(\w+)\.py (.*)", text)
     found = 0

@@ -3,9 +3,10 @@
     python train_scripts/compare_schedulers.py --model runs/first --evaluations 5 10 20 \\
       --schedulers ddim unipc dpmsolver++ dpmsolver++:use_karras_sigmas=true,timestep_spacing=linspace
 
-All samplers start from the same noise, and DDPM with many steps is the yardstick. comparison.json grows record by
-record: the same command continues where it stopped, and one with more schedulers or evaluations adds them, also in
-another precision, which each record notes, but not with other versions, another kind of device or number of processes.
+All samplers start from the same noise, and DDPM with many steps is the yardstick. distances.md and distances.png show
+the distances alone, comparison.md all figures, grid.png samples. comparison.json grows record by record: the same
+command continues where it stopped, and one with more schedulers or evaluations adds them, also in another precision,
+which each record notes, but not with other versions, another kind of device or number of processes.
 Under `accelerate launch` the processes share the sampling.
 """
 
@@ -40,6 +41,7 @@ from ddpm_diffusers.evaluation import comparison
 from ddpm_diffusers.evaluation.comparison import AT_MOST, WITHIN, best_settings, distance, label_of, title_of
 from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows
 from ddpm_diffusers.evaluation.protocol import as_json, image_shape
+from ddpm_diffusers.hub import table
 from ddpm_diffusers.sampling import to_pil
 
 logger = logging.getLogger(__name__)
@@ -184,7 +186,7 @@ def add(record: dict, results: dict, output_dir: Path) -> None:
 
 
 def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yardstick_keys: list) -> None:
-    """Write comparison.md, distances.png and grid.png for all records."""
+    """Write comparison.md, distances.md, distances.png and grid.png for all records."""
     records = [record for record in results["records"] if key_of(record) not in yardstick_keys]
     yardstick = next((record for record in results["records"] if key_of(record) in yardstick_keys), None)
     if not results["records"]:
@@ -207,6 +209,7 @@ def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yar
         report.append("Left out:")
         report.append("\n".join(f"- {title_of(record)}: {record['left_out']}" for record in results["left_out"]))
     write_text(output_dir / "comparison.md", "\n\n".join(report) + "\n")
+    write_text(output_dir / "distances.md", f"{distances_table(shown)}\n\n{how}\n")
     write_file(output_dir / "distances.png", lambda path: plot_distances(records, path, yardstick))
     # of each scheduler, the record with the most evaluations within the limit: later ones replace earlier ones
     few = {label_of(r): r for r in shown if r["evaluations"] <= args.grid_evaluations}
@@ -214,7 +217,7 @@ def write_report(results: dict, output_dir: Path, args: ComparisonArguments, yar
             for r in [*first, *few.values()]}  # fmt: skip
     if rows:
         write_file(output_dir / "grid.png", lambda path: plot_rows(rows, path))
-    print("\n".join([how, *findings, f"Table: {output_dir / 'comparison.md'}"]))
+    print("\n".join([how, *findings, f"Tables: {output_dir / 'distances.md'}, {output_dir / 'comparison.md'}"]))
 
 
 def leading_cells(record: dict, yardstick: dict | None) -> dict:
@@ -227,6 +230,21 @@ def leading_cells(record: dict, yardstick: dict | None) -> dict:
         "ms an image": format(1000 * record["seconds_per_image"], ".3g"),
     }
     return cells | ({"to yardstick": format(distance(record) / distance(yardstick), ".2f")} if yardstick else {})
+
+
+def distances_table(records: list[dict]) -> str:
+    """Distances by scheduler and evaluations, with one column for, say, 9 and 10 if no scheduler has both."""
+    rows = {}
+    for record in records:
+        shown = show(record["figures"]["train"]["frechet_distance"], ".3f")
+        rows.setdefault(label_of(record), {})[record["evaluations"]] = shown
+    taken = {evaluations for row in rows.values() for evaluations in row}
+    odd = {n for n in taken if n % 2 and n + 1 in taken}  # of second-order solvers
+    merged = {n for n in odd if not any({n, n + 1} <= row.keys() for row in rows.values())}
+    columns = sorted(taken - merged)
+    lines = [(label, *(row.get(n, row.get(n - 1, "") if n - 1 in merged else "") for n in columns))
+             for label, row in rows.items()]  # fmt: skip
+    return table(("distance by evaluations", *map(str, columns)), lines)
 
 
 def describe_best(records: list[dict], yardstick: dict | None) -> list[str]:
