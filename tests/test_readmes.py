@@ -142,10 +142,50 @@ def test_the_figures_of_the_front_page_are_of_the_records():
             *(f"{100 * found[name] / floor[name]:.0f} %" for name in ("precision", "recall"))]  # fmt: skip
 
 
+def rows_below(head: str) -> list[list[str]]:
+    """Of the table in the README of the results whose first line begins like this."""
+    rows = (RESULTS / "README.md").read_text("utf-8").partition(head)[2].splitlines()[2:]
+    return [[part.strip() for part in row.strip("|").split("|")] for row in rows[: rows.index("")]]
+
+
+def test_the_table_of_default_and_stock_by_seed_is_of_the_records():
+    def cells(network: str, *folders: str) -> list[str]:
+        found = ([], [], [])
+        for folder in folders:
+            for record in json.loads((RESULTS / folder / f"{network}.json").read_text())["seeds"].values():
+                if record["mixed_precision"] == "bf16":
+                    [seed] = record["seeds"]  # of the samples' noise
+                    found[seed].append(record["figures"]["train"]["frechet_distance"]["mean"])
+        return [", ".join(f"{value:.2f}" for value in sorted(values)) for values in found]
+
+    of_cpu = {"default": "switches_16", "stock": "ladder_16"}
+    for label, *found in rows_below("| distance, by seed |"):
+        network = label.partition(",")[0]
+        if label == f"{network}, AdamW":
+            folders = (of_cpu[network], "ladder_16_gpu"), ("ladder_28",)
+        else:
+            kind = ("equal_time_" if "stock's time" in label else "") + ("muon_" if "Muon" in label else "")
+            folders = (f"{kind}16",), (f"{kind}28",)
+        assert found == [*cells(network, *folders[0]), *cells(network, *folders[1])], label
+
+
+def test_the_table_of_guidance_is_of_the_records():
+    rows = rows_below("| | steps | scale |")
+    assert len(rows) == len(list((RESULTS / "guidance").iterdir())) + 1  # own timesteps less, two without guidance
+    for _, steps, scale, linked, *figures in rows:
+        distance, folder = re.fullmatch(r"\[(.*)\]\((.*)/row.md\)", linked).groups()
+        record = json.loads((RESULTS / folder / "evaluation.json").read_text())
+        measured, to_floor = record["figures"]["train"], record["figures"]["to_floor"]["frechet_distance"]["mean"]
+        assert [steps.partition(",")[0], "bf16" in steps] == [
+            str(record["num_inference_steps"]), record["mixed_precision"] == "bf16"]  # fmt: skip
+        assert scale.partition(",")[0] == (f"{record['guidance_scale']:g}" if "guidance" in folder else "none")
+        assert [distance, *figures] == [
+            f"{measured['frechet_distance']['mean']:.3f}", f"{to_floor:.1f}",
+            f"{1000 * measured['kernel_distance']['mean']:.2f}", f"{measured['hf_db']['mean']:+.2f}"]  # fmt: skip
+
+
 def test_the_table_of_the_switches_by_seed_is_of_the_records():
-    text = (RESULTS / "README.md").read_text("utf-8")
-    rows = text.partition("| in the default |")[2].splitlines()[2:]
-    rows = [[part.strip() for part in row.strip("|").split("|")] for row in rows[: rows.index("")]]
+    rows = rows_below("| in the default |")
     switches = {}
     for path in (RESULTS / "switches_16").glob("*.json"):
         record = json.loads(path.read_text())
