@@ -142,10 +142,26 @@ def test_the_figures_of_the_front_page_are_of_the_records():
             *(f"{100 * found[name] / floor[name]:.0f} %" for name in ("precision", "recall"))]  # fmt: skip
 
 
-def rows_below(head: str) -> list[list[str]]:
-    """Of the table in the README of the results whose first line begins like this."""
-    rows = (RESULTS / "README.md").read_text("utf-8").partition(head)[2].splitlines()[2:]
+def rows_below(head: str, readme: str = "train_scripts/results/README.md") -> list[list[str]]:
+    """Of the table whose first line begins like this."""
+    rows = (ROOT / readme).read_text("utf-8").partition(head)[2].splitlines()[2:]
     return [[part.strip() for part in row.strip("|").split("|")] for row in rows[: rows.index("")]]
+
+
+def test_the_table_of_the_changes_is_of_the_records():
+    def shown(record: dict) -> str:
+        figure = record["figures"]["train"]["frechet_distance"]
+        return f"{figure['mean']:.2f}" + (f" ± {figure['sd']:.2f}" if len(record["seeds"]) > 1 else "")
+
+    ladder = ["group_norm", "gelu", "rearrange_pool", "sinusoidal_time", "residual_blocks", "guide"]
+    switches = [*ladder[:-1], "global_skip"]
+    head = "| change | added: {baseline} without any | undone in the default: {default} |"
+    first = {"baseline": "ladder_16", "default": "switches_16"}
+    head = head.format(**{row: shown(json.loads((RESULTS / first[row] / f"{row}.json").read_text())) for row in first})
+    rows = rows_below(head, "README.md")
+    for (_, added, undone, _), row, switch in zip(rows, ladder, switches, strict=True):
+        assert added == shown(json.loads((RESULTS / "ladder_16" / f"{row}.json").read_text()))
+        assert undone == shown(json.loads((RESULTS / "switches_16" / f"no_{switch}.json").read_text()))
 
 
 def test_the_table_of_default_and_stock_by_seed_is_of_the_records():
