@@ -33,14 +33,12 @@ def training_target(scheduler, images: torch.Tensor, noise: torch.Tensor, timest
     Raises:
         ValueError: If it is not "epsilon", "sample" or "v_prediction".
     """
-    prediction_type = scheduler.config.prediction_type
+    prediction_type = prediction_type_of(scheduler)
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "sample":
         return images
-    if prediction_type == "v_prediction":
-        return scheduler.get_velocity(images, noise, timesteps)
-    raise ValueError(f"`prediction_type` is {prediction_type!r}; it must be epsilon, sample or v_prediction.")
+    return scheduler.get_velocity(images, noise, timesteps)
 
 
 def loss_weights(scheduler, timesteps: torch.Tensor, snr_gamma: float | None) -> torch.Tensor:
@@ -49,11 +47,20 @@ def loss_weights(scheduler, timesteps: torch.Tensor, snr_gamma: float | None) ->
     Min-SNR gives the squared error of the predicted image the weight min(SNR, gamma), with SNR = alpha^2 / sigma^2.
     At one noisy image, |error of the noise|^2 = SNR |error of the image|^2, and |error of the velocity|^2 = (SNR + 1)
     |error of the image|^2, so for these predictions the weight is divided by SNR or SNR + 1.
+
+    Raises:
+        ValueError: If the `prediction_type` is not "epsilon", "sample" or "v_prediction", with an `snr_gamma`.
     """
     if snr_gamma is None:
         return torch.ones_like(timesteps, dtype=torch.float32)
-    snr = compute_snr(scheduler, timesteps)
-    if scheduler.config.prediction_type == "epsilon":
+    prediction_type, snr = prediction_type_of(scheduler), compute_snr(scheduler, timesteps)
+    if prediction_type == "epsilon":
         return (snr_gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, but 1 and not NaN at SNR 0
-    divisor = {"v_prediction": snr + 1, "sample": 1}[scheduler.config.prediction_type]
-    return snr.clamp(max=snr_gamma) / divisor
+    return snr.clamp(max=snr_gamma) / (snr + 1 if prediction_type == "v_prediction" else 1)
+
+
+def prediction_type_of(scheduler) -> str:
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(f"`prediction_type` is {prediction_type!r}; it must be epsilon, sample or v_prediction.")
+    return prediction_type

@@ -123,6 +123,8 @@ def test_a_prediction_type_that_is_none_is_refused():
     scheduler = DDPMScheduler(prediction_type="flow")
     with pytest.raises(ValueError, match="`prediction_type` is 'flow'; it must be epsilon, sample or v_prediction"):
         training_target(scheduler, *[torch.zeros(1, 1, 2, 2)] * 2, torch.tensor([0]))
+    with pytest.raises(ValueError, match="it must be epsilon, sample or v_prediction"):
+        loss_weights(scheduler, torch.tensor([0]), 5.0)
 
 
 def test_weights_are_one_without_gamma():

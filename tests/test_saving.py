@@ -33,6 +33,8 @@ def test_a_network_set_in_place_of_none_is_saved_and_none_is_not_pushed(tiny_pip
     pipe = PixelDiffusionPipeline.from_pretrained(tmp_path / "whole", unet=None)
     with pytest.raises(ValueError, match="has no `unet` to push"):
         pipe.push_to_hub("user/empty", token="hf_token")
+    with pytest.raises(ValueError, match="has no `unet` to sample: set `pipe.unet` first"):
+        pipe()
     with pytest.raises(ValueError, match="was saved without its `unet`"):
         pipe.save_pretrained(tmp_path / "empty")
         pipeline_files(tmp_path / "empty")
@@ -88,6 +90,13 @@ def test_the_card_of_a_folder_goes_along_whatever_its_name(tiny_pipe, tmp_path):
     (source / "README.md").write_text("Its distance is 0.1.")
     PixelDiffusionPipeline.from_pretrained(source).save_pretrained(tmp_path / "copy")
     assert (tmp_path / "copy" / "README.md").read_text() == "Its distance is 0.1."
+
+
+def test_a_card_that_cannot_be_read_is_told(tiny_pipe, tmp_path, caplog):
+    tiny_pipe.save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "README.md").mkdir()
+    PixelDiffusionPipeline.from_pretrained(tmp_path / "source").save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "README.md").exists() and "was not copied: IsADirectoryError" in caplog.text
 
 
 def test_weights_that_stay_beside_others_keep_their_card_until_they_are_replaced(tiny_pipe, tmp_path):

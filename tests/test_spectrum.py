@@ -140,6 +140,13 @@ def test_a_period_that_has_no_ring_of_its_own_is_refused(side, period):
         checkerboard(power, power, period)
 
 
+def test_spectra_of_images_of_different_size_are_refused():
+    powers = [power_spectrum(random_images(2, 1, side, side)) for side in (8, 12)]
+    for figure in (checkerboard, sharpness):
+        with pytest.raises(ValueError, match="`power` is of images of 8x8 and `real_power` of 12x12 pixels"):
+            figure(*powers)
+
+
 @pytest.fixture(params=["synthetic-fashion", "fashion_mnist"])
 def garments(request) -> tuple[torch.Tensor, torch.Tensor]:
     """Two sets of 1,000 different images."""

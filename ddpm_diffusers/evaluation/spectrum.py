@@ -61,8 +61,10 @@ def checkerboard(power: torch.Tensor, real_power: torch.Tensor, period: int = 2)
         period: 2, or 4 if H is divisible by 4 and at least 12.
 
     Raises:
-        ValueError: If the period is not 2 or 4, or does not divide H, or does so fewer than three times.
+        ValueError: If the period is not 2 or 4, or does not divide H, or does so fewer than three times, or if the
+            spectra are of images of different size.
     """
+    check_same_size(power, real_power)
     side = len(power)
     if period not in (2, 4) or side % period or side // period < 3:
         raise ValueError(
@@ -81,9 +83,22 @@ def sharpness(power: torch.Tensor, real_power: torch.Tensor) -> float:
 
     Args:
         power, real_power: As returned by `power_spectrum`.
+
+    Raises:
+        ValueError: If they are of images of different size.
     """
+    check_same_size(power, real_power)
     high = radii(power) >= len(power) / 4
     return (10 * torch.log10(power[high].sum() / real_power[high].sum())).item()
+
+
+def check_same_size(power: torch.Tensor, real_power: torch.Tensor) -> None:
+    side, real_side = len(power), len(real_power)
+    if side != real_side:
+        raise ValueError(
+            f"`power` is of images of {side}x{side} and `real_power` of {real_side}x{real_side} pixels; they must be of"
+            " one size."
+        )
 
 
 def frequencies(power: torch.Tensor) -> torch.Tensor:

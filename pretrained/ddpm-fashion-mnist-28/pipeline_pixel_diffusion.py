@@ -35,6 +35,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard, RepoUrl
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 logger = logging.get_logger(__name__)
 
@@ -266,6 +267,8 @@ class PixelDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs, timesteps=None,
     ) -> tuple[int, int, int, int]:  # fmt: skip
         """Check the arguments and return the shape to sample, (batch_size, in_channels, height, width)."""
+        if self.unet is None:
+            raise ValueError("The pipeline has no `unet` to sample: set `pipe.unet` first.")
         check_positive(batch_size=batch_size)
         check_steps(self.scheduler, num_inference_steps, timesteps)
         if output_type not in OUTPUT_TYPES:
@@ -790,16 +793,22 @@ def copy_card(networks: dict[str, ModelMixin], source: str, folder: Path, token:
     origin = Path(networks["unet"].config.get("_name_or_path") or "").parent
     if not Path(origin, "model_index.json").exists() or changed_networks(networks, origin):
         return
-    with contextlib.suppress(Exception):  # absent, refused or out of reach, for which each client has other types
+    try:
         for name in (README, SAMPLES):
             path = origin / name
             if origin.parent.name == "snapshots" and Path(source) != origin:  # CACHE/models--A--B/snapshots/REVISION
                 where = {"revision": origin.name, "cache_dir": origin.parents[2], "token": token}
                 path = huggingface_hub.hf_hub_download(source, name, **where)
+            elif not path.exists():
+                return
             if not Path(folder, name).exists():
                 partial = folder / f".{name}.partial"  # a full disk must leave no part of it under its name
                 shutil.copyfile(path, partial)
                 partial.replace(folder / name)
+    except RemoteEntryNotFoundError:
+        return
+    except Exception as error:  # refused or out of reach, for which each client has other types
+        logger.warning(f"The model card of {source} was not copied: {type(error).__name__}: {error}")
 
 
 def set_card_aside(
