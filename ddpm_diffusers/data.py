@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -75,11 +76,6 @@ class ImageArrays(torch.utils.data.Dataset):
             rows, start = which == i, self.ends[i] - len(self.chunks[i])  # the first image of chunk i
             batch[rows] = self.chunks[i][indices[rows] - start]
         return torch.from_numpy(batch)
-
-
-def as_batch(images: torch.Tensor) -> torch.Tensor:
-    """`collate_fn` for `ImageArrays`: a batch is already one tensor."""
-    return images
 
 
 def load_images(
@@ -180,7 +176,7 @@ def cache_file(cache_dir: str | None, *content) -> str:
     code = [Path(file).read_bytes() for file in (__file__, image_decoding.__file__, synthetic_fashion.__file__)]
     folder = cache_folder(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    return str(folder / f"{Hasher.hash([code, content])}.arrow")
+    return str(folder / f"{Hasher.hash([code, PIL.__version__, content])}.arrow")
 
 
 def cache_folder(cache_dir: str | None) -> Path:

@@ -19,7 +19,6 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, get_worker_info
 
-from .data import as_batch
 from .data_sources import check_image_column, open_dataset
 from .image_decoding import ROWS, DamagedImage, decode_images, size_of_all, with_content
 from .pipeline_pixel_diffusion import check_positive
@@ -32,6 +31,7 @@ LISTED_SHARDS = 1024  # of a data set that is not opened as a stream; each pass 
 # A position in a part's stream, here that of its first image. "pass" and "block" (within the pass) count from 0,
 # "stream" is the stream's `state_dict` where the block starts (None: at the start of the pass), "row" the number of
 # the pass's rows before the block, and "used" how many of the block's images have been handed out.
+SHARDS_A_PART = 4  # at least, for each reader to have whole shards of its own
 START = {"pass": 0, "block": 0, "stream": None, "row": 0, "used": 0}
 
 
@@ -143,6 +143,12 @@ class StreamedBatches:
         if first is None:
             raise ValueError("The data set is empty: pass another as `dataset_name`, or another `split`.")
         self.size = size_of_all(first, shape[0], center_crop)
+        parts, shards = world_size * self.num_parts, stream.num_shards
+        if rank == 0 and shards < SHARDS_A_PART * parts and shards % parts:
+            logger.warning(
+                f"The data set has {shards} shards for {parts} readers (processes times workers), so each reads all of"
+                f" them and takes every {parts}th image. With a number of readers that divides it, each reads its own."
+            )
 
     def state_dict(self) -> dict:
         """The position after the last batch that was handed out, to pass as `state`; JSON-serializable."""
@@ -154,7 +160,6 @@ class StreamedBatches:
             Parts(self),
             batch_size=None,
             num_workers=self.num_workers,
-            collate_fn=as_batch,
             worker_init_fn=signals,
         )
         iterator = iter(loader)
@@ -211,7 +216,7 @@ class Parts(torch.utils.data.IterableDataset):
         while True:
             if rows is None:
                 # made anew for each pass, as `datasets` shares a stream's epoch among processes
-                strategy = "shards" if run.stream.num_shards >= 4 * num_parts else "auto"
+                strategy = "shards" if run.stream.num_shards >= SHARDS_A_PART * num_parts else "auto"
                 stream = split_dataset_by_node(run.stream, part, num_parts, strategy)
                 # shuffles the shards before they are split, in the same way in all processes
                 stream.set_epoch(int(np.random.default_rng((run.seed, start["pass"])).integers(1, 2**31)))

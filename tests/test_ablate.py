@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import ablate as script
+import psutil
 import pytest
 import yaml
 from command_line import parse_arguments
@@ -82,6 +85,21 @@ def test_a_ladder_that_cannot_be_climbed_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             script.main(parse_arguments(script.AblateArguments, argv, script.__doc__))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_stops_the_trainings_with_a_checkpoint(garments, tmp_path):
+    flags = ["--rows", "default", "--dataset_name", garments, "--output_dir", tmp_path, "--num_images", "150"]
+    process = subprocess.Popen([sys.executable, SCRIPT, *flags], stderr=subprocess.DEVNULL)
+    folder = tmp_path / "default" / "seed-0"
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    launched = psutil.Process(process.pid).children(recursive=True)
+    time.sleep(3)  # a few steps
+    process.terminate()
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM and len(launched) >= 2
+    assert not psutil.wait_procs(launched, timeout=10)[1]
+    assert len(list(folder.glob("checkpoint-*"))) == 1
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ import torch
 from datasets import Dataset, Features, Image
 from image_sets import random_images, read, reference, save, store
 from PIL import Image as PILImage
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 
 from ddpm_diffusers import data, image_decoding
-from ddpm_diffusers.data import ImageArrays, as_batch, load_images
+from ddpm_diffusers.data import ImageArrays, load_images
 
 SEVERAL_CHUNKS = 7 * 64  # bytes: 7 images of 8x8 in grey
 
@@ -79,7 +79,7 @@ def test_the_arrays_are_views_of_the_mapped_file(decoded):
 def test_a_data_loader_gives_the_sampler_s_order_whatever_its_workers(decoded, num_workers):
     arrays, rows = ImageArrays(decoded, (1, 8, 8)), read(decoded, 8)
     order = np.random.default_rng(1).permutation(50)
-    loader = DataLoader(arrays, 8, sampler=order.tolist(), num_workers=num_workers, collate_fn=as_batch)
+    loader = DataLoader(arrays, 8, sampler=order.tolist(), num_workers=num_workers, collate_fn=default_convert)
     batches = list(loader)
     assert [len(batch) for batch in batches] == [8] * 6 + [2]
     np.testing.assert_array_equal(torch.cat(batches), rows[order])

@@ -61,10 +61,15 @@ def losses(output_dir: Path) -> torch.Tensor:
     return torch.tensor([[row[name] for name in row if name.startswith("loss")] for row in rows])  # (lines, 5)
 
 
+def norms(output_dir: Path) -> torch.Tensor:
+    return torch.tensor([json.loads(line)["grad_norm"] for line in (output_dir / "metrics.jsonl").open()])  # (lines,)
+
+
 def assert_follows(one: Path, other: Path) -> None:
     assert relative_difference(one / WEIGHTS, other / WEIGHTS) < 1e-5
     assert relative_difference(one / "checkpoint-40" / WEIGHTS, other / "checkpoint-40" / WEIGHTS) < 1e-5
     torch.testing.assert_close(losses(one), losses(other), rtol=1e-5, atol=0)
+    torch.testing.assert_close(norms(one), norms(other), rtol=1e-3, atol=0)
 
 
 def test_two_processes_follow_one(one, two):
@@ -89,6 +94,19 @@ def test_another_number_of_processes_goes_on(one, two, tmp_path):
     resumed = trained_here(tmp_path / "run", *flags)
     assert relative_difference(one / WEIGHTS, resumed / WEIGHTS) < 1e-5
     torch.testing.assert_close(losses(one)[2:], losses(resumed), rtol=1e-5, atol=0)  # the line that 20 falls into, too
+
+
+@pytest.mark.slow
+def test_an_error_ends_connected_processes(two, tmp_path):
+    finished = shutil.copytree(two, tmp_path / "finished")
+    begun = shutil.copytree(two, tmp_path / "begun", ignore=shutil.ignore_patterns("checkpoint-*", "model_index*"))
+    for folder, changed, message in (
+        (finished, ["--max_train_steps", "30"], "at step 40, beyond the 30 steps"),  # found by both
+        (begun, ["--seed", "1"], "holds another run (seed"),  # by the main process, while the other waits for it
+    ):
+        flags = [*FORTY, "--train_batch_size", "32", "--resume_from_checkpoint", "latest", *changed]
+        result = train(folder, torchrun(2), *flags)
+        assert result.returncode and message in result.stderr
 
 
 NO_GPU = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}  # accelerate is to look for one, and find none
@@ -145,6 +163,7 @@ def test_sharded_training_follows_one_process_and_resumes_exactly(tmp_path):
     whole = trained_here(tmp_path / "one", *TWENTY, "--train_batch_size", "64")
     for name in (f"checkpoint-20/{WEIGHTS}", "checkpoint-20/optimizer.safetensors", WEIGHTS):
         assert relative_difference(whole / name, shards / name) < 1e-5
+    torch.testing.assert_close(norms(whole), norms(shards), rtol=1e-3, atol=0)
     assert_resumes_exactly(shards, tmp_path / "resumed", "fsdp", "--mixed_precision", "no")
 
 

@@ -200,7 +200,7 @@ def test_a_folder_is_read_as_the_training_reads_it(evaluate, tmp_path):
     (["--model", "MODEL", "--write_card"], "needs the data set's id on the Hub, which .* is not"),
     (["--images", "test", "--damage", "blur", "--damage_amount", "nan"], r"is nan; it must be in \[0, 1\]"),
     (["--images", "test", "--damage_amount", "0.5"], "Give `--damage` and `--damage_amount`, or neither"),
-    (["--images", "test", "--seeds", "0", "1"], "`--images` are judged once"),
+    (["--images", "test", "--seeds", "0", "1"], "`--seeds` is for a `--model`; `--images` are judged as they are"),
     (["--images", "test", "--resolution", "9"], "`--resolution` is 9; it must be even"),
     (["--images", "test", "--scheduler", "ddim"], "`--scheduler` is for a `--model`"),
     (["--images", "test", "--num_inference_steps", "5"], "`--num_inference_steps` is for a `--model`"),

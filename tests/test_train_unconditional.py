@@ -15,7 +15,7 @@ import train_unconditional as script
 from batches import open_images
 from conftest import SCRIPT, UNET, WEIGHTS, reset_accelerate, run_training
 from datasets import Dataset
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -202,7 +202,7 @@ def test_the_card_names_the_data_set_of_the_hub_that_a_local_one_is_a_copy_of(pl
     assert "Trained on [owner/garments](https://huggingface.co/datasets/owner/garments)." in card.text
 
 
-def test_training_goes_on_from_the_weights_of_a_saved_pipeline(train, plain, tmp_path, caplog):
+def test_training_goes_on_from_the_weights_of_a_saved_pipeline(train, plain, tmp_path, caplog, monkeypatch):
     source = shutil.copytree(plain, tmp_path / "source")
     begin = ["--pretrained_model_name_or_path", str(source)]
     tuned = train(*begin, "--learning_rate", "1e-9", "--resolution", "16")
@@ -223,7 +223,16 @@ def test_training_goes_on_from_the_weights_of_a_saved_pipeline(train, plain, tmp
     wide = PixelDiffusionPipeline.from_pretrained(plain)
     wide.unet.register_to_config(sample_size=(8, 16))
     wide.save_pretrained(tmp_path / "wide")
+
+    class Own(type(wide.unet)):
+        pass
+
+    for name, found in (("Own", Own), ("ModelMixin", ModelMixin)):  # as diffusers looks for it when it loads
+        monkeypatch.setattr(sys.modules[__name__], name, found, raising=False)
+    wide.unet = Own.from_config(wide.unet.config)
+    wide.save_pretrained(tmp_path / "own class")
     for flags, message in (
+        ((begin[0], str(tmp_path / "own class")), "is of class Own, which is neither diffusers' nor this package's"),
         ((begin[0], str(tmp_path / "wide")), r"has a `sample_size` of .8, 16.: give `--resolution`"),
         ((*begin, "--prediction_type", "sample"), "`prediction_type` epsilon, .*: pass `--prediction_type epsilon`"),
         ((*begin, "--ddpm_beta_schedule", "linear"), "pass `--ddpm_beta_schedule scaled_linear`"),

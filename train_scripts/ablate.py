@@ -5,17 +5,21 @@
 Each row of `--ladder` is a U-Net, trained by `train_unconditional.py` and evaluated by `evaluate.py`, on the same
 images in the same order, with the same noise. Run the same command again to continue: what `--results_dir` has is not
 run again, whatever machine and precision it came from, so rows and seeds can be added to the results in a clone; the
-table shows each row's precision. Several `--train_seeds` give means and standard deviations.
+table shows each row's precision. Ctrl-C and SIGTERM stop the trainings, too, each with a checkpoint. Several
+`--train_seeds` give means and standard deviations.
 """
 
+import contextlib
 import json
 import math
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import yaml
 from arguments import TrainingArguments
 from command_line import arg, check, run_script
@@ -132,10 +136,11 @@ def main(args: AblateArguments) -> None:
             reference, args.num_images, [row for row in (*rows.values(), *others.values()) if row["seeds"]]
         )
 
-    failures = []
+    failures, running = [], set()
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {
-            pool.submit(train_and_evaluate, args, name, seed, unet_configs[name]): (name, seed) for name, seed in todo
+            pool.submit(train_and_evaluate, args, name, seed, unet_configs[name], running): (name, seed)
+            for name, seed in todo
         }
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc="Trainings"):
@@ -147,7 +152,9 @@ def main(args: AblateArguments) -> None:
                     failures.append(str(error))
                     tqdm.write(failures[-1])
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # those already running are left to finish
+            for process in list(running):
+                stop(process)
+            pool.shutdown(cancel_futures=True)
             raise
 
     rows |= others
@@ -239,7 +246,8 @@ def check_training(args: AblateArguments, name: str, seed: int, row: dict) -> No
         )
 
 
-def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config: dict) -> None:
+def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config: dict, running: set) -> None:
+    """Run the two scripts one after the other; RuntimeError if one fails. `running` holds the process that runs."""
     folder = folder_of(args, name, seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     dataset_id = {"dataset_id": args.dataset_id} if args.dataset_id else {}
@@ -248,7 +256,9 @@ def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config:
         flags |= {"unet_config": json.dumps(unet_config), "compile": args.compile}
         flags |= {"logger": "none", "output_dir": folder}
         flags |= {"checkpointing_steps": 1000, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"}
-        launch_script("train_unconditional.py", flags, args.accelerate_config, folder.with_suffix(".train.log"))
+        launch_script(
+            "train_unconditional.py", flags, args.accelerate_config, folder.with_suffix(".train.log"), running
+        )
     flags = {
         "model": folder,
         "name": name,
@@ -263,10 +273,10 @@ def train_and_evaluate(args: AblateArguments, name: str, seed: int, unet_config:
         "output_dir": folder / "evaluation",
         "overwrite": True,  # what a killed evaluation left
     }
-    launch_script("evaluate.py", flags, args.accelerate_config, folder.with_suffix(".evaluate.log"))
+    launch_script("evaluate.py", flags, args.accelerate_config, folder.with_suffix(".evaluate.log"), running)
 
 
-def launch_script(script: str, flags: dict, accelerate_config: str, log: Path) -> None:
+def launch_script(script: str, flags: dict, accelerate_config: str, log: Path, running: set) -> None:
     command = [
         sys.executable,
         "-m",
@@ -281,11 +291,24 @@ def launch_script(script: str, flags: dict, accelerate_config: str, log: Path) -
     for name, value in flags.items():
         command += [f"--{name}", value]
     with open(log, "ab") as output:
-        status = subprocess.run([str(part) for part in command], stdout=output, stderr=subprocess.STDOUT).returncode
+        output_of = {"stdout": output, "stderr": subprocess.STDOUT}
+        # out of reach of the terminal's Ctrl-C, at which a launcher ends before what it has launched
+        process = subprocess.Popen([str(part) for part in command], start_new_session=True, **output_of)
+    running.add(process)
+    status = process.wait()
+    running.remove(process)
     if status:
         tail = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise RuntimeError(f"{script} ended with status {status}, its log {log} with: {' '.join(tail)}")
 
 
+def stop(launcher: subprocess.Popen) -> None:
+    """End what it has launched, and so itself: a training stops after its step, with a checkpoint."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(launcher.pid).children() or [launcher]:
+            process.terminate()
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C, to stop the trainings
     run_script(main, AblateArguments, __doc__)

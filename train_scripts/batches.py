@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from arguments import TrainingArguments
 from datasets import IterableDataset
 
-from ddpm_diffusers.data import ImageArrays, as_batch, load_images
+from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.shuffling import VERSION, ShuffledBatches
 from ddpm_diffusers.streaming import StreamedBatches, open_stream
 from ddpm_diffusers.worker_signals import LeaveSignalsToMain
@@ -71,7 +71,7 @@ def make_batches(
     return torch.utils.data.DataLoader(
         images,
         batch_sampler=ShuffledBatches(len(images), args.train_batch_size, args.seed, own),
-        collate_fn=as_batch,
+        collate_fn=torch.utils.data.default_convert,  # a batch is one tensor already
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=LeaveSignalsToMain(),

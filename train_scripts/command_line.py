@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import field, fields
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from launch import disconnect
 from transformers import HfArgumentParser
@@ -27,13 +29,19 @@ def check(args, condition: bool, name: str, rule: str) -> None:
 def run_script(main: Callable, arguments_class: type, doc: str) -> None:
     """Run `main` with the command line's flags; those that break a rule end the script with one line, no traceback.
 
-    Launched several times, the processes end together.
+    Launched several times, the processes end together. One that raises ends at once, and its launcher ends the others.
     """
     try:
         args = parse_arguments(arguments_class, sys.argv[1:], doc)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}") from None  # YAML's has several
-    main(args)
+    try:
+        main(args)
+    except (Exception, KeyboardInterrupt):
+        if torch.distributed.is_initialized():
+            print(traceback.format_exc(), end="", file=sys.stderr, flush=True)
+            os._exit(1)  # Python's own end may wait for gloo for ever, and the others for this process (see `let_go`)
+        raise
     disconnect()
 
 

@@ -87,17 +87,12 @@ class EvaluateArguments(EvaluationArguments):
         if (self.model is None) == (self.images is None):
             raise ValueError("Give either `--model`, a pipeline, or `--images`, images in place of its samples.")
         if self.images is not None:
-            for name in ("scheduler", "num_inference_steps", "timesteps", "variant", "mixed_precision"):
-                if getattr(self, name) is not None:
+            sampling = ("scheduler", "num_inference_steps", "timesteps", "variant", "mixed_precision")
+            for name, default in {**dict.fromkeys(sampling), "guidance_scale": 1, "seeds": [0]}.items():
+                if getattr(self, name) != default:
                     raise ValueError(
                         f"`--{name}` is for a `--model`; `--images` are judged as they are: leave it out."
                     )
-            if self.guidance_scale != 1:
-                raise ValueError("`--guidance_scale` is for a `--model`; `--images` are judged as they are.")
-            if self.seeds != [0]:
-                raise ValueError(
-                    "`--seeds` are those of a `--model`'s samples; `--images` are judged once: leave them out."
-                )
         if self.resolution is not None and self.images not in (self.train_split, self.test_split):
             raise ValueError(
                 "`--resolution` is for `--images` that are a split of the data set; others, and a `--model`'s samples,"

@@ -1,4 +1,4 @@
-"""The output folder of a run: which run owns it, its configuration, its log lines and its final pipeline."""
+"""The output folder of a run: which run owns it, its configuration, its log lines, its final pipeline and card."""
 
 import json
 import os
@@ -6,8 +6,9 @@ import shutil
 import uuid
 from pathlib import Path
 
-from arguments import DEFINES_THE_RUN
+from arguments import DEFINES_THE_RUN, TrainingArguments, settings_for_card
 from files import holds_files, write_text
+from huggingface_hub import ModelCard
 
 from ddpm_diffusers.checkpointing import (
     explain_write_errors,
@@ -19,6 +20,7 @@ from ddpm_diffusers.checkpointing import (
     resolve_checkpoint,
     step_of,
 )
+from ddpm_diffusers.hub import model_card
 from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES, set_card_aside
 
 RUN_FILE = "run.json"
@@ -60,14 +62,14 @@ def choose_start(output_dir: Path, resume_from_checkpoint: str | None, overwrite
     return resume_path, goes_on
 
 
-def open_run(output_dir: Path, goes_on: bool, step: int, record: dict) -> dict:
+def open_run(output_dir: Path, goes_on: bool, step: int, configs: dict) -> dict:
     """Prepare the folder for this run, and return the run's record with its id, as in `run.json`.
 
     Args:
         output_dir: The folder, locked.
         goes_on: As `choose_start` returned it; if false, what a run left in the folder is deleted.
         step: Optimizer step at which the run starts.
-        record: "arguments", and "unet", the U-Net's config.
+        configs: "arguments", and "unet", the U-Net's config.
 
     Raises:
         ValueError: If the folder holds a run with other arguments; the message lists the differences.
@@ -75,12 +77,12 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict) -> dict:
     """
     with explain_write_errors(f"{RUN_FILE} cannot be written to {output_dir}"):
         if goes_on and (output_dir / RUN_FILE).is_file():
-            run = json.loads((output_dir / RUN_FILE).read_text())
-            saved, differences = run["arguments"], []
+            record = json.loads((output_dir / RUN_FILE).read_text())
+            saved, differences = record["arguments"], []
             if step == 0:  # it starts over, from the same weights; else its checkpoint was compared when it was loaded
                 names = (*DEFINES_THE_RUN, "pretrained_model_name_or_path")
-                differences = list_differences(saved, {name: record["arguments"][name] for name in names})
-                differences += list_differences(run["unet"], record["unet"])
+                differences = list_differences(saved, {name: configs["arguments"][name] for name in names})
+                differences += list_differences(record["unet"], configs["unet"])
                 if saved["resume_from_checkpoint"] not in (None, "latest"):
                     differences.append(f"it began at {saved['resume_from_checkpoint']} and has no checkpoint yet")
             if differences:
@@ -90,7 +92,7 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict) -> dict:
                     " without `--resume_from_checkpoint latest`."
                 )
         else:
-            run = {"id": uuid.uuid4().hex[:8]}
+            record = {"id": uuid.uuid4().hex[:8]}
         remove_leftovers(output_dir)
         for path in list_checkpoints(output_dir):
             if not goes_on:
@@ -108,9 +110,9 @@ def open_run(output_dir: Path, goes_on: bool, step: int, record: dict) -> dict:
                 card.unlink()
             for name in ("samples", "logs", "unet", "guiding_unet", "scheduler"):  # with any variants of the weights
                 shutil.rmtree(output_dir / name, ignore_errors=True)
-        run |= record
-        write_text(output_dir / RUN_FILE, json.dumps(run, indent=2) + "\n")
-    return run
+        record |= configs
+        write_text(output_dir / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    return record
 
 
 class LogLines:
@@ -159,3 +161,26 @@ def save_pipeline(pipe, output_dir: Path) -> None:
             for path in output_dir.glob("unet/*.safetensors*"):
                 if path.relative_to(output_dir) not in files:
                     path.unlink()
+
+
+def write_card(path: Path, pipe, repo_id: str, args: TrainingArguments, settings: dict, has_samples: bool) -> None:
+    """Write the run's model card; one that is there, and may have gained figures, only gets the license, if any.
+
+    `settings` are the flags as they were resolved.
+    """
+    if not path.exists():
+        card = model_card(
+            pipe,
+            repo_id,
+            dataset_name=args.dataset_name if args.train_data_dir is None else None,
+            dataset_id=args.dataset_id,
+            base_model=settings["base_model"],
+            settings=settings_for_card(settings),
+            has_samples=has_samples,
+            license=args.hub_license,
+        )
+        write_text(path, str(card))
+    elif args.hub_license:
+        card = ModelCard.load(path)
+        card.data.license = args.hub_license
+        write_text(path, str(card))

@@ -21,17 +21,17 @@ import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
-from arguments import DEFINES_THE_RUN, TrainingArguments, settings_for_card, settings_of
+from arguments import DEFINES_THE_RUN, TrainingArguments, settings_of
 from batches import make_batches, open_images
 from command_line import run_script
 from cuda_graph import GraphedStep, can_capture
 from diffusers.training_utils import EMAModel
-from files import lock, write_file, write_text
-from huggingface_hub import ModelCard
+from files import lock, write_file
 from interruption import StopRequest
 from launch import check_agreement, check_data, check_engine, check_sharding, let_go, make_accelerator
 from push_to_hub import push
-from run_folder import LogLines, choose_start, open_run, save_pipeline
+from run_folder import LogLines, choose_start, open_run, save_pipeline, write_card
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from trackers import init_kwargs, log_image
 from training_state import gather_state, make_lr_scheduler, restore_state
@@ -40,7 +40,7 @@ from unets import make_noise_schedule, open_unet
 from ddpm_diffusers import PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.checkpointing import config_of, load_checkpoint, plain_copy, save_checkpoint
 from ddpm_diffusers.grid import image_grid
-from ddpm_diffusers.hub import is_hub_id, model_card, prepare_repo
+from ddpm_diffusers.hub import is_hub_id, prepare_repo
 from ddpm_diffusers.muon import Muon
 from ddpm_diffusers.objectives import draw_noise_and_timesteps, loss_weights, training_target
 from ddpm_diffusers.pipeline_pixel_diffusion import README, SAMPLES
@@ -76,8 +76,8 @@ def main(args: TrainingArguments) -> None:
 
     # model, noise schedule, data
     set_seed(args.seed)
-    scheduler = make_noise_schedule(args)
-    model = open_unet(args, scheduler, resume_path)
+    noise_scheduler = make_noise_schedule(args)
+    model = open_unet(args, noise_scheduler, resume_path)
     args.resolution = args.resolution or model.config.sample_size
     image_shape = (model.config.in_channels, args.resolution, args.resolution)  # (C, H, W)
     with accelerator.local_main_process_first():
@@ -109,7 +109,7 @@ def main(args: TrainingArguments) -> None:
     # (2, 5): sums and counts of losses since the last line of metrics; of all timesteps, then of each quarter of them
     window = torch.zeros(2, 5, device=device)
     pretrained = args.pretrained_model_name_or_path
-    run = {
+    settings = {
         **settings_of(args),
         "max_train_steps": max_train_steps,
         "lr_warmup_steps": warmup_steps,
@@ -121,7 +121,7 @@ def main(args: TrainingArguments) -> None:
     }
     stream_state = None
     if resume_path is not None:
-        state = load_checkpoint(resume_path, model, ema, optimizer, {name: run[name] for name in DEFINES_THE_RUN})
+        state = load_checkpoint(resume_path, model, ema, optimizer, {name: settings[name] for name in DEFINES_THE_RUN})
         if state["step"] > max_train_steps:
             raise ValueError(
                 f"{resume_path} is at step {state['step']}, beyond the {max_train_steps} steps of this run: raise"
@@ -129,7 +129,7 @@ def main(args: TrainingArguments) -> None:
             )
         step = state["step"]
         # as it was then: a local source may be gone by now, and its path look like an id of the Hub
-        run["base_model"] = state["arguments"].get("base_model", run["base_model"])
+        settings["base_model"] = state["arguments"].get("base_model", settings["base_model"])
         stream_state = restore_state(state, accelerator, optimizer, lr_scheduler, args.learning_rate, window)
         logger.info(f"Resumed from {resume_path} at step {step}.")
 
@@ -152,13 +152,13 @@ def main(args: TrainingArguments) -> None:
         # another run may have begun here between the first look and the lock
         if choose_start(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir) != start:
             raise ValueError(f"`--output_dir` {output_dir} has changed while this run started: start it again.")
-        configs = {"arguments": run, "unet": config_of(model)}
+        configs = {"arguments": settings, "unet": config_of(model)}
         record = open_run(output_dir, goes_on, step, configs)
         # metrics past the checkpoint are cut, so that they are the same however often the run resumes; speeds are kept
         metrics_file = LogLines(output_dir / "metrics.jsonl", last_step=step)
         speed_file = LogLines(output_dir / "speed.jsonl", last_step=math.inf)
         if args.logger != "none":
-            shown = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in run.items()}
+            shown = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in settings.items()}
             accelerator.init_trackers("train_unconditional", shown, init_kwargs(record["id"], step))
     graphed = args.cuda_graph and can_capture(accelerator, args.gradient_checkpointing)
     logger.info(
@@ -175,7 +175,7 @@ def main(args: TrainingArguments) -> None:
         return plain_copy(model, None if ema is None else ema.shadow_params)
 
     def write_samples() -> Path | None:
-        pipe = PixelDiffusionPipeline(averaged_unet(), make_scheduler("dpmsolver++", scheduler)).to(device)
+        pipe = PixelDiffusionPipeline(averaged_unet(), make_scheduler("dpmsolver++", noise_scheduler)).to(device)
         try:
             samples = sample_images(pipe, args.eval_batch_size, args.ddpm_num_inference_steps)
         except NotFiniteError as error:  # no reason to end a training whose weights are finite
@@ -201,12 +201,12 @@ def main(args: TrainingArguments) -> None:
         clean = batch.to(device, non_blocking=device.type == "cuda").float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
         if args.random_flip:
             clean = torch.where(flips, clean.flip(-1), clean)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        target = training_target(scheduler, clean, noise, timesteps)
+        noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+        target = training_target(noise_scheduler, clean, noise, timesteps)
 
         prediction = unet(noisy, timesteps, return_dict=False)[0]  # (B, C, H, W)
         errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
-        losses = errors * loss_weights(scheduler, timesteps, args.snr_gamma)
+        losses = errors * loss_weights(noise_scheduler, timesteps, args.snr_gamma)
         accelerator.backward(losses.mean())
         grad_norm = None
         if accelerator.sync_gradients:
@@ -267,7 +267,7 @@ def main(args: TrainingArguments) -> None:
         checkpoint_due = stopped or (is_last and (every or goes_on)) or (every and step % every == 0)
         if log_due or checkpoint_due or samples_due:
             sums, counts = accelerator.reduce(window, "sum").tolist()
-            norm = float(grad_norm)
+            norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)  # sharded by FSDP2
             # under fp16 the scaler skips a step whose gradients overflow
             if not math.isfinite(sums[0]) or (accelerator.scaler is None and not math.isfinite(norm)):
                 failed = (
@@ -295,7 +295,7 @@ def main(args: TrainingArguments) -> None:
             images_seen, last_time = 0, now
         paused = time.perf_counter()
         if checkpoint_due:
-            state = {"arguments": run, **epoch(step), **gather_state(accelerator, lr_scheduler, window, batches)}
+            state = {"arguments": settings, **epoch(step), **gather_state(accelerator, lr_scheduler, window, batches)}
             if accelerator.is_main_process:
                 metrics_file.flush()
             keep, is_main = args.checkpoints_total_limit, accelerator.is_main_process
@@ -326,7 +326,7 @@ def main(args: TrainingArguments) -> None:
         raise SystemExit(128 + stopped)
 
     # save, and only then sample and push
-    pipe = PixelDiffusionPipeline(averaged_unet(), scheduler)
+    pipe = PixelDiffusionPipeline(averaged_unet(), noise_scheduler)
     if not all(parameter.isfinite().all() for parameter in pipe.unet.parameters()):
         release()
         raise SystemExit("The weights are not finite after the last step: nothing was saved. Lower `--learning_rate`.")
@@ -339,22 +339,7 @@ def main(args: TrainingArguments) -> None:
         if accelerator.is_main_process:
             write_file(output_dir / SAMPLES, partial(shutil.copyfile, samples))
     if accelerator.is_main_process:
-        if not (output_dir / README).exists():
-            card = model_card(
-                pipe,
-                repo_id,
-                dataset_name=args.dataset_name if args.train_data_dir is None else None,
-                dataset_id=args.dataset_id,
-                base_model=run["base_model"],
-                settings=settings_for_card(run),
-                has_samples=samples is not None,
-                license=args.hub_license,
-            )
-            write_text(output_dir / README, str(card))
-        elif args.hub_license:  # kept from a run that finished here before: it may have gained figures since
-            card = ModelCard.load(output_dir / README)
-            card.data.license = args.hub_license
-            write_text(output_dir / README, str(card))
+        write_card(output_dir / README, pipe, repo_id, args, settings, has_samples=samples is not None)
     release()
     if args.push_to_hub and accelerator.is_main_process:
         url = push(output_dir, repo_id, args.hub_token, args.hub_private_repo)

@@ -114,7 +114,8 @@ def load_unet(
     """The network of a saved pipeline, with its weights, for its own resolution unless another is given.
 
     Raises:
-        ValueError: If it cannot be loaded, or trained with `scheduler`, or has no resolution of its own.
+        ValueError: If it cannot be loaded, or trained with `scheduler`, has no resolution of its own, or is of a class
+            that neither diffusers nor this package has.
     """
     flag = "pretrained_model_name_or_path"
     try:
@@ -126,6 +127,12 @@ def load_unet(
             f"`--{flag}` {name_or_path} cannot be loaded ({error}): give a saved pipeline, with weights in safetensors"
             " (`PixelDiffusionPipeline.from_pretrained(A).save_pretrained(B)` makes them of others)."
         ) from error
+    class_name = type(pipe.unet).__name__
+    if not hasattr(diffusers, class_name):  # a checkpoint names its class alone
+        raise ValueError(
+            f"The network of `--{flag}` is of class {class_name}, which is neither diffusers' nor this package's: a"
+            " checkpoint of its training could not be resumed."
+        )
     was, now = pipe.scheduler.config, scheduler.config
     if "beta_schedule" not in was:
         raise ValueError(f"`--{flag}` {name_or_path} has {type(pipe.scheduler).__name__}, of another kind of noise.")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -59,9 +60,10 @@ class Statistics:
 
     @classmethod
     def cached(cls, images: ImageArrays, extractor: FeatureExtractor, cache_dir: str | None = None) -> "Statistics":
-        """As `of_images`, but computed only once for the same bytes, extractor and code."""
+        """As `of_images`, but computed only once for the same bytes, extractor, code and versions of libraries."""
         code = [Path(__file__).with_name(name).read_bytes() for name in ("features.py", "spectrum.py")]
-        digest = hashlib.sha256(b"".join([*code, f"{extractor.digest} {extractor} {images.shape}".encode()]))
+        made_by = f"torch {torch.__version__} transformers {transformers.__version__}"
+        digest = hashlib.sha256(b"".join([*code, f"{extractor.digest} {extractor} {images.shape} {made_by}".encode()]))
         for part in parts(images):
             digest.update(part.numpy())
         folder = cache_folder(cache_dir)

@@ -96,8 +96,8 @@ def check_same_size(power: torch.Tensor, real_power: torch.Tensor) -> None:
     side, real_side = len(power), len(real_power)
     if side != real_side:
         raise ValueError(
-            f"`power` is of images of {side}x{side} and `real_power` of {real_side}x{real_side} pixels; they must be of"
-            " one size."
+            f"`power` is of images of {side}x{side} and `real_power` of {real_side}x{real_side} pixels; they must be"
+            " of one size."
         )
 
 
