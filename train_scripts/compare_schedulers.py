@@ -13,11 +13,9 @@ Under `accelerate launch` the processes share the sampling.
 import json
 import logging
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -32,7 +30,7 @@ from evaluation_arguments import (
 from files import lock, write_file, write_text
 from launch import make_accelerator
 from PIL import Image
-from samplers import parse_scheduler
+from samplers import hush_schedulers, parse_scheduler
 from tables import caption, figures_table, show
 
 from ddpm_diffusers import SCHEDULERS
@@ -81,9 +79,7 @@ class ComparisonArguments(EvaluationArguments):
 def main(args: ComparisonArguments) -> None:
     entries = [parse_scheduler(text) for text in args.schedulers]
     accelerator, output_dir = make_accelerator(args.mixed_precision), Path(args.output_dir)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING if accelerator.is_main_process else logging.ERROR)
-    diffusers.logging.set_verbosity_error()  # schedulers comment on their defaults each time they are made
-    warnings.filterwarnings("ignore", module="torchsde")  # about rounding in its time interval
+    hush_schedulers()
     pipe = load_pipeline(args, accelerator)
     yardstick = comparison.plan(pipe.scheduler, ["ddpm"], [args.ddpm_steps])[0] if args.ddpm_steps else []
     # of the default list, what cannot be used here is left out; a scheduler asked for by name is an error

@@ -26,10 +26,9 @@ from evaluation_arguments import (
 )
 from files import check_apart, lock, write_file, write_text
 from launch import make_accelerator
-from samplers import FORM, settle_sampling, swap_scheduler
+from samplers import SamplingArguments, settle_sampling, swap_scheduler
 from tables import caption, figures_table
 
-from ddpm_diffusers import SCHEDULERS
 from ddpm_diffusers.data import ImageArrays, load_images
 from ddpm_diffusers.data_sources import is_image
 from ddpm_diffusers.evaluation import evaluate_pipeline
@@ -65,13 +64,9 @@ CARD_FIGURES = {
 
 
 @dataclass
-class EvaluateArguments(EvaluationArguments):
+class EvaluateArguments(SamplingArguments, EvaluationArguments):
     # what is evaluated
     model: str | None = arg(None, "folder or Hub id of a pipeline")
-    scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}, {FORM}; the pipeline's own by default")
-    num_inference_steps: int | None = arg(None, "steps of the scheduler; 100 by default")
-    timesteps: list[int] | None = arg(None, "timesteps to step through, descending, in place of --num_inference_steps")
-    guidance_scale: float = arg(1.0, "above 1: guidance by the pipeline's weaker network, `guiding_unet`")
     images: str | None = arg(None, "in place of --model: a folder of images, or the data set's split train or test")
     resolution: int | None = arg(None, "with --images train or test: height and width to resize to; 28 by default")
     damage: str | None = arg(None, f"with --images: damage to apply, one of {', '.join(DAMAGE)}")

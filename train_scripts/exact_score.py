@@ -9,12 +9,9 @@ smoother than that of a finite set, and its errors may make up for some of the s
 """
 
 import json
-import logging
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import torch
 from command_line import arg, check, run_script
 from diffusers import ConfigMixin, DDPMScheduler, ModelMixin
@@ -23,7 +20,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from evaluation_arguments import MeasuringArguments, open_extractor, open_reference, provenance, source_of
 from files import lock, write_text
 from launch import make_accelerator
-from samplers import FORM, parse_scheduler
+from samplers import FORM, hush_schedulers, parse_scheduler
 from tables import caption, figures_table
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
@@ -102,9 +99,7 @@ class ExactScore(ModelMixin, ConfigMixin):
 def main(args: ExactScoreArguments) -> None:
     entries = [parse_scheduler(text) for text in args.schedulers]
     accelerator, output_dir = make_accelerator("no"), Path(args.output_dir)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING if accelerator.is_main_process else logging.ERROR)
-    diffusers.logging.set_verbosity_error()  # schedulers comment on their defaults each time they are made
-    warnings.filterwarnings("ignore", module="torchsde")  # about rounding in its time interval
+    hush_schedulers()
     settings, left_out = comparison.plan(NOISE, entries, args.evaluations)
     if args.timesteps is not None:
         chosen, refused = at_timesteps(entries, args.timesteps)

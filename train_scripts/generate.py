@@ -15,9 +15,9 @@ import torch
 from command_line import arg, check, run_script
 from files import check_empty, lock, write_file
 from launch import make_accelerator
-from samplers import FORM, settle_sampling, swap_scheduler
+from samplers import SamplingArguments, settle_sampling, swap_scheduler
 
-from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline
+from ddpm_diffusers import PixelDiffusionPipeline
 from ddpm_diffusers.grid import image_grid
 from ddpm_diffusers.sampling import sample_images, to_pil
 from ddpm_diffusers.schedulers import count_evaluations
@@ -26,15 +26,11 @@ GRID_IMAGES = 64
 
 
 @dataclass
-class GenerateArguments:
-    model: str = field(metadata={"help": "folder or Hub id of a pipeline with a U-Net and a scheduler"})
+class GenerateArguments(SamplingArguments):
+    model: str = field(kw_only=True, metadata={"help": "folder or Hub id of a pipeline with a U-Net and a scheduler"})
     output_dir: str = arg("samples", "folder for the PNG files and grid.png, which shows the first 64")
     num_images: int = arg(16, "number of images to sample")
     batch_size: int = arg(64, "images sampled at a time")
-    scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}, {FORM}; the pipeline's own by default")
-    num_inference_steps: int | None = arg(None, "steps of the scheduler; 100 by default")
-    timesteps: list[int] | None = arg(None, "timesteps to step through, descending, in place of --num_inference_steps")
-    guidance_scale: float = arg(1.0, "above 1: guidance by the pipeline's weaker network, `guiding_unet`")
     seed: int = arg(0, "seed of the first image; image i gets seed + i")
     dtype: str = arg("float32", "dtype of the weights: float32, float16 or bfloat16")
     variant: str | None = arg(None, "variant of the weights, such as fp16")

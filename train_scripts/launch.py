@@ -1,6 +1,7 @@
 """Setup and shutdown of a process, and checks that the launcher's settings agree with the flags."""
 
 import ctypes
+import logging
 import os
 import platform
 import time
@@ -21,7 +22,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
 def make_accelerator(mixed_precision: str | None = None, **accelerator_kwargs) -> Accelerator:
-    """The process's accelerator; ValueError if it does not connect all launched processes, or for fp16 on a CPU."""
+    """The process's accelerator; ValueError if it does not connect all launched processes, or for fp16 on a CPU.
+
+    Warnings are shown by the main process alone.
+    """
     keep_freed_memory()
     accelerator = Accelerator(
         mixed_precision=choose_precision(mixed_precision),
@@ -31,6 +35,7 @@ def make_accelerator(mixed_precision: str | None = None, **accelerator_kwargs) -
     check_processes(accelerator)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("`--mixed_precision` is fp16, which accelerate has on GPUs alone: use bf16, no or auto.")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if accelerator.is_main_process else logging.ERROR)
     return accelerator
 
 

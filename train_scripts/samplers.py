@@ -1,14 +1,26 @@
 """Schedulers as the scripts' flags describe them: `NAME`, or `NAME:OPTION=VALUE,OPTION=VALUE`."""
 
 import math
+import warnings
+from dataclasses import dataclass
 
+import diffusers
 import yaml
-from command_line import check
+from command_line import arg, check
 
 from ddpm_diffusers import SCHEDULERS, PixelDiffusionPipeline, make_scheduler
 from ddpm_diffusers.schedulers import name_and_options, rehearse
 
 FORM = "or with options, as in dpmsolver++:algorithm_type=sde-dpmsolver++,use_karras_sigmas=true"
+
+
+@dataclass
+class SamplingArguments:
+    # how the pipeline samples
+    scheduler: str | None = arg(None, f"{', '.join(SCHEDULERS)}, {FORM}; the pipeline's own by default")
+    num_inference_steps: int | None = arg(None, "steps of the scheduler; 100 by default")
+    timesteps: list[int] | None = arg(None, "timesteps to step through, descending, in place of --num_inference_steps")
+    guidance_scale: float = arg(1.0, "above 1: guidance by the pipeline's weaker network, `guiding_unet`")
 
 
 def parse_scheduler(text: str) -> tuple[str, dict]:
@@ -27,7 +39,13 @@ def parse_scheduler(text: str) -> tuple[str, dict]:
     return name, options
 
 
-def settle_sampling(args) -> None:
+def hush_schedulers() -> None:
+    """For scripts that make many: they comment on their defaults each time, and torchsde on rounding in its times."""
+    diffusers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="torchsde")
+
+
+def settle_sampling(args: SamplingArguments) -> None:
     """Check the flags of a sampling, and set `args.num_inference_steps`: to the number of `timesteps`, 100 without.
 
     Raises:

@@ -9,7 +9,6 @@ the data order, depend only on the seed, the step and the place in the global ba
 """
 
 import json
-import logging
 import math
 import shutil
 import time
@@ -66,8 +65,6 @@ def main(args: TrainingArguments) -> None:
         log_with=None if args.logger == "none" else args.logger,
         project_config=ProjectConfiguration(logging_dir=str(Path(args.output_dir) / "logs")),
     )
-    level = logging.WARNING if accelerator.is_main_process else logging.ERROR
-    logging.basicConfig(format="%(message)s", level=level)
     check_sharding(accelerator, args.optimizer)
     output_dir, device = Path(args.output_dir), accelerator.device
     start = choose_start(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
