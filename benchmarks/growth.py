@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 from counts import count
-from networks import training_step
+from networks import make_training_step
 from processes import LOGGING_STEPS, run, speed_of_training
 from report import precision_name, table, thousands, with_quartiles
 from windows import quartiles, time_arms, turns
@@ -55,13 +55,15 @@ def grow_step(args, device: torch.device) -> list[dict]:
             for name, s in settings.items()
         }
         arms = {
-            name: training_step(networks[name], s["batch_size"], s["resolution"], precision, device, cuda_graph=on_gpu)
+            name: make_training_step(
+                networks[name], s["batch_size"], s["resolution"], precision, device, cuda_graph=on_gpu
+            )
             for name, s in settings.items()
         }
         captured_after = GraphedStep.CALLS_BEFORE_CAPTURE if on_gpu else 0
         for name, time_of_step in time_arms(arms, args.windows, args.window_seconds, captured_after).items():
             s = settings[name]
-            one = count(training_step(networks[name], 1, s["resolution"], precision, device))
+            one = count(make_training_step(networks[name], 1, s["resolution"], precision, device))
             rows.append({
                 "what": f"{size.replace('_', ' ')} {name}",
                 "operations": one["operations"] * s["batch_size"],

@@ -14,7 +14,7 @@ from itertools import product
 import psutil
 import torch
 from machine import set_up
-from networks import make_network, training_step
+from networks import make_network, make_training_step
 from processes import run
 from report import grouped, precision_name, table
 from windows import quartiles, turns
@@ -86,7 +86,7 @@ def work(network, kind: str, resolution: int, batch_size: int, precision: str, d
         return
     if kind == "training, checkpointed":
         network.enable_gradient_checkpointing()
-    step = training_step(network, batch_size, resolution, precision, device)
+    step = make_training_step(network, batch_size, resolution, precision, device)
     for _ in range(STEPS):
         step()
 

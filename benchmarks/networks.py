@@ -79,7 +79,7 @@ def sizes(names: list[str], resolutions: list[int]) -> dict[str, dict]:
         name: {
             "parameters": sum(parameter.numel() for parameter in next(iter(of_size.values())).parameters()),
             "operations_per_image": {
-                size: count(training_step(network, 1, size, "no", cpu))["operations"]
+                size: count(make_training_step(network, 1, size, "no", cpu))["operations"]
                 for size, network in of_size.items()
             },
         }
@@ -87,7 +87,7 @@ def sizes(names: list[str], resolutions: list[int]) -> dict[str, dict]:
     }
 
 
-def training_step(
+def make_training_step(
     network: nn.Module,
     batch_size: int,
     resolution: int,

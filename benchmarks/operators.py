@@ -1,7 +1,7 @@
 """8. Operators: where the time of a training step goes, by torch's profiler."""
 
 import torch
-from networks import make_network, training_step
+from networks import make_network, make_training_step
 from report import grouped, precision_name, table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +21,7 @@ def measure(args, device: torch.device) -> dict:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     rows = []
     for name in NETWORKS:
-        step = training_step(make_network(name, settings["resolution"]), device=device, **settings)
+        step = make_training_step(make_network(name, settings["resolution"]), device=device, **settings)
         step()
         with profile(activities=activities) as profiler:
             for _ in range(STEPS):

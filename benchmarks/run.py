@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from machine import describe, set_up  # this import makes train_scripts importable
 from networks import CONFIGS, NETWORKS, PEER, installed, sizes
-from summary import SECTIONS as COMPARED
-from summary import write_summary
+from summary import COMPARISONS, write_summary
 
 from command_line import arg, run_script  # isort: skip
 from launch import choose_precision  # isort: skip
@@ -157,7 +156,7 @@ def main(args: BenchmarkArguments) -> None:
         text = section.report(result)
         write_text(output_dir / f"{name}.md", text + "\n")
         print(f"\n{section.__doc__.splitlines()[0]}\n\n{text}", flush=True)
-    if set(args.sections) & set(COMPARED):
+    if set(args.sections) & set(COMPARISONS):
         write_summary(output_dir)
     if failures:
         raise SystemExit("\n".join(failures))

@@ -30,7 +30,7 @@ def write_summary(folder: Path) -> None:
 def summary(folder: Path) -> str:
     """The table of the sections whose records are in the folder, with what each was measured on."""
     lines, machines, rounds = [], {}, {}
-    for name, compare in SECTIONS.items():
+    for name, compare in COMPARISONS.items():
         path = folder / f"{name}.json"
         if path.is_file():
             record = json.loads(path.read_text())
@@ -147,7 +147,7 @@ def described(settings: dict) -> str:
     return f"{size}x{size}, batch {settings['batch_size']}, {precision_name(settings['precision'])}"
 
 
-SECTIONS = {
+COMPARISONS = {
     "training_step": training_steps,
     "training_script": training_scripts,
     "time_to_quality": times_to_quality,

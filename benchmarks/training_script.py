@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, Features, Image
-from networks import CONFIGS, make_network, training_step
+from networks import CONFIGS, make_network, make_training_step
 from processes import LOGGING_STEPS, flags, run, speed_of_training
 from report import precision_name, table, thousands, with_quartiles
 from windows import quartiles, ratio, seconds_of, turns
@@ -32,7 +32,7 @@ def measure(args, device: torch.device) -> dict:
     }
     cuda_graph, warm_up = device.type == "cuda", LOGGING_STEPS[device.type]  # as in the script
     steps = {
-        name: training_step(
+        name: make_training_step(
             make_network(name, settings["resolution"]), device=device, cuda_graph=cuda_graph, **settings
         )
         for name in NETWORKS

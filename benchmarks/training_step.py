@@ -7,7 +7,7 @@ from itertools import product
 import torch
 from counts import count
 from machine import matrix_peak
-from networks import installed, make_network, training_step
+from networks import installed, make_network, make_training_step
 from report import grouped, precision_name, table, thousands, with_quartiles
 from windows import ratio, time_arms
 
@@ -41,22 +41,22 @@ def measure_setting(args, device: torch.device, settings: dict, peak: float) -> 
     """A row for each network, and on a GPU for each as a CUDA graph, at one resolution, batch size and precision."""
     resolution, batch_size = settings["resolution"], settings["batch_size"]
     networks = {name: make_network(name, resolution) for name in installed(args.networks)}
-    arms = {name: training_step(network, device=device, **settings) for name, network in networks.items()}
+    arms = {name: make_training_step(network, device=device, **settings) for name, network in networks.items()}
     on_gpu = device.type == "cuda"
     if on_gpu:
         for name in networks:
-            graphed = training_step(make_network(name, resolution), device=device, cuda_graph=True, **settings)
+            graphed = make_training_step(make_network(name, resolution), device=device, cuda_graph=True, **settings)
             arms[f"{name}, CUDA graph"] = graphed
     if args.compile:
         torch._dynamo.reset()  # else it would compile for dynamic shapes after the first
         for name in networks:
             compiled = torch.compile(make_network(name, resolution))
-            step = training_step(compiled, device=device, cuda_graph=on_gpu, **settings)
+            step = make_training_step(compiled, device=device, cuda_graph=on_gpu, **settings)
             arms[f"{name}, compiled{', CUDA graph' if on_gpu else ''}"] = step
     captured_after = GraphedStep.CALLS_BEFORE_CAPTURE if on_gpu else 0
     times = time_arms(arms, args.windows, args.window_seconds, captured_after)
     counts = {
-        name: count(training_step(network, device=device, **settings | {"batch_size": 1}))
+        name: count(make_training_step(network, device=device, **settings | {"batch_size": 1}))
         for name, network in networks.items()
     }
     rows = []

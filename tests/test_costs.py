@@ -6,7 +6,7 @@ import train_unconditional as script
 from command_line import parse_arguments
 from conftest import TINY, UNET, reset_accelerate
 from counts import aten_calls, count
-from networks import make_network, training_step
+from networks import make_network, make_training_step
 
 from ddpm_diffusers import OptimizedUNet2DModel, make_scheduler
 from ddpm_diffusers.muon import Muon
@@ -21,8 +21,8 @@ def costs() -> dict:
     for name in ("default", "guide", "baseline", "stock"):
         network = make_network(name, 16)
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        found[name] = {"parameters": parameters, **count(training_step(network, 1, 16, "no", CPU))}
-        step = training_step(network, 1, 16, "bf16", CPU)
+        found[name] = {"parameters": parameters, **count(make_training_step(network, 1, 16, "no", CPU))}
+        step = make_training_step(network, 1, 16, "bf16", CPU)
         step()  # it makes the optimizer's state
         found[f"{name}, bf16"] = aten_calls(step)
     return found
@@ -54,7 +54,7 @@ def test_gradient_checkpointing_computes_the_forward_pass_once_more(costs):
     forward = count(lambda: network(torch.zeros(1, 1, 16, 16), 5))["operations"]
     network.enable_gradient_checkpointing()
     plain = costs["default"]["operations"]
-    checkpointed = count(training_step(network, 1, 16, "no", CPU))["operations"]
+    checkpointed = count(make_training_step(network, 1, 16, "no", CPU))["operations"]
     assert plain + 0.8 * forward < checkpointed <= plain + forward
 
 
@@ -128,7 +128,7 @@ def train(tmp_path):
 def test_the_training_script_adds_few_kernels_to_the_step_and_no_wait(train):
     train(1)  # fills the caches
     few, more = aten_calls(lambda: train(3)), aten_calls(lambda: train(7))
-    bare = count(training_step(OptimizedUNet2DModel(**TINY), 8, 8, "no", CPU))
+    bare = count(make_training_step(OptimizedUNet2DModel(**TINY), 8, 8, "no", CPU))
     assert more["syncs"] == few["syncs"]
     assert (more["kernels"] - few["kernels"]) / 4 < bare["kernels"] + 60  # noise, losses by quarter, clipping
     assert (more["allocations"] - few["allocations"]) / 4 < bare["allocations"] + 120  # a norm of each parameter, too
