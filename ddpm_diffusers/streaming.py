@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 logger.setLevel(logging.WARNING)  # also where the script hushes processes but the main one: each reads other images
 
 LISTED_SHARDS = 1024  # of a data set that is not opened as a stream; each pass shuffles them
+SHARDS_A_PART = 4  # at least, for each reader to have whole shards of its own
 # A position in a part's stream, here that of its first image. "pass" and "block" (within the pass) count from 0,
 # "stream" is the stream's `state_dict` where the block starts (None: at the start of the pass), "row" the number of
 # the pass's rows before the block, and "used" how many of the block's images have been handed out.
-SHARDS_A_PART = 4  # at least, for each reader to have whole shards of its own
 START = {"pass": 0, "block": 0, "stream": None, "row": 0, "used": 0}
 
 

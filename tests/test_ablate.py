@@ -89,7 +89,7 @@ def test_a_ladder_that_cannot_be_climbed_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_stops_the_trainings_with_a_checkpoint(garments, tmp_path):
-    flags = ["--rows", "default", "--dataset_name", garments, "--output_dir", tmp_path, "--num_images", "150"]
+    flags = ["--rows", "default", "guide", "--dataset_name", garments, "--output_dir", tmp_path, "--num_images", "150"]
     process = subprocess.Popen([sys.executable, SCRIPT, *flags], stderr=subprocess.DEVNULL)
     folder = tmp_path / "default" / "seed-0"
     while process.poll() is None and not (folder / "metrics.jsonl").exists():
@@ -99,7 +99,7 @@ def test_sigterm_stops_the_trainings_with_a_checkpoint(garments, tmp_path):
     process.terminate()
     assert process.wait(timeout=120) == 128 + signal.SIGTERM and len(launched) >= 2
     assert not psutil.wait_procs(launched, timeout=10)[1]
-    assert len(list(folder.glob("checkpoint-*"))) == 1
+    assert len(list(folder.glob("checkpoint-*"))) == 1 and not (tmp_path / "guide").exists()
 
 
 @pytest.mark.slow

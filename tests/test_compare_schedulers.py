@@ -173,6 +173,20 @@ def test_of_the_default_list_what_cannot_be_used_is_left_out_and_what_is_named_i
     assert "ddim" in [record["name"] for record in result["records"]]
 
 
+def test_numbers_of_evaluations_share_a_column_unless_one_scheduler_has_both(script):
+    def table(**evaluations: tuple[int, ...]) -> list[list[str]]:
+        figures = {"train": {"frechet_distance": {"mean": 0.5}}}
+        records = [{"name": name, "options": {}, "evaluations": n, "figures": figures}
+                   for name, numbers in evaluations.items() for n in numbers]  # fmt: skip
+        lines = script.distances_table(records).splitlines()
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+    first = "distance by evaluations"
+    assert table(ddim=(10,), heun=(9,)) == [[first, "10"], ["ddim", "0.500"], ["heun", "0.500"]]
+    assert table(ddim=(9, 10), heun=(9,)) == [[first, "9", "10"], ["ddim", "0.500", "0.500"], ["heun", "0.500", ""]]
+    assert table(ddim=(8, 10), heun=(9,))[0] == [first, "8", "10"]
+
+
 @pytest.mark.slow
 def test_two_processes_compare_as_one_does(tiny_pipe, extractor_folder, dataset_folder, tmp_path, script):
     tiny_pipe.save_pretrained(tmp_path / "model")

@@ -208,9 +208,11 @@ def test_a_state_of_other_settings_or_another_data_set_is_refused(stored, tmp_pa
         run_of(open_stream(**store_numbered(tmp_path / "other", [31])), state=state, **settings)
 
 
-@pytest.mark.parametrize("world_size, num_workers, told", [(5, 1, False), (2, 1, True), (1, 3, True), (1, 0, False)])
-def test_what_every_reader_would_read_whole_is_told(stored, caplog, world_size, num_workers, told):
-    stream = stored([23])  # 5 shards
+@pytest.mark.parametrize("count, world_size, num_workers, told", [
+    (23, 5, 1, False), (23, 2, 1, True), (23, 1, 3, True), (23, 1, 0, False), (43, 2, 1, False),
+])  # fmt: skip
+def test_what_every_reader_would_read_whole_is_told(stored, caplog, count, world_size, num_workers, told):
+    stream = stored([count])  # 5 shards, or 9: enough for 2 readers to have their own
     for rank in range(world_size):
         run_of(stream, world_size=world_size, num_workers=num_workers, rank=rank)
     warnings = [record for record in caplog.records if "so each reads all of them" in record.message]

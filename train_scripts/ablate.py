@@ -5,7 +5,7 @@
 Each row of `--ladder` is a U-Net, trained by `train_unconditional.py` and evaluated by `evaluate.py`, on the same
 images in the same order, with the same noise. Run the same command again to continue: what `--results_dir` has is not
 run again, whatever machine and precision it came from, so rows and seeds can be added to the results in a clone; the
-table shows each row's precision. Ctrl-C and SIGTERM stop the trainings, too, each with a checkpoint. Several
+table shows each row's precision. Stopped, it stops the trainings, each with a checkpoint. Several
 `--train_seeds` give means and standard deviations.
 """
 
@@ -15,6 +15,7 @@ import math
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,9 +153,13 @@ def main(args: AblateArguments) -> None:
                     failures.append(str(error))
                     tqdm.write(failures[-1])
         except BaseException:
-            for process in list(running):
-                stop(process)
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            stopped = set()
+            while not all(future.done() for future in futures):  # one may have begun another script meanwhile
+                for process in running - stopped:
+                    stop(process)
+                    stopped.add(process)
+                time.sleep(0.1)
             raise
 
     rows |= others
@@ -310,5 +315,7 @@ def stop(launcher: subprocess.Popen) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C, to stop the trainings
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, to stop the trainings
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     run_script(main, AblateArguments, __doc__)

@@ -24,7 +24,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 def make_accelerator(mixed_precision: str | None = None, **accelerator_kwargs) -> Accelerator:
     """The process's accelerator; ValueError if it does not connect all launched processes, or for fp16 on a CPU.
 
-    Warnings are shown by the main process alone.
+    Warnings are shown by the main process alone, but for those of `streaming`, whose processes read different images.
     """
     keep_freed_memory()
     accelerator = Accelerator(

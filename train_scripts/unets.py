@@ -130,8 +130,8 @@ def load_unet(
     class_name = type(pipe.unet).__name__
     if not hasattr(diffusers, class_name):  # a checkpoint names its class alone
         raise ValueError(
-            f"The network of `--{flag}` is of class {class_name}, which is neither diffusers' nor this package's: a"
-            " checkpoint of its training could not be resumed."
+            f"The network of `--{flag}` is of class {class_name}, which is neither diffusers' nor this package's, so"
+            " that a checkpoint of its training could not be resumed: give a pipeline whose network is."
         )
     was, now = pipe.scheduler.config, scheduler.config
     if "beta_schedule" not in was:

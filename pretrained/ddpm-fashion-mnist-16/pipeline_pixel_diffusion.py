@@ -793,9 +793,9 @@ def copy_card(networks: dict[str, ModelMixin], source: str, folder: Path, token:
     origin = Path(networks["unet"].config.get("_name_or_path") or "").parent
     if not Path(origin, "model_index.json").exists() or changed_networks(networks, origin):
         return
-    try:
-        for name in (README, SAMPLES):
-            path = origin / name
+    for name in (README, SAMPLES):
+        path = origin / name
+        try:
             if origin.parent.name == "snapshots" and Path(source) != origin:  # CACHE/models--A--B/snapshots/REVISION
                 where = {"revision": origin.name, "cache_dir": origin.parents[2], "token": token}
                 path = huggingface_hub.hf_hub_download(source, name, **where)
@@ -805,10 +805,12 @@ def copy_card(networks: dict[str, ModelMixin], source: str, folder: Path, token:
                 partial = folder / f".{name}.partial"  # a full disk must leave no part of it under its name
                 shutil.copyfile(path, partial)
                 partial.replace(folder / name)
-    except RemoteEntryNotFoundError:
-        return
-    except Exception as error:  # refused or out of reach, for which each client has other types
-        logger.warning(f"The model card of {source} was not copied: {type(error).__name__}: {error}")
+        except RemoteEntryNotFoundError:
+            return
+        except Exception as error:  # refused or out of reach, for which each client has other types
+            if name == README:  # which shows the samples, if there are any
+                logger.warning(f"The model card of {source} was not copied: {type(error).__name__}: {error}")
+            return
 
 
 def set_card_aside(
