@@ -54,7 +54,7 @@ def test_the_table_of_a_ladder_is_of_its_records(folder):
     assert ladder_rows.markdown(rows) + "\n" == (RESULTS / folder / "table.md").read_text()
 
 
-@pytest.mark.parametrize("folder", ["damage", "objectives_16", "released_16", "released_28", "guidance"])
+@pytest.mark.parametrize("folder", ["damage", "draws", "objectives_16", "released_16", "released_28", "guidance"])
 def test_rows_are_of_the_records_beside_them(folder):
     records = list((RESULTS / folder).rglob("*.json"))
     rows = {line for path in (RESULTS / folder).rglob("*.md") for line in path.read_text("utf-8").splitlines()}

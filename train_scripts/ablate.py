@@ -5,8 +5,8 @@
 Each row of `--ladder` is a U-Net, trained by `train_unconditional.py` and evaluated by `evaluate.py`, on the same
 images in the same order, with the same noise. Run the same command again to continue: what `--results_dir` has is not
 run again, whatever machine and precision it came from, so rows and seeds can be added to the results in a clone; the
-table shows each row's precision. Stopped, it stops the trainings, each with a checkpoint. Several
-`--train_seeds` give means and standard deviations.
+table shows each row's precision. Stopped, it stops the trainings, each with a checkpoint. Several `--train_seeds` give
+means and standard deviations.
 """
 
 import contextlib
