@@ -60,6 +60,7 @@ def loss_weights(scheduler, timesteps: torch.Tensor, snr_gamma: float | None) ->
 
 
 def prediction_type_of(scheduler) -> str:
+    """The scheduler's `prediction_type`; ValueError if it is not one of the three."""
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "sample", "v_prediction"):
         raise ValueError(f"`prediction_type` is {prediction_type!r}; it must be epsilon, sample or v_prediction.")

@@ -17,6 +17,7 @@ import torch
 from command_line import parse_arguments
 from conftest import ROOT, reset_accelerate, torchrun
 from PIL import Image
+from tables import distances_table
 
 from ddpm_diffusers import PixelDiffusionPipeline
 from ddpm_diffusers.evaluation import Reference, load_feature_extractor
@@ -173,12 +174,12 @@ def test_of_the_default_list_what_cannot_be_used_is_left_out_and_what_is_named_i
     assert "ddim" in [record["name"] for record in result["records"]]
 
 
-def test_numbers_of_evaluations_share_a_column_unless_one_scheduler_has_both(script):
+def test_numbers_of_evaluations_share_a_column_unless_one_scheduler_has_both():
     def table(**evaluations: tuple[int, ...]) -> list[list[str]]:
         figures = {"train": {"frechet_distance": {"mean": 0.5}}}
         records = [{"name": name, "options": {}, "evaluations": n, "figures": figures}
                    for name, numbers in evaluations.items() for n in numbers]  # fmt: skip
-        lines = script.distances_table(records).splitlines()
+        lines = distances_table(records).splitlines()
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
 
     first = "distance by evaluations"

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folde
 
 
 def test_it_is_small_and_loads_in_single_and_half_precision(folder):
+    assert all(path.stat().st_size < 8e6 for path in folder.rglob("*"))
     for pattern in ("*.fp16.safetensors", "*_model.safetensors"):  # each form, of both networks
         assert 0 < sum(path.stat().st_size for path in folder.rglob(pattern)) < 8e6
     pipe = DiffusionPipeline.from_pretrained(str(folder))

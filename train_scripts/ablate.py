@@ -296,9 +296,12 @@ def launch_script(script: str, flags: dict, accelerate_config: str, log: Path, r
     for name, value in flags.items():
         command += [f"--{name}", value]
     with open(log, "ab") as output:
-        output_of = {"stdout": output, "stderr": subprocess.STDOUT}
-        # out of reach of the terminal's Ctrl-C, at which a launcher ends before what it has launched
-        process = subprocess.Popen([str(part) for part in command], start_new_session=True, **output_of)
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # else Ctrl-C would end a launcher before what it has launched
+        )
     running.add(process)
     status = process.wait()
     running.remove(process)

@@ -31,7 +31,7 @@ from files import lock, write_file, write_text
 from launch import make_accelerator
 from PIL import Image
 from samplers import hush_schedulers, parse_scheduler
-from tables import caption, figures_table, show
+from tables import caption, distances_table, figures_table, show
 
 from ddpm_diffusers import SCHEDULERS
 from ddpm_diffusers.checkpointing import list_differences
@@ -39,7 +39,6 @@ from ddpm_diffusers.evaluation import comparison
 from ddpm_diffusers.evaluation.comparison import AT_MOST, WITHIN, best_settings, distance, label_of, title_of
 from ddpm_diffusers.evaluation.plots import plot_distances, plot_rows
 from ddpm_diffusers.evaluation.protocol import as_json, image_shape
-from ddpm_diffusers.hub import table
 from ddpm_diffusers.sampling import to_pil
 
 logger = logging.getLogger(__name__)
@@ -226,21 +225,6 @@ def leading_cells(record: dict, yardstick: dict | None) -> dict:
         "ms an image": format(1000 * record["seconds_per_image"], ".3g"),
     }
     return cells | ({"to yardstick": format(distance(record) / distance(yardstick), ".2f")} if yardstick else {})
-
-
-def distances_table(records: list[dict]) -> str:
-    """Distances by scheduler and evaluations, with one column for, say, 9 and 10 if no scheduler has both."""
-    rows = {}
-    for record in records:
-        shown = show(record["figures"]["train"]["frechet_distance"], ".3f")
-        rows.setdefault(label_of(record), {})[record["evaluations"]] = shown
-    taken = {evaluations for row in rows.values() for evaluations in row}
-    odd = {n for n in taken if n % 2 and n + 1 in taken}  # of second-order solvers
-    merged = {n for n in odd if not any({n, n + 1} <= row.keys() for row in rows.values())}
-    columns = sorted(taken - merged)
-    lines = [(label, *(row.get(n, row.get(n - 1, "") if n - 1 in merged else "") for n in columns))
-             for label, row in rows.items()]  # fmt: skip
-    return table(("distance by evaluations", *map(str, columns)), lines)
 
 
 def describe_best(records: list[dict], yardstick: dict | None) -> list[str]:

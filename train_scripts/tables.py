@@ -1,5 +1,6 @@
 """Measured figures as Markdown."""
 
+from ddpm_diffusers.evaluation.comparison import label_of
 from ddpm_diffusers.hub import table
 
 # heading, place in a record's figures, number format, unit
@@ -22,6 +23,21 @@ def figures_table(rows: list[tuple[dict, dict]]) -> str:
         for leading, figures in rows
     ]
     return table((*rows[0][0], *(column[0] for column in COLUMNS)), lines)
+
+
+def distances_table(records: list[dict]) -> str:
+    """Distances by scheduler and evaluations, with one column for, say, 9 and 10 if no scheduler has both."""
+    rows = {}
+    for record in records:
+        shown = show(record["figures"]["train"]["frechet_distance"], ".3f")
+        rows.setdefault(label_of(record), {})[record["evaluations"]] = shown
+    taken = {evaluations for row in rows.values() for evaluations in row}
+    odd = {n for n in taken if n % 2 and n + 1 in taken}  # of second-order solvers
+    merged = {n for n in odd if not any({n, n + 1} <= row.keys() for row in rows.values())}
+    columns = sorted(taken - merged)
+    lines = [(label, *(row.get(n, row.get(n - 1, "") if n - 1 in merged else "") for n in columns))
+             for label, row in rows.items()]  # fmt: skip
+    return table(("distance by evaluations", *map(str, columns)), lines)
 
 
 def caption(record: dict, with_sampler: bool = True) -> str:
